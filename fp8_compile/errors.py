@@ -1,0 +1,60 @@
+"""The errors and warnings of this package.
+
+What is raised while a graph compiles reaches the user inside ``torch._dynamo.exc.BackendCompilerFailed``, as with every
+backend; its ``inner_exception`` is the error below. Every message names the offending value and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Fp8Error(Exception):
+    """Base of every error that this package raises."""
+
+
+class OptionError(Fp8Error, ValueError):
+    """An option is unknown, or has a value that it cannot have."""
+
+
+class PatternError(Fp8Error, ValueError):
+    """An entry of ``ignored_layers`` is malformed, misspelt, or names a path outside the compiled region."""
+
+    def __init__(self, pattern: object, problem: str) -> None:
+        super().__init__(f"ignored_layers: {pattern!r}: {problem}")
+        self.pattern = pattern
+
+
+class GradientError(Fp8Error, RuntimeError):
+    """The graph was compiled with gradients enabled for an input that requires them."""
+
+
+class UnsupportedDeviceError(Fp8Error, RuntimeError):
+    """The device of the weights has no FP8 matrix multiplication."""
+
+
+class NonFiniteWeightError(Fp8Error, ValueError):
+    """A weight holds NaN or Inf, so it has no scale.
+
+    Attributes:
+        layers: module paths of the layers, relative to the compiled region.
+    """
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        super().__init__(
+            f"NaN or Inf in the weight of {', '.join(layers)}: such a weight cannot be quantized. "
+            f"Check the checkpoint, or keep the layer with ignored_layers=[{', '.join(repr(p) for p in layers)}]."
+        )
+        self.layers = tuple(layers)
+
+
+class NothingConvertedError(Fp8Error, RuntimeError):
+    """Linears were found, and none of them became FP8 (raised under ``strict=True`` and by the command line)."""
+
+
+class NothingConvertedWarning(UserWarning):
+    """Linears were found in a graph, and none of them became FP8."""
+
+
+class UnmatchedPatternWarning(UserWarning):
+    """An entry of ``ignored_layers`` matched no linear of a compiled graph."""

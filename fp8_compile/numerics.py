@@ -1,0 +1,137 @@
+"""FP8 numerics: quantization, dequantization and the scaled matrix multiplication.
+
+Plain functions of torch operators, so that AOTAutograd traces through them and Inductor fuses them. A rewritten graph
+calls these functions by name; they are the only arithmetic of this package.
+
+The format is E4M3 (``torch.float8_e4m3fn``: no infinity, largest value 448; Micikevicius et al., "FP8 formats for deep
+learning", arXiv:2209.05433). A scale is ``amax / 448`` in float32: the value that one unit of FP8 stands for.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8_DTYPE).max
+
+# An all-zero row has amax 0; any positive scale then gives zeros where 0 / 0 would give NaN. The smallest normal
+# float32 changes no other row: bfloat16 and float16 values that small are far below what a matmul can resolve.
+SCALE_FLOOR = torch.finfo(torch.float32).tiny
+
+Quantized = tuple[Tensor, Tensor]
+"""FP8 values and the float32 scale that multiplies them."""
+
+
+def _quantize(x: Tensor, amax: Tensor) -> Quantized:
+    scale = (amax.float() / FP8_MAX).clamp(min=SCALE_FLOOR)
+    # clamp passes NaN on, and e4m3fn keeps it; a value beyond 448 x scale saturates instead of becoming NaN.
+    values = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX)
+    # The kernels read rows; the layout of x, which a cast would otherwise keep, may be another.
+    return values.to(FP8_DTYPE, memory_format=torch.contiguous_format), scale
+
+
+def quantize_rowwise(x: Tensor) -> Quantized:
+    """Quantize with one scale per row (per token of an activation, per output channel of a weight).
+
+    Args:
+        x: ``[..., K]``, floating point.
+
+    Returns:
+        ``[..., K]`` float8_e4m3fn, contiguous, and ``[..., 1]`` float32.
+    """
+    return _quantize(x, x.abs().amax(dim=-1, keepdim=True))
+
+
+def quantize_tensorwise(x: Tensor) -> Quantized:
+    """Quantize with a single scale for the whole tensor.
+
+    Args:
+        x: ``[..., K]``, floating point.
+
+    Returns:
+        ``[..., K]`` float8_e4m3fn, contiguous, and a float32 scale without dimensions.
+    """
+    if x.numel() == 0:
+        return x.to(FP8_DTYPE), x.new_ones((), dtype=torch.float32)
+    return _quantize(x, x.abs().amax())
+
+
+def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values that ``values`` and ``scale`` stand for, in ``dtype``.
+
+    Args:
+        values: ``[..., K]`` float8_e4m3fn.
+        scale: float32, broadcastable to ``values``.
+    """
+    return (values.float() * scale).to(dtype)
+
+
+def scaled_linear(x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x @ weight.T + bias`` on FP8 operands, accumulated in float32.
+
+    Args:
+        x: ``[..., K]`` float8_e4m3fn with its scale, ``[..., 1]`` (row-wise) or without dimensions (tensor-wise).
+        weight: ``[N, K]`` float8_e4m3fn, contiguous.
+        weight_scale: ``[N, 1]`` (row-wise) or without dimensions, float32; of the same granularity as ``x``.
+        bias: ``[N]`` or None.
+        dtype: of the result.
+
+    Returns:
+        ``[..., N]`` in ``dtype``.
+    """
+    values, scale = x
+    out_shape = (*values.shape[:-1], weight.shape[0])
+    if values.numel() == 0:  # no kernel takes zero rows
+        return torch.empty(out_shape, dtype=dtype, device=values.device)
+
+    rowwise = weight_scale.dim() == 2
+    values = values.reshape(-1, values.shape[-1])
+    if rowwise:
+        scale = scale.reshape(-1, 1)
+    if rowwise and not _has_rowwise_kernel(values.device.type):
+        return _dequantized_linear(values, scale, weight, weight_scale, bias, dtype).view(out_shape)
+
+    # CUDA's row-wise kernels write bfloat16 only: https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/cuda/ScaledBlas.cpp
+    kernel_dtype = torch.bfloat16 if rowwise and values.device.type == "cuda" else dtype
+    kernel_bias = bias if bias is not None and bias.dtype == kernel_dtype else None
+    out = torch._scaled_mm(
+        values,
+        weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale.t() if rowwise else weight_scale,
+        bias=kernel_bias,
+        out_dtype=kernel_dtype,
+        use_fast_accum=values.device.type == "cuda",
+    ).to(dtype)
+    if bias is not None and kernel_bias is None:
+        out = out + bias.to(dtype)
+    return out.view(out_shape)
+
+
+def _dequantized_linear(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same sum as the kernel's, in float32: scales after the products, bias before rounding to ``dtype``."""
+    out = (values.float() @ weight.float().t()) * scale * weight_scale.t()
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+@functools.cache
+def _has_rowwise_kernel(device_type: str) -> bool:
+    """Whether ``torch._scaled_mm`` takes row-wise scales on this kind of device (the CPU's does from torch 2.12 on)."""
+    if device_type != "cpu":
+        return True
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with unset_fake_temporarily(), _disable_current_modes():
+        one = torch.ones(16, 16).to(FP8_DTYPE)
+        scale = torch.ones(16, 1)
+        try:
+            torch._scaled_mm(one, one.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+        except RuntimeError:
+            return False
+    return True

@@ -1,0 +1,107 @@
+"""Schemes: how one kind of FP8 quantization turns weights into constants and linears into scaled matmuls.
+
+Passes, the weight binder and the report know a kind of quantization only through `Scheme`. A new method is one factory,
+registered under the name that the option ``method`` takes::
+
+    register_method("fp8-mine", lambda options: Scheme("fp8-mine", quantize_weight, quantize, linear))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import numerics
+from .errors import OptionError
+
+if TYPE_CHECKING:
+    from .options import Fp8Options
+
+
+def _refuses_nothing(in_features: int, out_features: int, dtype: torch.dtype) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One kind of quantization.
+
+    The three functions are called from graphs that AOTAutograd traces, so they must be made of torch operators and,
+    to be found by a compile cache in another process, importable by module and name.
+
+    Attributes:
+        name: what the report shows.
+        quantize_weight: a weight ``[N, K]`` to its constants.
+        quantize: an activation ``[..., K]`` to what ``linear`` takes as its first argument.
+        linear: ``(quantized activation, *constants, bias | None, dtype)`` to ``[..., N]`` in ``dtype``.
+        constants: the names of the constants, in the order in which ``quantize_weight`` returns them.
+        refuses: ``(in_features, out_features, dtype)`` to the reason for which a layer cannot use this scheme, or None.
+    """
+
+    name: str
+    quantize_weight: Callable[[Tensor], tuple[Tensor, ...]]
+    quantize: Callable[[Tensor], Any]
+    linear: Callable[..., Tensor]
+    constants: tuple[str, ...] = ("weight", "weight_scale")
+    refuses: Callable[[int, int, torch.dtype], str | None] = _refuses_nothing
+
+    def make_constants(self, weight: Tensor, transposed: bool) -> tuple[Tensor, ...]:
+        """The constants of ``weight``, which is ``[N, K]``, or ``[K, N]`` if ``transposed``. Fake weights give fake ones."""
+        with torch.no_grad():
+            return self.quantize_weight(weight.t().contiguous() if transposed else weight.contiguous())
+
+
+def _multiple_of_16(in_features: int, out_features: int, dtype: torch.dtype) -> str | None:
+    # cuBLASLt and CUTLASS both ask for 16-byte aligned FP8 rows; kept on every device so that decisions do not differ.
+    for name, features in (("in_features", in_features), ("out_features", out_features)):
+        if features % 16:
+            return f"{name} {features} is not a multiple of 16"
+    return None
+
+
+ROW = Scheme(
+    name="fp8-row",
+    quantize_weight=numerics.quantize_rowwise,
+    quantize=numerics.quantize_rowwise,
+    linear=numerics.scaled_linear,
+    refuses=_multiple_of_16,
+)
+TENSOR = Scheme(
+    name="fp8-tensor",
+    quantize_weight=numerics.quantize_tensorwise,
+    quantize=numerics.quantize_tensorwise,
+    linear=numerics.scaled_linear,
+    refuses=_multiple_of_16,
+)
+
+SchemeFactory = Callable[["Fp8Options"], Scheme]
+_METHODS: dict[str, SchemeFactory] = {"fp8": lambda options: {"row": ROW, "tensor": TENSOR}[options.granularity]}
+
+
+def methods() -> list[str]:
+    """The names that the option ``method`` takes."""
+    return sorted(_METHODS)
+
+
+def register_method(name: str, factory: SchemeFactory) -> None:
+    """Make ``method=name`` available.
+
+    Args:
+        name: value of the option; must not be taken.
+        factory: from the options to the scheme; may raise `OptionError` for options that the method cannot serve.
+
+    Raises:
+        OptionError: ``name`` is taken.
+    """
+    if name in _METHODS:
+        raise OptionError(f"method {name!r} is registered already; registered: {', '.join(methods())}")
+    _METHODS[name] = factory
+
+
+def scheme_for(options: Fp8Options) -> Scheme:
+    """The scheme that ``options.method`` stands for."""
+    return _METHODS[options.method](options)

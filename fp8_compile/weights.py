@@ -1,0 +1,318 @@
+"""The binder: from a module's parameters to the FP8 constants that a compiled graph takes.
+
+One compiled graph serves many modules, so constants belong to parameters and never to graphs. What is known of a parameter
+is kept under a weak reference to it and dies with it.
+
+Whether constants still fit their parameter is asked at every call, from what the host knows without touching the device:
+the parameter's version counter and address. If either has changed, a fingerprint of the values decides, so that a weight
+that was offloaded and brought back is not quantized again. New values go into the same memory: a CUDA graph that has
+recorded the address reads them.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .errors import NonFiniteWeightError
+from .passes.plan import Decision, Plan
+from .passes.quantize_linears import Constant
+from .schemes import Scheme
+
+logger = logging.getLogger(__name__)
+
+Stamp = tuple[int, int]
+
+
+@dataclass(eq=False)
+class GraphRecord:
+    """One graph that the backend compiled: what was decided for it.
+
+    Attributes:
+        compile_id: Dynamo's identifier of the compilation, as in ``TORCH_LOGS`` and tlparse.
+    """
+
+    plan: Plan
+    compile_id: str
+
+
+@dataclass
+class Constants:
+    """FP8 constants of one parameter under one scheme, and what the parameter was when they were made."""
+
+    tensors: tuple[Tensor, ...]
+    stamp: Stamp
+    fingerprint: int
+
+
+@dataclass
+class WeightState:
+    """All that is known of one parameter."""
+
+    constants: dict[tuple[Scheme, bool], Constants] = field(default_factory=dict)
+    decisions: dict[GraphRecord, list[Decision]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for c in self.constants.values() for t in c.tensors)
+
+
+_STATES: Any = WeakTensorKeyDictionary()
+
+
+def state_of(weight: Tensor) -> WeightState | None:
+    """What is known of ``weight``, or None if no compiled graph has run with it."""
+    return _STATES.get(weight)
+
+
+def _state(weight: Tensor) -> WeightState:
+    return _STATES.setdefault(weight, WeightState())
+
+
+def _stamp(weight: Tensor) -> Stamp:
+    # Tensors made in inference mode have no version counter: there, only a new address tells of a change.
+    return (-1 if weight.is_inference() else weight._version), weight.data_ptr()
+
+
+def fingerprint(weight: Tensor) -> Tensor:
+    """A 64-bit hash of the values of ``weight`` and their places, computed on its device.
+
+    A sum of the bits, each word times an odd number of its own, modulo 2**64. An odd factor is invertible, so a change of
+    a single word always shows; any other change goes unseen with a probability of about 2**-64.
+
+    Args:
+        weight: ``[N, K]``.
+
+    Returns:
+        int64, without dimensions.
+    """
+    rows = weight.detach().contiguous()
+    word = next(t for t in (torch.int64, torch.int16, torch.int8) if rows.shape[-1] * rows.itemsize % t.itemsize == 0)
+    if rows.data_ptr() % word.itemsize:
+        rows = rows.clone()
+    bits = rows.view(word)
+    return ((bits * _odd(bits.shape[1], bits.device)).sum(1) * _odd(bits.shape[0], bits.device)).sum()
+
+
+def _odd(count: int, device: torch.device) -> Tensor:
+    golden = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / golden ratio: Knuth, The Art of Computer Programming 3, 6.4
+    return (torch.arange(1, count + 1, device=device, dtype=torch.int64) * golden) | 1
+
+
+def make_constants(weights: Sequence[Tensor], needed: Sequence[Constant], verify: bool) -> list[tuple[Tensor, ...]]:
+    """The constants that a graph needs, made or made anew where the weights call for it.
+
+    Args:
+        weights: the parameters, one for each of ``needed``.
+        needed: as the rewrite described them.
+        verify: compare the values even where version and address say that nothing has changed.
+
+    Raises:
+        NonFiniteWeightError: a weight holds NaN or Inf; nothing is kept of it.
+    """
+    if any(_is_fake(w) for w in weights):
+        return [c.scheme.make_constants(w, c.transposed) for w, c in zip(weights, needed, strict=True)]
+
+    # Not inference tensors, whatever the caller's mode: those could not be updated outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        doubtful: dict[tuple[int, Scheme, bool], tuple[Tensor, Constant]] = {}
+        for weight, constant in zip(weights, needed, strict=True):
+            known = _state(weight).constants.get((constant.scheme, constant.transposed))
+            if verify or known is None or known.stamp != _stamp(weight):
+                doubtful[id(weight), constant.scheme, constant.transposed] = weight, constant
+        if doubtful:
+            _bring_up_to_date(list(doubtful.values()))
+    return [_state(w).constants[c.scheme, c.transposed].tensors for w, c in zip(weights, needed, strict=True)]
+
+
+def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constant]]) -> None:
+    fresh: list[tuple[Tensor, Constant, Constants]] = []
+    prints = _to_host([fingerprint(weight) for weight, _ in doubtful])
+    for (weight, constant), value in zip(doubtful, prints, strict=True):
+        known = _state(weight).constants.get((constant.scheme, constant.transposed))
+        if known is not None and known.fingerprint == value and known.tensors[0].device == weight.device:
+            known.stamp = _stamp(weight)
+            continue
+        tensors = constant.scheme.make_constants(weight, constant.transposed)
+        fresh.append((weight, constant, Constants(tensors, _stamp(weight), value)))
+
+    if fresh:
+        finite = _to_host([_all_finite(made.tensors) for _, _, made in fresh])
+        broken = [constant.path for (_, constant, _), ok in zip(fresh, finite, strict=True) if not ok]
+        if broken:
+            raise NonFiniteWeightError(broken)
+    for weight, constant, made in fresh:
+        _store(_state(weight), constant, made)
+
+
+def _store(state: WeightState, constant: Constant, made: Constants) -> None:
+    key = constant.scheme, constant.transposed
+    known = state.constants.get(key)
+    if known is not None and known.tensors[0].device == made.tensors[0].device:
+        for old, new in zip(known.tensors, made.tensors, strict=True):
+            old.copy_(new)
+        made.tensors = known.tensors
+    state.constants[key] = made
+    logger.debug("quantized the weight of %s (%s)", constant.path, constant.scheme.name)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    # A NaN or Inf of the weight reaches its scale through the amax, so the scales tell, and they are small.
+    scales = [t for t in tensors if t.dtype == torch.float32]
+    return torch.stack([s.isfinite().all() for s in scales]).all()
+
+
+def _to_host(scalars: Sequence[Tensor]) -> list[Any]:
+    """The values of ``scalars``, at the price of a single synchronisation."""
+    return torch.stack([s.to(scalars[0].device) for s in scalars]).tolist()
+
+
+def _is_fake(weight: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(weight, FakeTensor)
+
+
+@dataclass
+class _Instance:
+    """A module that has run through a graph: the stamps of its weights, and the constants made of them."""
+
+    stamps: tuple[Any, ...] | None
+    constants: tuple[Tensor, ...]
+
+
+class BoundGraph:
+    """A compiled graph that takes the arguments of the original one.
+
+    Dynamo calls it with the parameters of whichever module is running; it hands the constants of those to the compiled code
+    in place of the weights.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        record: GraphRecord,
+        constants: Sequence[Constant],
+        arguments: Sequence[str],
+        kept_arguments: Sequence[str],
+    ) -> None:
+        """
+        Args:
+            compiled: takes ``kept_arguments``, then the tensors of ``constants``.
+            arguments: names of the original graph's placeholders, in order.
+            kept_arguments: those of them that the rewritten graph still takes, in order.
+        """
+        place = {name: i for i, name in enumerate(arguments)}
+        tracked = [d for d in record.plan.decisions if d.weight is not None and d.tracked]
+        self._compiled = compiled
+        self._record = record
+        self._constants = tuple(constants)
+        self._tracked = [(place[d.weight], d) for d in tracked if d.weight is not None]
+        self._weights = _getter([place[c.weight] for c in constants] or sorted({i for i, _ in self._tracked}))
+        self._kept = _getter([place[name] for name in kept_arguments])
+        self._instances: dict[tuple[int, ...], _Instance] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        weights = self._weights(args)
+        instance = self._instances.get(tuple(map(id, weights)))
+        if instance is None or instance.stamps != _stamps(weights):
+            instance = self._bind(args, weights)
+        return self._compiled(*self._kept(args), *instance.constants)
+
+    def _bind(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> _Instance:
+        known = self._instances.get(tuple(map(id, weights)))
+        made = make_constants(weights, self._constants, verify=known is None) if self._constants else []
+        flat = tuple(tensor for tensors in made for tensor in tensors)
+        if any(_is_fake(w) for w in weights):
+            return _Instance(None, flat)
+        if known is None:
+            # Without stamps, the second call comes here again: by then every module has run once, and the sum is known.
+            instance = self._instances[tuple(map(id, weights))] = _Instance(None, flat)
+            self._remember(args, weights)
+        else:
+            if known.stamps is None:
+                _announce_memory()
+            instance = known
+            instance.constants = flat
+            instance.stamps = _stamps(weights)
+        return instance
+
+    def _remember(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> None:
+        for index, decision in self._tracked:
+            _state(args[index]).decisions.setdefault(self._record, []).append(decision)
+        key = tuple(map(id, weights))
+        instances = self._instances
+        for weight in weights:
+            weakref.finalize(weight, instances.pop, key, None).atexit = False
+
+
+_version = operator.attrgetter("_version")
+
+
+def _stamps(weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    try:
+        return *map(_version, weights), *map(Tensor.data_ptr, weights)
+    except RuntimeError:  # an inference tensor has no version, a fake one no address
+        return tuple((0, 0) if _is_fake(w) else _stamp(w) for w in weights)
+
+
+def _getter(indices: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """`operator.itemgetter` that returns a tuple for any number of indices."""
+    if not indices:
+        return lambda args: ()
+    if len(indices) == 1:
+        (index,) = indices
+        return lambda args: (args[index],)
+    return operator.itemgetter(*indices)
+
+
+_announced_bytes = 0
+
+
+def _announce_memory() -> None:
+    global _announced_bytes
+    fp8_bytes = sum(state.nbytes for state in _STATES.values())
+    if fp8_bytes <= _announced_bytes:
+        return
+    _announced_bytes = fp8_bytes
+    own_bytes = sum(weight.nbytes for weight, state in _STATES.items() if state.constants)
+    logger.warning(
+        "FP8 weights take %.1f MB beside the %.1f MB of the weights that they were made from, which remain part of the model. "
+        "To need less, convert fewer layers (ignored_layers); see the page on memory in the documentation.",
+        fp8_bytes / 1e6,
+        own_bytes / 1e6,
+    )
+
+
+def refresh(model: torch.nn.Module) -> list[str]:
+    """Compare every FP8 constant of ``model`` with its weight, and make anew those that no longer fit.
+
+    Needed after an edit that leaves no trace: writing through ``weight.data`` or through a view of the storage. Not
+    needed after ``load_state_dict``, an in-place operation on the parameter, PEFT's merging and unmerging, or moving the
+    model.
+
+    Returns:
+        The names of the parameters whose constants were made anew, as in ``model.named_parameters()``.
+
+    Raises:
+        NonFiniteWeightError: a weight now holds NaN or Inf.
+    """
+    changed = []
+    with torch.inference_mode(False), torch.no_grad():
+        for name, weight in model.named_parameters():
+            state = state_of(weight)
+            if state is None or not state.constants:
+                continue
+            before = {key: constants.fingerprint for key, constants in state.constants.items()}
+            _bring_up_to_date([(weight, Constant("", scheme, transposed, name, ())) for scheme, transposed in before])
+            if before != {key: constants.fingerprint for key, constants in state.constants.items()}:
+                changed.append(name)
+    return changed

@@ -1,0 +1,76 @@
+"""Let all matmuls that read one quantized activation read the same tensor in memory.
+
+Inductor gives an operator the exact strides that it saw in eager mode. It does so by a copy for each reader, even where the
+strides agree: q, k and v cost three FP8 tensors, each written and read. It takes those strides from
+``meta["eager_input_vals"]``, where None asks for nothing. Without any request, however, it may lay the tensor out like
+the tensor it was computed from, which no kernel accepts after a transposition; so the layout is fixed once, where the tensor
+is made.
+
+Before::
+
+    (1) q = convert_element_type(..., float8_e4m3fn)
+    (2) a = _scaled_mm(view(q), ...)                     meta: the eager strides of all operands
+    (3) b = _scaled_mm(view_1(q), ...)                   -> Inductor writes q twice
+
+After::
+
+    (1) q = convert_element_type(..., float8_e4m3fn)
+    (2) f = inductor_force_stride_order(q, (2, 1))
+    (3) a = _scaled_mm(view(f), ...)                     meta: those of all operands but the first
+    (4) b = _scaled_mm(view_1(f), ...)                   -> Inductor writes q once
+
+It leaves alone every other operator, and a matmul whose first operand is no contiguous tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+# Operators that give a contiguous tensor another shape without moving its data.
+_VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default})
+_FORCE = torch.ops.prims.inductor_force_stride_order.default
+
+
+def one_fp8_copy(graph: Graph) -> int:
+    """Edit ``graph``, a graph of aten operators after AOTAutograd, in place.
+
+    Returns:
+        How many matmuls were freed of their copy.
+    """
+    freed = 0
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default):
+        made = _maker(node.args[0])
+        if made is None or "eager_input_vals" not in node.meta:
+            continue
+        args, kwargs = node.meta["eager_input_vals"]
+        if args and args[0] is not None:
+            _fix_layout(graph, made)
+            node.meta["eager_input_vals"] = (None, *args[1:]), kwargs
+            freed += 1
+    return freed
+
+
+def _maker(operand: object) -> Node | None:
+    """The node that computes ``operand``, views passed over, if all of them are contiguous."""
+    while isinstance(operand, Node) and _contiguous(operand):
+        if operand.target not in _VIEWS:
+            return operand
+        operand = operand.args[0]
+    return None
+
+
+def _contiguous(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_contiguous()
+
+
+def _fix_layout(graph: Graph, node: Node) -> None:
+    if node.target is _FORCE or node.op == "placeholder":
+        return
+    # Only the order of the strides counts, so their values, which may be symbolic, can stay out of the graph.
+    order = tuple(range(node.meta["val"].dim(), 0, -1))
+    with graph.inserting_after(node):
+        forced = graph.call_function(_FORCE, (node, order))
+    forced.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(forced, delete_user_cb=lambda user: user is not forced)

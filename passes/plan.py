@@ -1,0 +1,156 @@
+"""Decide, before anything is rewritten, which linears become FP8, which stay, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.fx import GraphModule
+
+from ..options import Fp8Options
+from ..patterns import first_match, is_adapter, layer_path
+from ..schemes import Scheme
+from .graphs import example, mutates, row_count
+from .linears import Linear, find_linears, module_path
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one linear.
+
+    Attributes:
+        node: name of the node that computes it, in Dynamo's graph.
+        path: of its module, relative to the compiled region.
+        weight: name of the placeholder that holds its weight, or None if that is no parameter.
+        transposed: the weight is stored ``[in_features, out_features]``.
+        decision: "fp8" or "kept".
+        reason: why it is kept; empty for "fp8".
+        pattern: the entry of ``ignored_layers`` that names it, or None.
+        tracked: whether the report follows the weight. Adapters' weights are swapped and resized by their owners,
+            which a weak reference to them would forbid (``torch.utils.swap_tensors``).
+    """
+
+    node: str
+    path: str
+    in_features: int
+    out_features: int
+    weight: str | None
+    transposed: bool
+    decision: Literal["fp8", "kept"]
+    reason: str = ""
+    pattern: str | None = None
+    tracked: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions on all linears of one graph, in its order, and the scheme of those that become FP8."""
+
+    scheme: Scheme
+    decisions: tuple[Decision, ...]
+    ignored_layers: tuple[str, ...]
+
+    @property
+    def converted(self) -> tuple[Decision, ...]:
+        return tuple(d for d in self.decisions if d.decision == "fp8")
+
+    @property
+    def unmatched_patterns(self) -> tuple[str, ...]:
+        matched = {d.pattern for d in self.decisions}
+        return tuple(p for p in self.ignored_layers if p not in matched)
+
+    def reasons(self) -> Counter[str]:
+        """How many linears are kept for each reason."""
+        return Counter(d.reason for d in self.decisions if d.decision == "kept")
+
+
+def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme) -> Plan:
+    """Decide on every linear of Dynamo's graph ``gm``; the graph stays as it is."""
+    decisions = [_decide(linear, options, scheme) for linear in find_linears(gm.graph)]
+    decisions.extend(_inside_higher_order_operators(gm))
+    return Plan(scheme, tuple(decisions), options.ignored_layers)
+
+
+def _decide(linear: Linear, options: Fp8Options, scheme: Scheme) -> Decision:
+    module = module_path(linear)
+    path = layer_path(module)
+    parameter = linear.weight.op == "placeholder" and isinstance(example(linear.weight), torch.nn.Parameter)
+    out_features, in_features = example(linear.weight).shape[-2:] if example(linear.weight) is not None else (0, 0)
+    if linear.transposed:
+        out_features, in_features = in_features, out_features
+    pattern = None if is_adapter(module) else first_match(options.ignored_layers, path)
+    if pattern is not None:
+        reason: str | None = f"ignored_layers: {pattern}"
+    else:
+        reason = _reason_to_keep(linear, module, int(in_features), int(out_features), parameter, options, scheme)
+    return Decision(
+        node=linear.node.name,
+        path=path,
+        in_features=int(in_features),
+        out_features=int(out_features),
+        weight=linear.weight.name if parameter else None,
+        transposed=linear.transposed,
+        decision="kept" if reason else "fp8",
+        reason=reason or "",
+        pattern=pattern,
+        tracked=not is_adapter(module),
+    )
+
+
+def _reason_to_keep(
+    linear: Linear,
+    module: str,
+    in_features: int,
+    out_features: int,
+    parameter: bool,
+    options: Fp8Options,
+    scheme: Scheme,
+) -> str | None:
+    weight = example(linear.weight)
+    if is_adapter(module):
+        return "low-rank adapter"
+    if not parameter:
+        return "weight is not a parameter"
+    if linear.unusual:
+        return linear.unusual
+    if _subclass(weight) is not None:
+        return f"weight is a {_subclass(weight)}"
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"weight is {str(weight.dtype).removeprefix('torch.')}, not bfloat16 or float16"
+    if any(mutates(user) for user in linear.weight.users):
+        return "weight is modified in the graph"
+    if min(in_features, out_features) < options.min_features:
+        return f"narrower than min_features {options.min_features}"
+    if row_count(example(linear.input).shape) < options.min_rows:
+        return f"fewer rows than min_rows {options.min_rows}"
+    return scheme.refuses(in_features, out_features, weight.dtype)
+
+
+def _subclass(weight: torch.Tensor) -> str | None:
+    """The class of a weight that is a tensor subclass, seen through the fake tensor that stands for a plain one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    plain = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+    return None if type(weight) in plain else type(weight).__name__
+
+
+def _inside_higher_order_operators(gm: GraphModule) -> Iterator[Decision]:
+    for name, module in gm.named_modules():
+        if module is gm or not isinstance(module, GraphModule):
+            continue
+        for linear in find_linears(module.graph):
+            weight = example(linear.weight)
+            out_features, in_features = weight.shape[-2:] if isinstance(weight, torch.Tensor) else (0, 0)
+            yield Decision(
+                node=f"{name}.{linear.node.name}",
+                path=layer_path(module_path(linear)),
+                in_features=int(in_features),
+                out_features=int(out_features),
+                weight=None,
+                transposed=linear.transposed,
+                decision="kept",
+                reason="inside a higher-order operator",
+            )
