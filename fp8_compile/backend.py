@@ -122,3 +122,15 @@ def _check_patterns(gm: GraphModule, plan: Plan) -> None:
             UnmatchedPatternWarning,
             stacklevel=2,
         )
+
+
+def _reset() -> None:
+    _matched.clear()
+    if torch.cuda.is_initialized():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+# torch.compiler.reset() calls this attribute of a backend.
+fp8_diffusion.reset = _reset  # type: ignore[attr-defined]

@@ -124,7 +124,7 @@ def report(model: torch.nn.Module) -> Report:
             size = parameter.nbytes
             out_features, in_features = parameter.shape
             rows.append(LayerReport(layer_path(owner), in_features, out_features, "kept", reason, "", size, size))
-    ordered = sorted(records, key=lambda record: record.compile_id)
+    ordered = sorted(records, key=lambda record: record.serial)
     rows.extend(_without_parameter(ordered))
     return Report(tuple(rows), _unmatched(ordered), tuple(record.compile_id for record in ordered), extra)
 

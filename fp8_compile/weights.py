@@ -11,6 +11,7 @@ recorded the address reads them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 import weakref
@@ -38,10 +39,12 @@ class GraphRecord:
 
     Attributes:
         compile_id: Dynamo's identifier of the compilation, as in ``TORCH_LOGS`` and tlparse.
+        serial: counts the graphs of this process.
     """
 
     plan: Plan
     compile_id: str
+    serial: int = field(default_factory=itertools.count().__next__)
 
 
 @dataclass

@@ -1,0 +1,131 @@
+"""What the tests of the passes share: Dynamo's graph of a small module, and a graph printed to be read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from fp8_compile import Fp8Options
+from fp8_compile.passes.pipeline import rewrite
+from fp8_compile.passes.plan import Plan, plan_linears
+from fp8_compile.passes.quantize_linears import Constant
+from fp8_compile.schemes import scheme_for
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Always the same values for one shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+class Call(nn.Module):
+    """A module whose forward is ``function(module, *args)``, with bfloat16 parameters of the given shapes."""
+
+    def __init__(self, function: Callable[..., Any], **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(rand(*shape), requires_grad=False))
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self, *args)
+
+
+@dataclass
+class Captured:
+    """Dynamo's graph and the inputs that it was captured with, parameters included."""
+
+    gm: GraphModule
+    inputs: list[Any]
+
+    @property
+    def graph(self) -> Graph:
+        return self.gm.graph
+
+    def value(self, node: Node) -> Any:
+        """The input that belongs to the placeholder ``node``."""
+        return self.inputs[self.graph.find_nodes(op="placeholder").index(node)]
+
+
+def capture(model: Callable[..., Any], *args: Any, dynamic: bool | None = False) -> Captured:
+    """The one graph that Dynamo makes of ``model(*args)``."""
+    graphs: list[Captured] = []
+
+    def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(Captured(gm, list(inputs)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args)
+    (captured,) = graphs
+    return captured
+
+
+def plan(captured: Captured | GraphModule, **options: Any) -> Plan:
+    """The plan under ``options``, which by default refuse no layer for its size."""
+    opts = Fp8Options(**{"min_features": 1, "min_rows": 1, **options})
+    gm = captured.gm if isinstance(captured, Captured) else captured
+    return plan_linears(gm, opts, scheme_for(opts))
+
+
+def rewritten(captured: Captured | GraphModule, **options: Any) -> tuple[GraphModule, list[Constant]]:
+    """The graph after the passes on Dynamo's graph, and its constants."""
+    gm = captured.gm if isinstance(captured, Captured) else captured
+    return rewrite(gm, plan(gm, **options), lambda stage, graph: None)
+
+
+def run(captured: Captured, gm: GraphModule, constants: list[Constant]) -> Any:
+    """Execute the rewritten graph on the captured inputs, with the constants of their weights."""
+    given = dict(zip((n.name for n in captured.graph.find_nodes(op="placeholder")), captured.inputs, strict=True))
+    made = {
+        name: tensor
+        for c in constants
+        for name, tensor in zip(c.placeholders, c.scheme.make_constants(given[c.weight], c.transposed), strict=True)
+    }
+    with torch.no_grad():
+        return gm(*({**given, **made}[n.name] for n in gm.graph.find_nodes(op="placeholder")))
+
+
+def show(graph: Graph) -> str:
+    """The graph, a node per line: ``name: type`` for an input, ``name = function(arguments)`` for a call.
+
+    Inputs bear the names that they have in the model's source, ``self.to_q.weight``; the others their node's.
+    """
+
+    def text(value: object) -> str:
+        if isinstance(value, Node):
+            return name(value)
+        if isinstance(value, (tuple, list)):
+            return f"({', '.join(map(text, value))}{',' * (len(value) == 1)})"
+        return str(value)
+
+    def name(node: Node) -> str:
+        source = getattr(node, "_dynamo_source", None)
+        if node.op != "placeholder" or source is None:
+            return node.name
+        parts = re.findall(r"\w+", source.name.removeprefix("L"))
+        return ".".join(p for p in parts if p not in ("_modules", "_parameters", "_buffers"))
+
+    lines = []
+    for node in graph.nodes:
+        arguments = ", ".join([*map(text, node.args), *(f"{key}={text(value)}" for key, value in node.kwargs.items())])
+        if node.op == "placeholder":
+            value = node.meta.get("example_value", node.meta.get("val"))
+            lines.append(f"{name(node)}: {str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
+        elif node.op == "output":
+            lines.append(f"return {arguments}")
+        else:
+            target = node.target if isinstance(node.target, str) else node.target.__name__
+            lines.append(f"{node.name} = {'.' * (node.op == 'call_method')}{target}({arguments})")
+    return "\n".join(lines)
+
+
+def calls(graph: Graph, function: Callable[..., Any]) -> list[Node]:
+    """The nodes that call ``function``, in order."""
+    return list(graph.find_nodes(op="call_function", target=function))

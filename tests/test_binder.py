@@ -1,0 +1,309 @@
+"""From parameters to constants: the right ones for every module, never stale, never made twice, freed with the model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from blocks import OPTIONS, WIDTH, Model, model, tokens
+from sqnr import sqnr
+from torch import Tensor, nn
+
+import fp8_compile
+from fp8_compile import weights
+
+# Four linears in a block; this small random model loses about 25 dB to FP8 in total.
+LINEARS = 4
+FLOOR = 24.0
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def quantized(caplog: pytest.LogCaptureFixture) -> Callable[[], int]:
+    """How many weights were quantized since the last time this was asked."""
+    caplog.set_level(logging.DEBUG, logger="fp8_compile.weights")
+
+    def count() -> int:
+        found = sum("quantized the weight" in record.message for record in caplog.records)
+        caplog.clear()
+        return found
+
+    return count
+
+
+def fresh(m: Model, x: Tensor, **options: Any) -> Tensor:
+    """What a model with these weights gives when everything about it is new."""
+    return copy_of(m).compile_whole(**options)(x)
+
+
+def copy_of(m: Model) -> Model:
+    other = model(len(m.blocks))
+    other.load_state_dict(m.state_dict())
+    return other
+
+
+def test_every_block_runs_with_its_own_weights(quantized: Callable[[], int]) -> None:
+    m, x = model(), tokens()
+    expected = [block(x) for block in m.blocks]
+    m.compile_blocks()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            for block, output in zip(m.blocks, expected, strict=True):
+                assert sqnr(output, block(x)) > FLOOR
+    assert quantized() == 3 * LINEARS
+
+
+def test_whole_and_regional_compilation_agree_bit_by_bit() -> None:
+    m, x = model(), tokens()
+    torch.testing.assert_close(copy_of(m).compile_blocks()(x), copy_of(m).compile_whole()(x), rtol=0, atol=0)
+
+
+def test_two_models_of_one_class() -> None:
+    first, second, x = model(), model(), tokens()
+    expected = first(x), second(x)
+    first.compile_blocks()
+    second.compile_blocks()
+    for _ in range(2):
+        assert sqnr(expected[0], first(x)) > FLOOR
+        assert sqnr(expected[1], second(x)) > FLOOR
+
+
+def test_two_option_sets_on_one_model_keep_apart() -> None:
+    m, x = model(), tokens()
+    row = torch.compile(m, backend="fp8_diffusion", options=OPTIONS)
+    tensor = torch.compile(m, backend="fp8_diffusion", options={**OPTIONS, "granularity": "tensor"})
+    outputs = [f(x) for f in (row, tensor, row, tensor)]
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert {row.scheme for row in fp8_compile.report(m).layers} == {"fp8-row+fp8-tensor"}
+
+
+def test_a_recompile_with_other_shapes_quantizes_nothing_again(quantized: Callable[[], int]) -> None:
+    m = model()
+    eager = copy_of(m)
+    m.compile_blocks()
+    for count in (32, 48, 64, 32):
+        x = tokens(count)
+        assert sqnr(eager(x), m(x)) > FLOOR
+    assert quantized() == 3 * LINEARS
+    assert len(fp8_compile.report(m).graphs) == 2
+
+
+def test_a_shared_weight_makes_one_constant(quantized: Callable[[], int]) -> None:
+    m = model(2)
+    m.blocks[1].to_q.weight = m.blocks[0].to_q.weight
+    x = tokens()
+    expected = m(x)
+    m.compile_whole()
+    assert sqnr(expected, m(x)) > FLOOR
+    assert quantized() == 2 * LINEARS - 1
+    layers = {row.path: row for row in fp8_compile.report(m).layers}
+    assert layers["blocks.0.to_q"].decision == layers["blocks.1.to_q"].decision == "fp8"
+
+
+def _in_place(m: Model) -> None:
+    m.blocks[1].to_q.weight.mul_(-1.5)
+
+
+def _load_state_dict(m: Model) -> None:
+    m.load_state_dict(model().state_dict())
+
+
+def _assign_state_dict(m: Model) -> None:
+    m.load_state_dict(model().state_dict(), assign=True)
+
+
+def _replace_parameter(m: Model) -> None:
+    m.blocks[1].to_q.weight = nn.Parameter(m.blocks[1].to_q.weight * -1.5)
+
+
+def _replace_layer(m: Model) -> None:
+    m.blocks[1].to_q = model(1).blocks[0].to_q
+
+
+def _swap_data(m: Model) -> None:
+    m.blocks[1].to_q.weight.data = m.blocks[1].to_q.weight.data * -1.5
+
+
+@pytest.mark.parametrize("compilation", ["blocks", "whole"])
+@pytest.mark.parametrize(
+    "edit", [_in_place, _load_state_dict, _assign_state_dict, _replace_parameter, _replace_layer, _swap_data]
+)
+def test_an_edit_is_seen_by_the_next_call(edit: Callable[[Model], None], compilation: str) -> None:
+    m, x = model(), tokens()
+    _ = m.compile_blocks() if compilation == "blocks" else m.compile_whole()
+    before = m(x), m(x)
+    edit(m)
+    after = m(x)
+    assert not torch.equal(before[0], after)
+    assert torch.equal(after, fresh(m, x))
+    assert torch.equal(after, m(x))
+
+
+def test_an_edit_reaches_every_graph_that_shares_the_weight() -> None:
+    m = model()
+    m.compile_blocks()
+    short, long = tokens(32), tokens(48)
+    for _ in range(2):
+        m(short), m(long)
+    _in_place(m)
+    outputs = m(short), m(long)  # the first call makes the constants anew, the second must not use older ones
+    assert torch.equal(outputs[1], fresh(m, long))
+    assert torch.equal(outputs[0], fresh(m, short))
+
+
+def test_constants_keep_their_address_when_they_are_made_anew() -> None:
+    m, x = model(1), tokens()
+    m.compile_blocks()(x)
+    weight = m.blocks[0].to_q.weight
+    addresses = [t.data_ptr() for c in weights._STATES[weight].constants.values() for t in c.tensors]
+    weight.mul_(2)
+    m(x)
+    assert addresses == [t.data_ptr() for c in weights._STATES[weight].constants.values() for t in c.tensors]
+
+
+def test_offloaded_and_returned_parameters_are_not_quantized_again(quantized: Callable[[], int]) -> None:
+    m, x = model(), tokens()
+    m.compile_blocks()
+    expected = m(x)
+    quantized()
+    for _ in range(3):
+        held = [p.data.clone() for p in m.parameters()]
+        for p, data in zip(m.parameters(), held, strict=True):
+            p.data = data
+        assert torch.equal(m(x), expected)
+    assert quantized() == 0
+
+
+def test_a_hidden_edit_needs_refresh_and_refresh_says_what_changed(quantized: Callable[[], int]) -> None:
+    m, x = model(), tokens()
+    m.compile_blocks()
+    for _ in range(2):
+        before = m(x)
+    m.blocks[2].to_k.weight.data.mul_(3)
+    assert torch.equal(m(x), before)  # nothing on the host tells: what refresh is for
+    assert fp8_compile.refresh(m) == ["blocks.2.to_k.weight"]
+    assert torch.equal(m(x), fresh(m, x))
+    assert fp8_compile.refresh(m) == []
+
+
+def test_a_new_graph_compares_values_even_of_hidden_edits() -> None:
+    m = model()
+    m.compile_blocks()
+    m(tokens(32))
+    m.blocks[2].to_k.weight.data.mul_(3)
+    x = tokens(48)
+    assert torch.equal(m(x), fresh(m, x))
+
+
+def test_a_deleted_model_frees_its_constants() -> None:
+    m, x = model(), tokens()
+    m.compile_blocks()(x)
+    m(x)
+    known = weakref.ref(weights._STATES[m.blocks[0].to_q.weight].constants.popitem()[1].tensors[0])
+    # popitem took the store's own reference, so what is left is the compiled graph's.
+    assert known() is not None
+    tracked = len(weights._STATES)
+    del m
+    gc.collect()
+    assert known() is None
+    assert len(weights._STATES) <= tracked - 3 * LINEARS
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        m, x = model(), tokens()
+        expected = m(x)
+        m.compile_blocks()
+        for _ in range(3):
+            assert sqnr(expected, m(x)) > FLOOR
+    x = x.clone()
+    assert sqnr(expected, m(x)) > FLOOR
+
+
+def test_constants_made_in_inference_mode_can_be_made_anew_outside() -> None:
+    m, x = model(), tokens()
+    m.compile_blocks()
+    with torch.inference_mode():
+        m(x), m(x)
+    _in_place(m)
+    assert torch.equal(m(x), fresh(m, x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_without_a_scale_is_an_error_that_names_the_layer(value: float) -> None:
+    m, x = model(), tokens()
+    m.compile_blocks()
+    m.blocks[1].img_mlp[2].weight[3, 5] = value
+    with pytest.raises(fp8_compile.NonFiniteWeightError, match=r"img_mlp\.2") as error:
+        m(x)
+    assert error.value.layers == ("img_mlp.2",)
+    m.blocks[1].img_mlp[2].weight[3, 5] = 0
+    assert m(x).isfinite().all()
+
+
+def test_the_price_in_memory_is_told_once_with_the_figure(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    gc.collect()
+    monkeypatch.setattr(weights, "_announced_bytes", sum(s.nbytes for s in weights._STATES.values()))
+    m, x = model(), tokens()
+    m.compile_blocks()
+    for _ in range(4):
+        m(x)
+    told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(told) == 1
+    expected = 3 * (2 * WIDTH * WIDTH + 8 * WIDTH * WIDTH + 4 * (2 * WIDTH + 4 * WIDTH + WIDTH))
+    assert fp8_compile.report(m).totals["extra_bytes"] == expected
+    assert f"{sum(s.nbytes for s in weights._STATES.values()) / 1e6:.1f} MB" in told[0]
+
+
+def test_constants_are_static_inputs() -> None:
+    """What CUDA graphs copy nothing of; the activation is the only input that is not static."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._guards import TracingContext
+
+    seen: list[tuple[int, list[int]]] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append((len(inputs), TracingContext.get().fw_metadata.static_input_indices))
+        return make_boxed_func(gm.forward)
+
+    m, x = model(1), tokens()
+    m.compile_blocks(inner_backend=aot_autograd(fw_compiler=compiler))(x)
+    ((count, static),) = seen
+    assert len(static) == count - 1
+
+
+def test_fake_weights_compile_and_run() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        m, x = Model(), tokens()
+        for p in m.parameters():
+            p.data = p.data.bfloat16()
+        m.compile_blocks()
+        for _ in range(2):
+            out = m(x)
+            assert (type(out), out.shape, out.dtype) == (type(x), x.shape, x.dtype)
+
+
+def test_a_deep_copy_does_not_share_constants() -> None:
+    m, x = model(), tokens()
+    m.compile_blocks()
+    before = m(x)
+    other = copy.deepcopy(m)
+    _in_place(other)
+    assert torch.equal(m(x), before)
+    assert torch.equal(copy_of(other).compile_whole()(x), fresh(other, x))
