@@ -109,13 +109,12 @@ def _check_patterns(gm: GraphModule, plan: Plan) -> None:
         return
     paths = [d.path for d in plan.decisions]
     reason = getattr(gm, "compile_subgraph_reason", None)
-    complete = reason is None or not reason.graph_break
+    partial = reason is not None and reason.graph_break
     for pattern in plan.unmatched_patterns:
-        if pattern in matched:
-            logger.info("ignored_layers: %r matched no linear of this graph, but of another one", pattern)
+        if pattern in matched or partial:
+            logger.info("ignored_layers: %r matched no linear of this graph; another one has it, or may have it", pattern)
             continue
-        if complete:
-            check_unmatched(pattern, paths)
+        check_unmatched(pattern, paths)
         warnings.warn(
             f"ignored_layers: {pattern!r} matched none of the {len(paths)} linears of this graph; "
             "fp8_compile.report(model) shows what it matched in the whole model",

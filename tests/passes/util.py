@@ -24,7 +24,7 @@ def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 class Call(nn.Module):
-    """A module whose forward is ``function(module, *args)``, with bfloat16 parameters of the given shapes."""
+    """A module whose forward is ``function(module, x, *more)``, with bfloat16 parameters of the given shapes."""
 
     def __init__(self, function: Callable[..., Any], **shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class Call(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(rand(*shape), requires_grad=False))
 
-    def forward(self, *args: Any) -> Any:
-        return self.function(self, *args)
+    def forward(self, x: Tensor, *more: Any) -> Any:
+        return self.function(self, x, *more)
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""One script per claim: each measures, prints a table and writes JSON."""

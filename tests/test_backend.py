@@ -1,0 +1,376 @@
+"""The backend as torch.compile drives it: found by name, its errors and warnings, its report, its traces and caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blocks import OPTIONS, WIDTH, Model, model, tokens
+from sqnr import sqnr
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import fp8_compile
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **env},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def inner(error: pytest.ExceptionInfo[BackendCompilerFailed]) -> Exception:
+    return error.value.inner_exception
+
+
+@torch.no_grad()
+def compiled(m: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    return torch.compile(m, backend="fp8_diffusion", options={**OPTIONS, **options})(x)
+
+
+# --- found by name ---
+
+
+def test_a_process_that_imports_nothing_of_ours_finds_the_backend() -> None:
+    done = run_python("""
+        import sys, torch
+        assert "fp8_diffusion" in torch.compiler.list_backends()
+        assert not any(name.startswith("fp8_compile") for name in sys.modules)
+        m = torch.nn.Linear(64, 64).bfloat16()
+        options = {"ignored_layers": [], "inner_backend": "aot_eager", "min_features": 64}
+        with torch.no_grad():
+            torch.compile(m, backend="fp8_diffusion", options=options)(torch.randn(32, 64).bfloat16())
+        import fp8_compile
+        print(fp8_compile.report(m).totals["fp8"])
+    """)
+    assert done.stdout.split() == ["1"]
+
+
+def test_importing_the_package_is_light() -> None:
+    done = run_python("""
+        import sys, fp8_compile
+        heavy = {"diffusers", "transformers", "typer", "rich", "PIL", "peft", "torch._inductor", "torch._dynamo"}
+        print(*sorted(heavy & sys.modules.keys()))
+    """)
+    assert done.stdout.split() == []
+
+
+def test_no_graph_without_linears_is_touched() -> None:
+    seen = []
+    backend = lambda gm, inputs: seen.append(gm) or gm.forward  # noqa: E731
+    out = compiled(nn.GELU(), tokens(), inner_backend=backend)
+    assert len(seen) == 1
+    assert out.shape == tokens().shape
+
+
+# --- errors and warnings ---
+
+
+def test_gradients_are_refused_with_the_remedy() -> None:
+    m = torch.compile(model(), backend="fp8_diffusion", options=OPTIONS)
+    with pytest.raises(BackendCompilerFailed, match=r"torch\.no_grad\(\)") as error:
+        m(tokens())
+    assert isinstance(inner(error), fp8_compile.GradientError)
+    with torch.no_grad():
+        m(tokens())
+    with torch.inference_mode():
+        m(tokens())
+
+
+def test_a_gpu_without_fp8_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp8_compile import backend, device
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA RTX A6000")
+    with pytest.raises(fp8_compile.UnsupportedDeviceError, match=r"A6000.*8\.6.*8\.9"):
+        device.check_device(torch.device("cuda:0"))
+    with pytest.raises(fp8_compile.UnsupportedDeviceError, match="mps"):
+        device.check_device(torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    device.check_device(torch.device("cuda:0"))
+
+    def refuse(device: torch.device) -> None:
+        raise fp8_compile.UnsupportedDeviceError(str(device))
+
+    monkeypatch.setattr(backend, "check_device", refuse)
+    started: list[Any] = []
+    with pytest.raises(BackendCompilerFailed) as error:
+        compiled(model(), tokens(), inner_backend=lambda gm, inputs: started.append(gm))
+    assert isinstance(inner(error), fp8_compile.UnsupportedDeviceError)
+    assert not started
+
+
+def test_nothing_converted_is_a_warning_that_counts_the_reasons() -> None:
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match=r"none of the 12 linears.*12 x .*min_features 5000"):
+        out = compiled(m := model(), x := tokens(), min_features=5000)
+    with torch.no_grad():
+        assert torch.equal(out, m(x))
+    assert {row.reason for row in fp8_compile.report(m).layers} == {"narrower than min_features 5000"}
+
+
+def test_nothing_converted_is_an_error_under_strict() -> None:
+    with pytest.raises(BackendCompilerFailed, match="none of the 12 linears") as error:
+        compiled(model(), tokens(), ignored_layers=["blocks"], strict=True)
+    assert isinstance(inner(error), fp8_compile.NothingConvertedError)
+
+
+def test_a_misspelt_pattern_is_an_error() -> None:
+    with pytest.raises(BackendCompilerFailed, match="did you mean 'img_mlp'") as error:
+        compiled(model(), tokens(), ignored_layers=["img_mpl"])
+    assert isinstance(inner(error), fp8_compile.PatternError)
+
+
+def test_a_block_index_in_regional_compilation_is_an_error_and_works_in_a_whole_one() -> None:
+    m, x = model(), tokens()
+    m.compile_blocks(ignored_layers=["blocks.0.*"])
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="compile the whole transformer") as error:
+        m(x)
+    assert isinstance(inner(error), fp8_compile.PatternError)
+
+    compiled(whole := model(), x, ignored_layers=["blocks.0.*"])
+    kept = {row.path for row in fp8_compile.report(whole).layers if row.decision == "kept"}
+    assert {path.split(".")[1] for path in kept} == {"0"}
+    assert len(kept) == 4
+
+
+def test_a_pattern_that_matches_nothing_is_a_warning_and_a_row() -> None:
+    with pytest.warns(fp8_compile.UnmatchedPatternWarning, match="'vision_tower'"):
+        compiled(m := model(), tokens(), ignored_layers=["img_mlp", "vision_tower"])
+    report = fp8_compile.report(m)
+    assert report.unmatched_patterns == ("vision_tower",)
+    assert "'vision_tower' matched nothing" in str(report)
+
+
+def test_a_pattern_for_another_kind_of_block_is_no_complaint(recwarn: pytest.WarningsRecorder) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x)
+
+    m = nn.Sequential(*model(1).blocks, Other().bfloat16())
+    for block in m:
+        block.compile(backend="fp8_diffusion", options={**OPTIONS, "ignored_layers": ["img_mlp"]})
+    with torch.no_grad():
+        m(tokens())
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    assert fp8_compile.report(m).unmatched_patterns == ()
+
+
+@pytest.mark.filterwarnings("ignore::fp8_compile.NothingConvertedWarning")
+def test_a_pattern_of_the_other_half_of_a_broken_graph_is_no_complaint(recwarn: pytest.WarningsRecorder) -> None:
+    class Broken(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x)
+            torch._dynamo.graph_break()
+            return self.blocks[1](x)
+
+    m = Broken(2).bfloat16()
+    compiled(m, tokens(), ignored_layers=["blocks.1.*"])
+    kept = {row.path for row in fp8_compile.report(m).layers if row.decision == "kept"}
+    assert kept == {f"blocks.1.{name}" for name in ("to_q", "to_k", "img_mlp.0", "img_mlp.2")}
+    assert not [w for w in recwarn if issubclass(w.category, fp8_compile.UnmatchedPatternWarning)]
+
+
+def test_an_unknown_option_reaches_the_user() -> None:
+    with pytest.raises(BackendCompilerFailed, match="unknown option 'ignore_layers', did you mean 'ignored_layers'"):
+        compiled(model(), tokens(), ignore_layers=["img_mlp"])
+
+
+# --- what torch.compile passes ---
+
+
+def test_mode_reaches_inductor_and_settings_last_for_one_compile_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx, config
+
+    seen: list[dict[str, Any]] = []
+
+    def compile_nothing(gm: Any, inputs: Any, config_patches: dict[str, Any], **_: Any) -> Any:
+        seen.append(config_patches)
+        return lambda *args: args[:1]
+
+    monkeypatch.setattr(compile_fx, "compile_fx", compile_nothing)
+    before = config.get_config_copy()
+    m, x = model(1), tokens()
+    with torch.no_grad():
+        torch.compile(m, backend="fp8_diffusion", mode="max-autotune-no-cudagraphs")(x)
+        torch.compiler.reset()
+        torch.compile(m, backend="fp8_diffusion", options={"mode": "reduce-overhead", "epilogue_fusion": False})(x)
+    assert seen[0]["max_autotune"] is True
+    assert seen[1]["triton.cudagraphs"] is True
+    assert seen[1]["epilogue_fusion"] is False
+    assert config.get_config_copy() == before
+
+
+def test_options_may_be_an_instance() -> None:
+    options = fp8_compile.Fp8Options(inner_backend="eager", min_features=WIDTH, ignored_layers=["img_mlp"])
+    with torch.no_grad():
+        torch.compile(m := model(1), backend="fp8_diffusion", options=options)(tokens())
+    assert fp8_compile.report(m).totals["fp8"] == 2
+
+
+def test_float16_models() -> None:
+    m, x = Model().half(), tokens().half()
+    with torch.no_grad():
+        expected = m(x)
+        out = compiled(m, x)
+    assert out.dtype == torch.float16
+    assert sqnr(expected, out) > 24
+
+
+def test_autocast_keeps_the_dtype_of_each_layer() -> None:
+    m, x = model(1), tokens().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = m(x)
+        out = compiled(m, x)
+    assert out.dtype == expected.dtype
+    assert sqnr(expected, out) > 24
+    assert fp8_compile.report(m).totals["fp8"] == 4
+
+
+def test_an_empty_batch() -> None:
+    m = model(1)
+    assert compiled(m, tokens(0), min_rows=1, ignored_layers=[]).shape == (1, 0, WIDTH)
+
+
+# --- the report ---
+
+
+def test_report_as_data() -> None:
+    compiled(m := model(2), tokens(), ignored_layers=["img_mlp.0"])
+    data = json.loads(json.dumps(fp8_compile.report(m).to_dict()))
+    assert [row["path"] for row in data["layers"]] == [
+        f"blocks.{i}.{name}" for i in (0, 1) for name in ("to_q", "to_k", "img_mlp.0", "img_mlp.2")
+    ]
+    before = WIDTH * WIDTH * 2
+    assert data["layers"][0] == {
+        "path": "blocks.0.to_q",
+        "in_features": WIDTH,
+        "out_features": WIDTH,
+        "decision": "fp8",
+        "reason": "",
+        "scheme": "fp8-row",
+        "bytes_before": before,
+        "bytes_after": WIDTH * WIDTH + 4 * WIDTH,
+    }
+    assert data["layers"][2]["reason"] == "ignored_layers: img_mlp.0"
+    assert data["layers"][2]["bytes_after"] == data["layers"][2]["bytes_before"] == 4 * before
+    assert data["totals"]["fp8"] == 6
+    assert data["totals"]["kept"] == 2
+    assert data["totals"]["extra_bytes"] == 2 * (6 * WIDTH * WIDTH + 4 * 3 * WIDTH)
+    assert data["unmatched_patterns"] == []
+    assert len(data["graphs"]) == 1
+
+
+def test_report_as_a_table_folds_equal_blocks() -> None:
+    compiled(m := model(3), tokens(), ignored_layers=["img_mlp.0"])
+    table = str(fp8_compile.report(m))
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
+    assert rows["blocks.*.to_q"] == ["3", "64", "64", "fp8", "fp8-row", "0.02", "0.01"]
+    assert rows["blocks.*.img_mlp.0"][3:] == ["kept", "0.10", "0.10", "ignored_layers:", "img_mlp.0"]
+    assert "9 in FP8, 3 kept" in table
+
+
+def test_report_names_what_no_graph_reached() -> None:
+    m = nn.Sequential(nn.Linear(WIDTH, WIDTH), *model(1).blocks).bfloat16()
+    m[1].compile(backend="fp8_diffusion", options=OPTIONS)
+    with torch.no_grad():
+        m(tokens())
+    rows = {row.path: row for row in fp8_compile.report(m).layers}
+    assert rows["0"].reason == "in no graph that the backend compiled"
+    assert rows["1.to_q"].decision == "fp8"
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        fp8_compile.report("transformer")  # type: ignore[arg-type]
+
+
+# --- traces ---
+
+
+def test_torch_logs_shows_decisions_as_they_fall() -> None:
+    code = """
+        import torch
+        from blocks import OPTIONS, model, tokens
+        with torch.no_grad():
+            torch.compile(model(1), backend="fp8_diffusion", options={**OPTIONS, "ignored_layers": ["to_q"]})(tokens())
+    """
+    log = run_python(code, TORCH_LOGS="+fp8_compile").stderr
+    assert "blocks.0.to_q [64 -> 64]: kept, ignored_layers: to_q" in log
+    assert "blocks.0.img_mlp.2 [256 -> 64]: fp8" in log
+    assert "to_q" not in run_python(code).stderr
+
+
+def test_graphs_and_plan_go_to_files_on_request(tmp_path: Path) -> None:
+    compiled(model(1), tokens(), dump_graphs=str(tmp_path))
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "after_quantize_linears.py",
+        "before_quantize_linears.py",
+        "plan.json",
+    ]
+    assert "quantize_rowwise" not in (folder / "before_quantize_linears.py").read_text()
+    assert "quantize_rowwise" in (folder / "after_quantize_linears.py").read_text()
+    assert [row["path"] for row in json.loads((folder / "plan.json").read_text())][0] == "blocks.0.to_q"
+
+
+def test_tlparse_gets_the_plan_and_the_graphs(tmp_path: Path) -> None:
+    code = """
+        import torch
+        from blocks import OPTIONS, model, tokens
+        with torch.no_grad():
+            torch.compile(model(1), backend="fp8_diffusion", options=OPTIONS)(tokens())
+    """
+    run_python(code, TORCH_TRACE=str(tmp_path))
+    trace = "".join(path.read_text() for path in tmp_path.iterdir())
+    for name in ("fp8_plan", "fp8_before_quantize_linears", "fp8_after_quantize_linears"):
+        assert f'"name": "{name}"' in trace
+
+
+# --- Inductor and its caches ---
+
+
+def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
+    code = """
+        import torch
+        from blocks import model, tokens
+        from torch._dynamo.utils import counters
+        with torch.no_grad():
+            m, x = model(1), tokens()
+            torch.manual_seed(0)
+            out = torch.compile(m, backend="fp8_diffusion", options={"min_features": 64})(x)
+        names = ["fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass"]
+        print(*(counters["inductor"][n] for n in names), *sorted(counters["aot_autograd"].items()))
+    """
+    first, second = (run_python(code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)).stdout for _ in range(2))
+    assert "('autograd_cache_hit'" not in first
+    assert "('autograd_cache_miss', 1)" in first
+    assert "('autograd_cache_hit', 1)" in second
+    assert "autograd_cache_miss" not in second
+
+
+@pytest.mark.parametrize("name", ["QwenImage", "ZImage"])
+def test_inductor_compiles_real_blocks(name: str) -> None:
+    from zoo import MODELS
+
+    tiny = MODELS[name]
+    m = tiny.build()
+    with torch.no_grad():
+        expected = tiny.output(m(**tiny.inputs(0)))
+        m.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options={"min_features": 64})  # type: ignore[operator]
+        out = tiny.output(m(**tiny.inputs(0)))
+    assert sqnr(expected, out) > {"QwenImage": 42, "ZImage": 26}[name]
+    assert fp8_compile.report(m).totals["fp8"] > 30

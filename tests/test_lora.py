@@ -1,0 +1,128 @@
+"""LoRA through diffusers and PEFT: each change of the adapters takes effect in the next result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from sqnr import sqnr
+from torch import Tensor, nn
+from zoo import MODELS
+
+import fp8_compile
+
+TINY = MODELS["QwenImage"]
+OPTIONS: dict[str, Any] = {"inner_backend": "aot_eager", "min_features": 64}
+FLOOR = 35.0
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def build(*adapters: str) -> nn.Module:
+    m: Any = TINY.build()
+    for seed, name in enumerate(adapters, start=1):
+        m.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_out.0", "net.2"], init_lora_weights=False), name)
+        torch.manual_seed(seed)
+        for path, p in m.named_parameters():
+            if f"lora_B.{name}" in path:
+                p.normal_(std=1.0)
+    return m.bfloat16()
+
+
+def run(m: nn.Module) -> Tensor:
+    return TINY.output(m(**TINY.inputs(0)))
+
+
+def compile_blocks(m: Any) -> None:
+    m.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options=OPTIONS)
+
+
+def uncompiled(m: nn.Module) -> Tensor:
+    """What the same module gives in eager mode, with its weights as they are now."""
+    calls = {block: block._compiled_call_impl for block in m.modules()}
+    for block in calls:
+        block._compiled_call_impl = None
+    try:
+        return run(m)
+    finally:
+        for block, call in calls.items():
+            block._compiled_call_impl = call
+
+
+def test_every_change_of_adapters_shows_in_the_next_result() -> None:
+    m: Any = build("first", "second")
+    m.set_adapters(["first"])
+    compile_blocks(m)
+
+    def both() -> Tensor:
+        expected, out = uncompiled(m), run(m)
+        assert sqnr(expected, out) > FLOOR
+        return out
+
+    unfused = both()
+    m.fuse_lora(adapter_names=["first"])
+    fused_first = both()
+    m.unfuse_lora()
+    both()
+    m.set_adapters(["second"])
+    second = both()
+    m.fuse_lora(adapter_names=["second"])
+    fused_second = both()
+    m.unfuse_lora()
+    m.set_adapters(["first", "second"], [0.5, 1.5])
+    both()
+    assert sqnr(unfused, fused_first) > 30
+    assert sqnr(second, fused_second) > 30
+    assert sqnr(fused_first, fused_second) < 30
+
+
+def test_fusing_at_another_strength_without_a_run_in_between_is_seen() -> None:
+    """Dynamo guards the name of the fused adapter but not its strength: neither the graph nor any address changes."""
+    m: Any = build("first")
+    compile_blocks(m)
+    m.fuse_lora()
+    weak = [run(m) for _ in range(2)][1]
+    m.unfuse_lora()
+    m.set_adapters(["first"], [3.0])
+    m.fuse_lora()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        strong = run(m)
+    assert sqnr(uncompiled(m), strong) > FLOOR
+    assert sqnr(weak, strong) < 25
+
+
+def test_adapters_stay_and_their_base_layers_are_converted_under_their_own_names() -> None:
+    m: Any = build("first")
+    m.compile_repeated_blocks(backend="fp8_diffusion", options={**OPTIONS, "ignored_layers": ["attn.to_out"]})
+    run(m)
+    rows = {row.path: row for row in fp8_compile.report(m).layers}
+    assert rows["transformer_blocks.0.attn.to_q"].decision == "fp8"
+    assert rows["transformer_blocks.0.attn.to_out.0"].reason == "ignored_layers: attn.to_out"
+    adapters = [row for path, row in rows.items() if "lora_" in path]
+    assert adapters
+    assert {row.reason for row in adapters} == {"low-rank adapter"}
+
+
+def test_adapters_added_after_compilation() -> None:
+    m: Any = TINY.build()
+    compile_blocks(m)
+    plain = run(m)
+    m.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "net.2"], init_lora_weights=False), "late")
+    for path, p in m.named_parameters():
+        if "lora_B" in path:
+            p.normal_(std=1.0)
+    m.bfloat16()
+    m.fuse_lora()  # before any graph with the adapter has run
+    out = run(m)
+    assert sqnr(uncompiled(m), out) > FLOOR
+    assert sqnr(plain, out) < 30
+    m.unfuse_lora()
+    m.unload_lora() if hasattr(m, "unload_lora") else m.delete_adapters("late")
+    assert sqnr(plain, run(m)) > 30
