@@ -94,8 +94,9 @@ def test_fusing_at_another_strength_without_a_run_in_between_is_seen() -> None:
     m.fuse_lora()
     with torch._dynamo.config.patch(error_on_recompile=True):
         strong = run(m)
-    assert sqnr(uncompiled(m), strong) > FLOOR
-    assert sqnr(weak, strong) < 25
+    # Stronger adapters make the blocks count for more beside the residual stream, and so the error of FP8.
+    assert sqnr(uncompiled(m), strong) > 27
+    assert sqnr(weak, strong) < 20
 
 
 def test_adapters_stay_and_their_base_layers_are_converted_under_their_own_names() -> None:

@@ -1,0 +1,111 @@
+"""The command lines, ours and diffusers', on the embedded pipeline."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+PROMPT = "a red circle on a white background"
+COMMAND = [sys.executable, "-c", "from fp8_compile.cli import main; main()", "text-to-image", PROMPT]
+SMALL = ["--height", "64", "--width", "64", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(cache: Path, *arguments: object, status: int = 0) -> str:
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def difference(a: Path, b: Path) -> float:
+    from PIL import ImageChops, ImageStat
+
+    pictures = [Image.open(path).convert("RGB") for path in (a, b)]
+    return max(ImageStat.Stat(ImageChops.difference(*pictures)).mean)
+
+
+def test_a_picture_in_fp8_and_its_unquantized_twin(cache: Path, tmp_path: Path) -> None:
+    fp8, again, plain = (tmp_path / f"{name}.png" for name in ("fp8", "again", "plain"))
+    told = run(cache, *SMALL, "--quantization", "fp8", "--ignored-layers", "img_mlp", "--output", fp8)
+    assert re.search(r"transformer: 30 layers in FP8, 18 kept; weights 14\.9 MB -> 11\.8 MB", told)
+    assert re.search(r"compiling \d+\.\d s, \d\.\d{3} s per step", told)
+    run(cache, *SMALL, "--ignored-layers", "img_mlp", "--output", again)
+    told = run(cache, *SMALL, "--no-quantization", "--output", plain)
+    assert "unquantized" in told
+    assert Image.open(fp8).size == (64, 64)
+    assert difference(fp8, again) == 0
+    assert 0 < difference(fp8, plain) < 6
+
+
+def test_a_pipeline_of_the_users_own_compiled_whole_with_a_table_of_layers(cache: Path, tmp_path: Path) -> None:
+    from fp8_compile.tiny import build_qwen_image
+
+    build_qwen_image(seed=1).save_pretrained(tmp_path / "own")
+    options = ["--model", tmp_path / "own", "--whole", "--granularity", "tensor", "--show-layers", "--steps", 1]
+    told = run(cache, *options, "--height", 64, "--width", 64, "--output", tmp_path / "own.png")
+    assert re.search(r"transformer_blocks\.\*\.attn\.to_q +3 +256 +256 +fp8 +fp8-tensor", told)
+    assert "not measured" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quantization", "int4"], "method='int4' is not valid"),
+        (["--quantization", "fp8", "--no-quantization"], "exclude each other"),
+        (["--granularity", "column"], "granularity='column' is not valid"),
+        (["--dtype", "float8"], "'float8' is not valid; valid: bfloat16, float16, float32"),
+        (["--compile-mode", "fast"], "mode='fast' is not valid"),
+        (["--output", "picture.xyz"], "no picture format ends in '.xyz'"),
+        (["--output", "nowhere/picture.png"], "there is no directory 'nowhere'"),
+        (["--model", "no/such/model"], "'no/such/model' could not be loaded"),
+        ([*SMALL, "--ignored-layers", "img_mpl"], "did you mean 'img_mlp'"),
+        ([*SMALL, "--ignored-layers", "transformer_blocks.0.*"], "outside the compiled region"),
+        ([*SMALL, "--ignored-layers", "transformer_blocks,attn,*_mlp,*_mod"], "no layer of the model became FP8"),
+    ],
+)
+def test_bad_input_ends_with_a_message_and_no_picture(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = run(cache, *arguments, status=1)
+    assert message in told
+    assert "Traceback" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_of_diffusers_needs_nothing_but_the_entry_point(tmp_path: Path) -> None:
+    from fp8_compile.tiny import build_qwen_image
+
+    build_qwen_image().save_pretrained(tmp_path / "model")
+    compile_arguments = """{"backend": "fp8_diffusion", "fullgraph": true,
+        "options": {"ignored_layers": ["img_mlp"], "inner_backend": "aot_eager", "dump_graphs": "%s"}}"""
+    call = '{"prompt": "%s", "num_inference_steps": 2, "height": 64, "width": 64}' % PROMPT
+    diffusers_cli = [sys.executable, "-c", "from diffusers.commands.diffusers_cli import main; main()"]
+    options = ["--model", tmp_path / "model", "--dtype", "bf16", "--device-map", "cpu", "--seed", "0"]
+    options += ["--compile", compile_arguments % (tmp_path / "graphs"), "--pipeline-kwargs", call]
+    done = subprocess.run(
+        [*diffusers_cli, "--format", "human", "run", *map(str, options), "--output", str(tmp_path / "picture.png")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "picture.png").size == (64, 64)
+    (graph,) = (tmp_path / "graphs").iterdir()
+    assert "scaled_linear" in (graph / "after_quantize_linears.py").read_text()
