@@ -79,8 +79,8 @@ def _placeholders(gm: GraphModule) -> list[torch.fx.Node]:
 def _check_inputs(gm: GraphModule, plan: Plan, example_inputs: Sequence[Any]) -> None:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         raise GradientError(
-            "gradients are enabled and an input or parameter of the graph requires them, but FP8 layers are for inference only: "
-            "call the model under torch.no_grad() or torch.inference_mode()"
+            "gradients are enabled and an input or parameter of the graph requires them, but FP8 layers are for "
+            "inference only: call the model under torch.no_grad() or torch.inference_mode()"
         )
     weights = {d.weight for d in plan.converted}
     for device in {example(node).device for node in _placeholders(gm) if node.name in weights}:
@@ -112,7 +112,9 @@ def _check_patterns(gm: GraphModule, plan: Plan) -> None:
     partial = reason is not None and reason.graph_break
     for pattern in plan.unmatched_patterns:
         if pattern in matched or partial:
-            logger.info("ignored_layers: %r matched no linear of this graph; another one has it, or may have it", pattern)
+            logger.info(
+                "ignored_layers: %r matched no linear of this graph; another one has it, or may have it", pattern
+            )
             continue
         check_unmatched(pattern, paths)
         warnings.warn(
@@ -125,7 +127,7 @@ def _check_patterns(gm: GraphModule, plan: Plan) -> None:
 
 def _reset() -> None:
     _matched.clear()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
         reset_cudagraph_trees()

@@ -57,7 +57,9 @@ def text_to_image(
     negative_prompt: Annotated[str | None, typer.Option(help="What the picture should not show.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
-    compile_mode: Annotated[str | None, typer.Option(help="The mode of torch.compile, for example max-autotune.")] = None,
+    compile_mode: Annotated[
+        str | None, typer.Option(help="The mode of torch.compile, for example max-autotune.")
+    ] = None,
     whole: Annotated[
         bool, typer.Option("--whole", help="Compile the whole transformer at once instead of block by block.")
     ] = False,
@@ -145,13 +147,14 @@ def _check_output(output: Path) -> None:
 
 
 def _load(model: str | None, dtype: torch.dtype, device: str) -> Any:
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     from .tiny import default_pipeline_dir
 
     source = default_pipeline_dir() if model is None else model
+    loader: Any = diffusers.DiffusionPipeline
     try:
-        return DiffusionPipeline.from_pretrained(source, dtype=dtype).to(device)
+        return loader.from_pretrained(source, dtype=dtype).to(device)
     except (OSError, ValueError) as error:
         _fail(f"--model {str(source)!r} could not be loaded: {error}")
 

@@ -23,11 +23,13 @@ def check_device(device: torch.device) -> None:
     if device.type != "cuda":
         raise UnsupportedDeviceError(f"device {device} is not supported; move the model to a CUDA GPU or the CPU")
     if torch.version.hip is not None:
-        raise UnsupportedDeviceError(f"device {device} is an AMD GPU; ROCm is not supported, use an NVIDIA GPU or the CPU")
+        raise UnsupportedDeviceError(
+            f"device {device} is an AMD GPU; ROCm is not supported, use an NVIDIA GPU or the CPU"
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         raise UnsupportedDeviceError(
             f"device {device} ({torch.cuda.get_device_name(device)}) has compute capability "
-            f"{capability[0]}.{capability[1]} and no FP8 tensor cores; 8.9 or higher is needed (Ada, Hopper, Blackwell). "
-            'Compile with backend="inductor" there.'
+            f"{capability[0]}.{capability[1]} and no FP8 tensor cores; 8.9 or higher is needed "
+            '(Ada, Hopper, Blackwell). Compile with backend="inductor" there.'
         )

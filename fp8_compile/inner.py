@@ -20,11 +20,14 @@ def compile_inner(gm: GraphModule, inputs: Sequence[Any], options: Fp8Options) -
     """Compile ``gm`` with ``options.inner_backend``."""
     if options.inner_backend == "inductor":
         # torch.compile's own entrance to Inductor, for what it adds to compile_fx: modes and CUDA graph set-up.
-        inductor = torch._TorchCompileInductorWrapper(options.mode, {**options.inductor, **_settings(gm, options)}, None)
-        return inductor(gm, inputs)
-    if callable(options.inner_backend):
-        return options.inner_backend(gm, inputs)
-    return torch._dynamo.lookup_backend(options.inner_backend)(gm, inputs)
+        entrance: Any = torch._TorchCompileInductorWrapper
+        backend = entrance(options.mode, {**options.inductor, **_settings(gm, options)}, None)
+    elif callable(options.inner_backend):
+        backend = options.inner_backend
+    else:
+        backend = torch._dynamo.lookup_backend(options.inner_backend)
+    compiled: Callable[..., Any] = backend(gm, inputs)
+    return compiled
 
 
 def _settings(gm: GraphModule, options: Fp8Options) -> dict[str, Any]:
@@ -60,7 +63,7 @@ class PostGradPasses(CustomGraphPass):
             run(graph)
 
     def uuid(self) -> Any:
-        """Identifies what the passes do to Inductor's caches; None (never cache) if a pass of the user's is unidentified."""
+        """What identifies the passes in Inductor's caches; None (never cache) if a pass of the user's has no uuid."""
         users = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._before]
         return None if None in users else (source_hash(), *users)
 

@@ -1,8 +1,8 @@
 """Make PEFT's merging visible to version counters.
 
-PEFT fuses an adapter with ``weight.data += delta``, and ``.data`` hides the write from autograd's version counter. Neither
-the compiled graph nor the parameter's address need change: fusing a second adapter after the first was unfused looks
-exactly like the first. https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py (``merge``)
+PEFT fuses an adapter with ``weight.data += delta``, and ``.data`` hides the write from autograd's version counter.
+Neither the compiled graph nor the parameter's address need change: fusing a second adapter after the first was unfused
+looks exactly like the first. https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py (``merge``)
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 def watch_merges() -> None:
     """Count the writes of ``merge`` and ``unmerge`` in all of PEFT's layer classes; does nothing if PEFT is not loaded.
 
-    Called for each compiled graph. An adapter that was merged before the first of those is seen all the same, since a new graph
-    compares the weights' values.
+    Called for each compiled graph. An adapter that was merged before the first of those is seen all the same, since a
+    new graph compares the weights' values.
     """
     if "peft.tuners.tuners_utils" not in sys.modules:
         return
@@ -32,7 +32,7 @@ def watch_merges() -> None:
                 setattr(cls, name, _counting(method))
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: Any) -> Iterator[Any]:
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)

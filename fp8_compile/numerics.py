@@ -69,7 +69,9 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (values.float() * scale).to(dtype)
 
 
-def scaled_linear(x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled_linear(
+    x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """``x @ weight.T + bias`` on FP8 operands, accumulated in float32.
 
     Args:

@@ -143,8 +143,9 @@ def _closest(value: object, valid: Iterable[str]) -> str:
 
 def _check_inductor(settings: Mapping[str, Any]) -> None:
     """Refuse what is no setting of Inductor, or not of the setting's type (the checks of torch.compile itself)."""
-    from torch._inductor import config
+    from torch._inductor import config as inductor_config
 
+    config: Any = inductor_config
     known = config.get_config_copy()
     own = [f.name for f in fields(Fp8Options) if f.name != "inductor"]
     for key, value in settings.items():

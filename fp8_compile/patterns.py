@@ -107,9 +107,9 @@ def check_unmatched(pattern: str, paths: Sequence[str]) -> None:
     if segments[0] not in known and any(s.isdigit() or set(s) & set("*?") for s in segments[1:]):
         raise PatternError(
             pattern,
-            f"names layers outside the compiled region, whose layers are {', '.join(paths)}. When every block is compiled "
-            "alone, one graph serves all of them and a block's index is not known: leave the index out, or compile "
-            "the whole transformer with torch.compile(transformer, ...)",
+            f"names layers outside the compiled region, whose layers are {', '.join(paths)}. When every block is "
+            "compiled alone, one graph serves all of them and a block's index is not known: leave the index out, or "
+            "compile the whole transformer with torch.compile(transformer, ...)",
         )
 
 

@@ -81,7 +81,9 @@ class Report:
         header = ("layer", "x", "in", "out", "decision", "scheme", "MB before", "MB after", "reason")
         table = [header, *_grouped(self.layers)]
         widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
         totals = self.totals
         lines.append(
             f"{totals['fp8']} in FP8, {totals['kept']} kept; weights {totals['bytes_before'] / 1e6:.1f} MB -> "
@@ -161,7 +163,9 @@ def _without_parameter(records: Sequence[GraphRecord]) -> Iterator[LayerReport]:
     for record in records:
         for d in record.plan.decisions:
             if d.weight is None:
-                seen[d.path, d.reason] = LayerReport(d.path, d.in_features, d.out_features, d.decision, d.reason, "", 0, 0)
+                seen[d.path, d.reason] = LayerReport(
+                    d.path, d.in_features, d.out_features, d.decision, d.reason, "", 0, 0
+                )
     return iter(seen.values())
 
 

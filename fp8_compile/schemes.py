@@ -50,7 +50,7 @@ class Scheme:
     refuses: Callable[[int, int, torch.dtype], str | None] = _refuses_nothing
 
     def make_constants(self, weight: Tensor, transposed: bool) -> tuple[Tensor, ...]:
-        """The constants of ``weight``, which is ``[N, K]``, or ``[K, N]`` if ``transposed``. Fake weights give fake ones."""
+        """The constants of ``weight``, ``[N, K]``, or ``[K, N]`` if ``transposed``; fake ones if it is fake."""
         with torch.no_grad():
             return self.quantize_weight(weight.t().contiguous() if transposed else weight.contiguous())
 

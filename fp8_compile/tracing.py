@@ -1,7 +1,7 @@
 """What compiling leaves behind for whoever debugs it: log lines, tlparse artifacts, files.
 
-``TORCH_LOGS="+fp8_compile"`` prints each decision; ``TORCH_TRACE`` stores the plan and the graph before and after each pass
-for tlparse; the option ``dump_graphs`` writes the same to files.
+``TORCH_LOGS="+fp8_compile"`` prints each decision; ``TORCH_TRACE`` stores the plan and the graph before and after each
+pass for tlparse; the option ``dump_graphs`` writes the same to files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
 from .options import Fp8Options
@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 def trace_plan(plan: Plan, options: Fp8Options) -> None:
     """Record every decision of ``plan``."""
     for d in plan.decisions:
-        logger.debug("%s [%d -> %d]: %s%s", d.path, d.in_features, d.out_features, d.decision, d.reason and f", {d.reason}")
+        logger.debug(
+            "%s [%d -> %d]: %s%s", d.path, d.in_features, d.out_features, d.decision, d.reason and f", {d.reason}"
+        )
     _store("plan", "json", lambda: json.dumps([dataclasses.asdict(d) for d in plan.decisions], indent=1), options)
 
 
@@ -35,9 +37,7 @@ def trace_graph(stage: str, gm: GraphModule, options: Fp8Options) -> None:
 
 
 def _store(name: str, encoding: str, payload: Callable[[], str], options: Fp8Options) -> None:
-    trace_structured(
-        "artifact", metadata_fn=lambda: {"name": f"fp8_{name}", "encoding": encoding}, payload_fn=payload
-    )
+    trace_structured("artifact", metadata_fn=lambda: {"name": f"fp8_{name}", "encoding": encoding}, payload_fn=payload)
     if options.dump_graphs is not None:
         compile_id = str(torch._guards.CompileContext.current_compile_id()).replace("/", "_")
         folder = Path(options.dump_graphs) / f"graph_{compile_id}"

@@ -1,12 +1,12 @@
 """The binder: from a module's parameters to the FP8 constants that a compiled graph takes.
 
-One compiled graph serves many modules, so constants belong to parameters and never to graphs. What is known of a parameter
-is kept under a weak reference to it and dies with it.
+One compiled graph serves many modules, so constants belong to parameters and never to graphs. What is known of a
+parameter is kept under a weak reference to it and dies with it.
 
-Whether constants still fit their parameter is asked at every call, from what the host knows without touching the device:
-the parameter's version counter and address. If either has changed, a fingerprint of the values decides, so that a weight
-that was offloaded and brought back is not quantized again. New values go into the same memory: a CUDA graph that has
-recorded the address reads them.
+Whether constants still fit their parameter is asked at every call, from what the host knows without touching the
+device: the parameter's version counter and address. If either has changed, a fingerprint of the values decides, so
+that a weight that was offloaded and brought back is not quantized again. New values go into the same memory: a CUDA
+graph that has recorded the address reads them.
 """
 
 from __future__ import annotations
@@ -73,11 +73,13 @@ _STATES: Any = WeakTensorKeyDictionary()
 
 def state_of(weight: Tensor) -> WeightState | None:
     """What is known of ``weight``, or None if no compiled graph has run with it."""
-    return _STATES.get(weight)
+    state: WeightState | None = _STATES.get(weight)
+    return state
 
 
 def _state(weight: Tensor) -> WeightState:
-    return _STATES.setdefault(weight, WeightState())
+    state: WeightState = _STATES.setdefault(weight, WeightState())
+    return state
 
 
 def _stamp(weight: Tensor) -> Stamp:
@@ -88,8 +90,8 @@ def _stamp(weight: Tensor) -> Stamp:
 def fingerprint(weight: Tensor) -> Tensor:
     """A 64-bit hash of the values of ``weight`` and their places, computed on its device.
 
-    A sum of the bits, each word times an odd number of its own, modulo 2**64. An odd factor is invertible, so a change of
-    a single word always shows; any other change goes unseen with a probability of about 2**-64.
+    A sum of the bits, each word times an odd number of its own, modulo 2**64. An odd factor is invertible, so a change
+    of a single word always shows; any other change goes unseen with a probability of about 2**-64.
 
     Args:
         weight: ``[N, K]``.
@@ -195,8 +197,8 @@ class _Instance:
 class BoundGraph:
     """A compiled graph that takes the arguments of the original one.
 
-    Dynamo calls it with the parameters of whichever module is running; it hands the constants of those to the compiled code
-    in place of the weights.
+    Dynamo calls it with the parameters of whichever module is running; it hands the constants of those to the compiled
+    code in place of the weights.
     """
 
     def __init__(
@@ -288,8 +290,8 @@ def _announce_memory() -> None:
     _announced_bytes = fp8_bytes
     own_bytes = sum(weight.nbytes for weight, state in _STATES.items() if state.constants)
     logger.warning(
-        "FP8 weights take %.1f MB beside the %.1f MB of the weights that they were made from, which remain part of the model. "
-        "To need less, convert fewer layers (ignored_layers); see the page on memory in the documentation.",
+        "FP8 weights take %.1f MB beside the %.1f MB of the weights that they were made from, which remain part of "
+        "the model. To need less, convert fewer layers (ignored_layers); see the page on memory in the documentation.",
         fp8_bytes / 1e6,
         own_bytes / 1e6,
     )
@@ -299,8 +301,8 @@ def refresh(model: torch.nn.Module) -> list[str]:
     """Compare every FP8 constant of ``model`` with its weight, and make anew those that no longer fit.
 
     Needed after an edit that leaves no trace: writing through ``weight.data`` or through a view of the storage. Not
-    needed after ``load_state_dict``, an in-place operation on the parameter, PEFT's merging and unmerging, or moving the
-    model.
+    needed after ``load_state_dict``, an in-place operation on the parameter, PEFT's merging and unmerging, or moving
+    the model.
 
     Returns:
         The names of the parameters whose constants were made anew, as in ``model.named_parameters()``.

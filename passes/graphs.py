@@ -37,7 +37,7 @@ def mutates(node: Node) -> bool:
     """Whether ``node`` may write into one of its inputs. Dynamo's graph is not functional yet; in doubt, it does."""
     if node.op == "call_method":
         name = str(node.target)
-        return name.endswith("_") and not name.endswith("__") or name in ("__setitem__", "__iadd__", "__imul__")
+        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
     if node.op != "call_function":
         return node.op == "call_module"
     target: Any = node.target
@@ -47,8 +47,10 @@ def mutates(node: Node) -> bool:
         return True
     name = getattr(target, "__name__", "")
     if getattr(target, "__module__", "") in ("_operator", "operator"):
-        return name == "setitem" or name.startswith("i") and name not in ("index", "indexOf", "inv", "invert", "is_", "is_not")
-    if name.endswith("_") and not name.endswith("__") or node.kwargs.get("out") is not None:
+        return name == "setitem" or (
+            name.startswith("i") and name not in ("index", "indexOf", "inv", "invert", "is_", "is_not")
+        )
+    if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None:
         return True
     return bool(node.kwargs.get("inplace")) or _positional_inplace(target, node)
 

@@ -21,8 +21,8 @@ class Linear:
     Attributes:
         node: what computes it.
         input: ``[..., K]``.
-        weight: where the weight comes from, ``[N, K]``, or ``[K, N]`` if transposed: a placeholder if it is a parameter.
-        transposed: the parameter is stored input features first (transformers' ``Conv1D``).
+        weight: where the weight comes from, ``[N, K]``, or ``[K, N]`` if transposed: a placeholder if it is a
+        parameter. transposed: the parameter is stored input features first (transformers' ``Conv1D``).
         bias: ``[N]`` or None.
         unusual: why this is no plain linear after all, or None.
     """

@@ -1,10 +1,10 @@
 """Let all matmuls that read one quantized activation read the same tensor in memory.
 
-Inductor gives an operator the exact strides that it saw in eager mode. It does so by a copy for each reader, even where the
-strides agree: q, k and v cost three FP8 tensors, each written and read. It takes those strides from
+Inductor gives an operator the exact strides that it saw in eager mode. It does so by a copy for each reader, even
+where the strides agree: q, k and v cost three FP8 tensors, each written and read. It takes those strides from
 ``meta["eager_input_vals"]``, where None asks for nothing. Without any request, however, it may lay the tensor out like
-the tensor it was computed from, which no kernel accepts after a transposition; so the layout is fixed once, where the tensor
-is made.
+the tensor it was computed from, which no kernel accepts after a transposition; so the layout is fixed once, where the
+tensor is made.
 
 Before::
 

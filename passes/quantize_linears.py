@@ -13,8 +13,8 @@ After::
     (3) y = scaled_linear(q, to_q_weight, to_q_weight_scale, b, torch.bfloat16)
     (4) z = scaled_linear(q, to_k_weight, to_k_weight_scale, None, torch.bfloat16)
 
-The new placeholders are only described here (`Constant`): the weights are still unknown, since one graph may run with the
-parameters of many blocks. Why the activation is quantized once here and not by a later search for common
+The new placeholders are only described here (`Constant`): the weights are still unknown, since one graph may run with
+the parameters of many blocks. Why the activation is quantized once here and not by a later search for common
 subexpressions: no such search runs on inference graphs.
 
 It refuses nothing; what must stay is not in the plan. A linear whose input may have been written into since it was
@@ -99,12 +99,14 @@ def _describe(gm: GraphModule, linear: Linear, scheme: Scheme, path: str) -> tup
         # How Dynamo marks a parameter: its address never changes, so CUDA graphs need no copy of it.
         last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         last.target = last.name  # one weight read in both layouts asks for the same name twice
-        last._dynamo_source = None  # type: ignore[attr-defined]
+        last._dynamo_source = None
         nodes.append(last)
     return Constant(linear.weight.name, scheme, linear.transposed, path, tuple(n.name for n in nodes)), nodes
 
 
-def _replace(gm: GraphModule, linear: Linear, scheme: Scheme, operands: list[Node], quantized: dict[Node, Node]) -> None:
+def _replace(
+    gm: GraphModule, linear: Linear, scheme: Scheme, operands: list[Node], quantized: dict[Node, Node]
+) -> None:
     graph, node, value = gm.graph, linear.node, example(linear.node)
     with graph.inserting_before(node):
         if linear.input not in quantized:

@@ -1,4 +1,4 @@
-"""From parameters to constants: the right ones for every module, never stale, never made twice, freed with the model."""
+"""From parameters to constants: right for every module, never stale, never made twice, freed with the model."""
 
 from __future__ import annotations
 

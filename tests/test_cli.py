@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -93,12 +94,12 @@ def test_the_command_line_of_diffusers_needs_nothing_but_the_entry_point(tmp_pat
     from fp8_compile.tiny import build_qwen_image
 
     build_qwen_image().save_pretrained(tmp_path / "model")
-    compile_arguments = """{"backend": "fp8_diffusion", "fullgraph": true,
-        "options": {"ignored_layers": ["img_mlp"], "inner_backend": "aot_eager", "dump_graphs": "%s"}}"""
-    call = '{"prompt": "%s", "num_inference_steps": 2, "height": 64, "width": 64}' % PROMPT
+    chosen = {"ignored_layers": ["img_mlp"], "inner_backend": "aot_eager", "dump_graphs": str(tmp_path / "graphs")}
+    compilation = json.dumps({"backend": "fp8_diffusion", "fullgraph": True, "options": chosen})
+    call = json.dumps({"prompt": PROMPT, "num_inference_steps": 2, "height": 64, "width": 64})
     diffusers_cli = [sys.executable, "-c", "from diffusers.commands.diffusers_cli import main; main()"]
     options = ["--model", tmp_path / "model", "--dtype", "bf16", "--device-map", "cpu", "--seed", "0"]
-    options += ["--compile", compile_arguments % (tmp_path / "graphs"), "--pipeline-kwargs", call]
+    options += ["--compile", compilation, "--pipeline-kwargs", call]
     done = subprocess.run(
         [*diffusers_cli, "--format", "human", "run", *map(str, options), "--output", str(tmp_path / "picture.png")],
         capture_output=True,

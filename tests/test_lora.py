@@ -28,7 +28,9 @@ def _no_grad() -> Iterator[None]:
 def build(*adapters: str) -> nn.Module:
     m: Any = TINY.build()
     for seed, name in enumerate(adapters, start=1):
-        m.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_out.0", "net.2"], init_lora_weights=False), name)
+        m.add_adapter(
+            LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_out.0", "net.2"], init_lora_weights=False), name
+        )
         torch.manual_seed(seed)
         for path, p in m.named_parameters():
             if f"lora_B.{name}" in path:
