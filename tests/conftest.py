@@ -1,12 +1,14 @@
 import os
 from collections.abc import Iterator
 
-# Nothing may be fetched; and two test processes side by side must not fight for the cores.
+# Nothing may be fetched.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # two test processes run side by side
 
 
 @pytest.fixture(autouse=True)
