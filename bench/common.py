@@ -32,19 +32,20 @@ GRID = (6, 8)
 
 @dataclass(frozen=True)
 class Spread:
-    """Median of some measurements with their quartiles; ``low`` and ``high`` hold the middle half."""
+    """Median of some measurements, the quartiles ``low`` and ``high``, and the ``least``, which was disturbed least."""
 
     median: float
     low: float
     high: float
+    least: float
     count: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         if len(values) < 2:
-            return cls(values[0], values[0], values[0], 1)
+            return cls(values[0], values[0], values[0], values[0], 1)
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high, len(values))
+        return cls(median, low, high, min(values), len(values))
 
     def text(self, factor: float = 1.0, digits: int = 2) -> str:
         """``median [low, high]``, each times ``factor``."""
@@ -80,7 +81,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns under their names, the first to the left and all others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in [header, *rows]
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))

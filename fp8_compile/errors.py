@@ -42,8 +42,8 @@ class NonFiniteWeightError(Fp8Error, ValueError):
 
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__(
-            f"NaN or Inf in the weight of {', '.join(layers)}: such a weight cannot be quantized. "
-            f"Check the checkpoint, or keep the layer with ignored_layers=[{', '.join(repr(p) for p in layers)}]."
+            f"NaN or Inf in the weight of {', '.join(map(repr, layers))}: such a weight cannot be quantized. "
+            f"Check the checkpoint, or keep the layer with ignored_layers=[{', '.join(map(repr, layers))}]."
         )
         self.layers = tuple(layers)
 

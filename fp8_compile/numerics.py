@@ -13,6 +13,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8_DTYPE).max
@@ -54,7 +55,7 @@ def quantize_tensorwise(x: Tensor) -> Quantized:
     Returns:
         ``[..., K]`` float8_e4m3fn, contiguous, and a float32 scale without dimensions.
     """
-    if x.numel() == 0:
+    if statically_known_true(x.numel() == 0):
         return x.to(FP8_DTYPE), x.new_ones((), dtype=torch.float32)
     return _quantize(x, x.abs().amax())
 
@@ -86,7 +87,7 @@ def scaled_linear(
     """
     values, scale = x
     out_shape = (*values.shape[:-1], weight.shape[0])
-    if values.numel() == 0:  # no kernel takes zero rows
+    if statically_known_true(values.numel() == 0):  # not every kernel takes zero rows
         return torch.empty(out_shape, dtype=dtype, device=values.device)
 
     rowwise = weight_scale.dim() == 2

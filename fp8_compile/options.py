@@ -78,6 +78,8 @@ class Fp8Options:
             raise OptionError(f"strict={self.strict!r}: True or False belongs here")
         if self.dump_graphs is not None and not isinstance(self.dump_graphs, str):
             raise OptionError(f"dump_graphs={self.dump_graphs!r}: the path of a directory or None belongs here")
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(f"inductor={self.inductor!r}: a dict of settings belongs here")
         self._check_inner()
 
     def _check_inner(self) -> None:

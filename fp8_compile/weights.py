@@ -170,9 +170,9 @@ def _store(state: WeightState, constant: Constant, made: Constants) -> None:
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    # A NaN or Inf of the weight reaches its scale through the amax, so the scales tell, and they are small.
-    scales = [t for t in tensors if t.dtype == torch.float32]
-    return torch.stack([s.isfinite().all() for s in scales]).all()
+    # A NaN or Inf of the weight reaches its scale through the amax; so the scales tell, and they are small.
+    told = [t.isfinite().all() for t in tensors if t.is_floating_point() and t.itemsize > 1]
+    return torch.stack(told).all() if told else torch.ones((), dtype=torch.bool)
 
 
 def _to_host(scalars: Sequence[Tensor]) -> list[Any]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def example(node: Node) -> Any:
@@ -17,46 +21,70 @@ def example(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
+def size_hint(size: int | torch.SymInt) -> float:
+    """A size as it was while tracing, without a guard on it; infinite if it is known only at run time."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    hint = size.node.hint
+    return math.inf if hint is None else int(hint)
+
+
 def row_count(shape: Sequence[int | torch.SymInt]) -> float:
-    """How many rows a tensor of this shape has: the product of all dimensions but the last.
-
-    A symbolic size counts as the size seen while tracing, without a guard on it; a size that nobody knows yet as
-    infinite.
-    """
-    rows: float = 1
-    for size in shape[:-1]:
-        if isinstance(size, torch.SymInt):
-            hint = size.node.hint
-            rows *= math.inf if hint is None else int(hint)
-        else:
-            rows *= size
-    return rows
+    """How many rows a tensor of this shape has: the product of all dimensions but the last."""
+    return math.prod(size_hint(size) for size in shape[:-1])
 
 
-def mutates(node: Node) -> bool:
-    """Whether ``node`` may write into one of its inputs. Dynamo's graph is not functional yet; in doubt, it does."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+def storages(tree: Any) -> set[int]:
+    """Identities of the memory behind all nodes in ``tree``; views of one tensor share it, as their fake values do."""
+    found: set[int] = set()
+
+    def visit(node: Node) -> Node:
+        for value in pytree.tree_leaves(example(node)):
+            if isinstance(value, torch.Tensor):
+                # A wrapper subclass may have no storage of its own.
+                found.add(id(value) if is_traceable_wrapper_subclass(value) else value.untyped_storage()._cdata)
+        return node
+
+    torch.fx.map_arg(tree, visit)
+    return found
+
+
+def written_storages(node: Node) -> set[int]:
+    """The memory that ``node`` may write into. Dynamo's graph is not functional yet; in doubt, it writes."""
+    if node.op == "call_method" and _INPLACE_METHOD.match(str(node.target)):
+        return storages(node.args[:1])
+    if node.op == "call_module":
+        return storages((node.args, node.kwargs))
     if node.op != "call_function":
-        return node.op == "call_module"
+        return set()
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
+    if node.kwargs.get("out") is not None:
+        return storages(node.kwargs["out"])
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names = [name for name in target.overloads() if not name.endswith("out")]  # type: ignore[no-untyped-call]
+        overloads = [getattr(target, name) for name in names]
+    else:
+        overloads = [target] if isinstance(target, torch._ops.OpOverload) else []
+    if overloads:
+        return storages((node.args, node.kwargs)) if any(o._schema.is_mutable for o in overloads) else set()
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return True
+        return storages((node.args, node.kwargs))
+    first = node.args[:1] or (node.kwargs.get("input"),)
     name = getattr(target, "__name__", "")
     if getattr(target, "__module__", "") in ("_operator", "operator"):
-        return name == "setitem" or (
-            name.startswith("i") and name not in ("index", "indexOf", "inv", "invert", "is_", "is_not")
-        )
-    if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None:
-        return True
-    return bool(node.kwargs.get("inplace")) or _positional_inplace(target, node)
+        writes = name == "setitem" or f"__{name}__" in _INPLACE_DUNDER
+    else:
+        writes = name.endswith("_") and not name.endswith("__")
+    return storages(first) if writes or node.kwargs.get("inplace") or _positional_inplace(target, node) else set()
+
+
+_INPLACE_DUNDER = {name for name in dir(operator) if name.startswith("__i")} | {"__setitem__"}
+_INPLACE_DUNDER -= {"__index__", "__inv__", "__invert__"}
+_INPLACE_METHOD = re.compile("|".join([r".*[^_]_$", *sorted(_INPLACE_DUNDER)]))
 
 
 def _positional_inplace(target: Any, node: Node) -> bool:
-    if True not in node.args:
+    if not any(arg is True for arg in node.args):
         return False
     try:
         bound = inspect.signature(target).bind_partial(*node.args)

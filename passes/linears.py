@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .graphs import example
+from .graphs import example, size_hint
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class Linear:
         weight: where the weight comes from, ``[N, K]``, or ``[K, N]`` if transposed: a placeholder if it is a
         parameter. transposed: the parameter is stored input features first (transformers' ``Conv1D``).
         bias: ``[N]`` or None.
-        unusual: why this is no plain linear after all, or None.
     """
 
     node: Node
@@ -32,7 +31,33 @@ class Linear:
     weight: Node
     transposed: bool
     bias: Node | None = None
-    unusual: str | None = None
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Input and output features; (0, 0) if the weight is no matrix."""
+        shape = getattr(example(self.weight), "shape", ())
+        if len(shape) != 2:
+            return 0, 0
+        out_features, in_features = (int(size_hint(size)) for size in shape)
+        return (out_features, in_features) if self.transposed else (in_features, out_features)
+
+    @property
+    def unusual(self) -> str | None:
+        """Why this is no plain linear after all, or None."""
+        if len(example(self.weight).shape) != 2:
+            return "weight is not a matrix"
+        if self.node.kwargs.get("out") is not None:
+            return "result is written into a given tensor"
+        if any(self.node.kwargs.get(name, 1) != 1 for name in ("beta", "alpha")):
+            return "addmm with beta or alpha"
+        if self.bias is not None and tuple(example(self.bias).shape) != self.features[1:]:
+            addmm = not self._is_function
+            return "addmm whose summand is no bias vector" if addmm else "bias has not one value per output feature"
+        return None
+
+    @property
+    def _is_function(self) -> bool:
+        return self.node.target is torch.nn.functional.linear
 
 
 def find_linears(graph: Graph) -> Iterator[Linear]:
@@ -49,40 +74,30 @@ def find_linears(graph: Graph) -> Iterator[Linear]:
 
 def as_linear(node: Node) -> Linear | None:
     """``node`` as a linear, or None if it is something else."""
-    args: tuple[Any, ...] = node.args
-    kwargs = node.kwargs
+    args, kwargs = node.args, node.kwargs
     if node.op == "call_function" and node.target is torch.nn.functional.linear:
-        x, weight, bias = (_argument(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias")))
+        x, weight, bias = (_argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
         origin, transposed = _origin(weight)
         return Linear(node, x, origin, transposed, bias)
     if _is(node, torch.addmm, "addmm"):
-        bias, x, weight = (_argument(args, kwargs, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
-        origin, transposed = _origin(weight)
-        if not _is_matrix_parameter(origin):
-            return None
-        unusual = None
-        if any(kwargs.get(name, 1) != 1 for name in ("beta", "alpha")):
-            unusual = "addmm with beta or alpha"
-        elif not isinstance(bias, Node) or example(bias).dim() != 1:
-            unusual = "addmm whose summand is no bias vector"
-        return Linear(node, x, origin, not transposed, bias, unusual)
-    if _is(node, torch.mm, "mm") or _is(node, torch.matmul, "matmul") or _is(node, operator.matmul, "__matmul__"):
-        x = args[0] if args else kwargs.get("input")
+        bias, x, weight = (_argument(node, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
+    elif _is(node, torch.mm, "mm") or _is(node, torch.matmul, "matmul") or _is(node, operator.matmul, "__matmul__"):
+        x, bias = _argument(node, 0, "input"), None
         weight = args[1] if len(args) > 1 else kwargs.get("mat2", kwargs.get("other"))
-        if not isinstance(x, Node) or not isinstance(weight, Node):
-            return None
-        origin, transposed = _origin(weight)
-        if _is_matrix_parameter(origin):
-            return Linear(node, x, origin, not transposed)
-    return None
+    else:
+        return None
+    if not isinstance(x, Node) or not isinstance(weight, Node):
+        return None
+    origin, transposed = _origin(weight)
+    return Linear(node, x, origin, not transposed, bias) if _is_matrix_parameter(origin) else None
 
 
 def _is(node: Node, function: Any, method: str) -> bool:
     return (node.op, node.target) in (("call_function", function), ("call_method", method))
 
 
-def _argument(args: tuple[Any, ...], kwargs: Any, index: int, name: str) -> Any:
-    return args[index] if len(args) > index else kwargs.get(name)
+def _argument(node: Node, index: int, name: str) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
 
 
 def _is_matrix_parameter(node: Node) -> bool:
@@ -120,7 +135,8 @@ def _is_transposition(node: Node) -> bool:
         return False
     if _is(node, torch.t, "t") or (node.target is getattr and node.args[1] in ("T", "mT")):
         return True
-    dims = [d % 2 for d in node.args[1:] if isinstance(d, int)]
+    given = [*node.args[1:], *node.kwargs.values()]
+    dims = [d % 2 for arg in given for d in (arg if isinstance(arg, list | tuple) else [arg]) if isinstance(d, int)]
     if _is(node, torch.transpose, "transpose"):
         return sorted(dims) == [0, 1]
     return _is(node, torch.permute, "permute") and dims == [1, 0]
@@ -157,5 +173,5 @@ def module_path(linear: Linear) -> str:
     source = getattr(linear.weight, "_dynamo_source", None)
     if source is None:
         return running or linear.node.name
-    owned = source_path(source.name).removesuffix(".weight")
+    owned = re.sub(r"(^|\.)weight$", "", source_path(source.name))
     return owned if not running or owned == running or owned.startswith(running + ".") else running

@@ -25,11 +25,12 @@ It leaves alone every other operator, and a matmul whose first operand is no con
 from __future__ import annotations
 
 import torch
+from torch._inductor import inductor_prims  # registers the operator that this pass inserts
 from torch.fx import Graph, Node
 
 # Operators that give a contiguous tensor another shape without moving its data.
 _VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default})
-_FORCE = torch.ops.prims.inductor_force_stride_order.default
+_FORCE = inductor_prims.force_stride_order
 
 
 def one_fp8_copy(graph: Graph) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from ..options import Fp8Options
 from ..patterns import first_match, is_adapter, layer_path
 from ..schemes import Scheme
-from .graphs import example, mutates, row_count
+from .graphs import example, row_count, storages, written_storages
 from .linears import Linear, find_linears, module_path
 
 
@@ -69,29 +69,39 @@ class Plan:
 
 def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme) -> Plan:
     """Decide on every linear of Dynamo's graph ``gm``; the graph stays as it is."""
-    decisions = [_decide(linear, options, scheme) for linear in find_linears(gm.graph)]
-    decisions.extend(_inside_higher_order_operators(gm))
+    written = set().union(*map(written_storages, gm.graph.nodes))
+    decisions = []
+    for linear in find_linears(gm.graph):
+        reason = _reason_to_keep(linear, options, scheme)
+        if reason is None and storages(linear.weight) & written:
+            reason = "weight is modified in the graph"
+        decisions.append(_decision(linear, options, reason))
+    for name, module in gm.named_modules():
+        if isinstance(module, GraphModule) and module is not gm:
+            decisions.extend(
+                replace(
+                    _decision(linear, options, "inside a higher-order operator"),
+                    node=f"{name}.{linear.node.name}",
+                    weight=None,
+                )
+                for linear in find_linears(module.graph)
+            )
     return Plan(scheme, tuple(decisions), options.ignored_layers)
 
 
-def _decide(linear: Linear, options: Fp8Options, scheme: Scheme) -> Decision:
+def _decision(linear: Linear, options: Fp8Options, reason: str | None) -> Decision:
     module = module_path(linear)
     path = layer_path(module)
-    parameter = linear.weight.op == "placeholder" and isinstance(example(linear.weight), torch.nn.Parameter)
-    out_features, in_features = example(linear.weight).shape[-2:] if example(linear.weight) is not None else (0, 0)
-    if linear.transposed:
-        out_features, in_features = in_features, out_features
     pattern = None if is_adapter(module) else first_match(options.ignored_layers, path)
     if pattern is not None:
-        reason: str | None = f"ignored_layers: {pattern}"
-    else:
-        reason = _reason_to_keep(linear, module, int(in_features), int(out_features), parameter, options, scheme)
+        reason = f"ignored_layers: {pattern}"
+    in_features, out_features = linear.features
     return Decision(
         node=linear.node.name,
         path=path,
-        in_features=int(in_features),
-        out_features=int(out_features),
-        weight=linear.weight.name if parameter else None,
+        in_features=in_features,
+        out_features=out_features,
+        weight=linear.weight.name if _is_parameter(linear) else None,
         transposed=linear.transposed,
         decision="kept" if reason else "fp8",
         reason=reason or "",
@@ -100,33 +110,30 @@ def _decide(linear: Linear, options: Fp8Options, scheme: Scheme) -> Decision:
     )
 
 
-def _reason_to_keep(
-    linear: Linear,
-    module: str,
-    in_features: int,
-    out_features: int,
-    parameter: bool,
-    options: Fp8Options,
-    scheme: Scheme,
-) -> str | None:
-    weight = example(linear.weight)
-    if is_adapter(module):
+def _is_parameter(linear: Linear) -> bool:
+    return linear.weight.op == "placeholder" and isinstance(example(linear.weight), torch.nn.Parameter)
+
+
+def _reason_to_keep(linear: Linear, options: Fp8Options, scheme: Scheme) -> str | None:
+    if is_adapter(module_path(linear)):
         return "low-rank adapter"
-    if not parameter:
+    if not _is_parameter(linear):
         return "weight is not a parameter"
+    weight = example(linear.weight)
     if linear.unusual:
         return linear.unusual
     if _subclass(weight) is not None:
         return f"weight is a {_subclass(weight)}"
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return f"weight is {str(weight.dtype).removeprefix('torch.')}, not bfloat16 or float16"
-    if any(mutates(user) for user in linear.weight.users):
-        return "weight is modified in the graph"
-    if min(in_features, out_features) < options.min_features:
+    if min(linear.features) < options.min_features:
         return f"narrower than min_features {options.min_features}"
-    if row_count(example(linear.input).shape) < options.min_rows:
+    rows = row_count(example(linear.input).shape)
+    if rows == math.inf:
+        return "number of rows is known only at run time"  # the meta function of _scaled_mm compares it
+    if rows < options.min_rows:
         return f"fewer rows than min_rows {options.min_rows}"
-    return scheme.refuses(in_features, out_features, weight.dtype)
+    return scheme.refuses(*linear.features, weight.dtype)
 
 
 def _subclass(weight: torch.Tensor) -> str | None:
@@ -135,22 +142,3 @@ def _subclass(weight: torch.Tensor) -> str | None:
 
     plain = (torch.Tensor, torch.nn.Parameter, FakeTensor)
     return None if type(weight) in plain else type(weight).__name__
-
-
-def _inside_higher_order_operators(gm: GraphModule) -> Iterator[Decision]:
-    for name, module in gm.named_modules():
-        if module is gm or not isinstance(module, GraphModule):
-            continue
-        for linear in find_linears(module.graph):
-            weight = example(linear.weight)
-            out_features, in_features = weight.shape[-2:] if isinstance(weight, torch.Tensor) else (0, 0)
-            yield Decision(
-                node=f"{name}.{linear.node.name}",
-                path=layer_path(module_path(linear)),
-                in_features=int(in_features),
-                out_features=int(out_features),
-                weight=None,
-                transposed=linear.transposed,
-                decision="kept",
-                reason="inside a higher-order operator",
-            )

@@ -30,7 +30,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ..schemes import Scheme
-from .graphs import example, mutates
+from .graphs import example, storages, written_storages
 from .linears import Linear, as_linear, is_relayout
 from .plan import Plan
 
@@ -69,8 +69,9 @@ def quantize_linears(gm: GraphModule, plan: Plan) -> list[Constant]:
     quantized: dict[Node, Node] = {}
 
     for node in list(gm.graph.nodes):
-        if mutates(node):
-            quantized.clear()
+        written = written_storages(node)
+        for stale in [x for x in quantized if written & storages(x)]:
+            del quantized[stale]
         linear = as_linear(node) if node.name in chosen else None
         if linear is None:
             continue
@@ -94,7 +95,7 @@ def _describe(gm: GraphModule, linear: Linear, scheme: Scheme, path: str) -> tup
     nodes = []
     for name, value in zip(scheme.constants, values, strict=True):
         with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(re.sub(r"\W", "_", f"{path}.{name}"))
+            last = gm.graph.placeholder(re.sub(r"\W", "_", f"{path}.{name}".lstrip(".")))
         last.meta["example_value"] = value
         # How Dynamo marks a parameter: its address never changes, so CUDA graphs need no copy of it.
         last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from util import Call, capture, rand
 
-from fp8_compile.passes.graphs import copy_graph_module, example, mutates, row_count
+from fp8_compile.passes.graphs import copy_graph_module, example, row_count, written_storages
 
 Function = Callable[..., Any]
 
@@ -30,7 +30,7 @@ def writers(body: str) -> list[str]:
     defined: dict[str, Function] = {}
     exec(f"def function(m, x, y):\n    {body}", {"torch": torch, "F": F}, defined)
     graph = capture(Call(defined["function"]), rand(8, 64), rand(8, 64)).graph
-    return [node.name for node in graph.nodes if mutates(node)]
+    return [node.name for node in graph.nodes if written_storages(node)]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_higher_order_operators_count_as_writing() -> None:
             return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
 
     graph = capture(Branch(), rand(8, 64)).graph
-    assert [node.target for node in graph.nodes if mutates(node)] == [torch.ops.higher_order.cond]
+    assert [node.target for node in graph.nodes if written_storages(node)] == [torch.ops.higher_order.cond]
 
 
 @pytest.mark.parametrize(

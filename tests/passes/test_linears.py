@@ -203,7 +203,22 @@ def test_f_linear_is_a_linear_whatever_its_weight(function: Function) -> None:
     captured = capture(module, rand(8, 64))
     (linear,) = linears(captured)
     assert not isinstance(linear.weight.meta["example_value"], nn.Parameter)
-    assert not linear.transposed or linear.weight.op == "placeholder"
+    assert not linear.transposed
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.linear(x, m.w.transpose(1, 1)),
+        lambda m, x: F.linear(x, m.w.transpose(0, -2)),
+        lambda m, x: F.linear(x, m.w.permute(0, 1)),
+        lambda m, x: F.linear(x, m.w.permute(-2, -1)),
+    ],
+)
+def test_dimensions_that_stay_in_place_are_no_transposition(function: Function) -> None:
+    (linear,) = linears(capture(Call(function, w=(32, 64)), rand(8, 64)))
+    assert not linear.transposed
+    assert linear.weight.meta["example_value"].shape == (32, 64)
 
 
 def test_cast_that_changes_the_type_hides_the_parameter() -> None:

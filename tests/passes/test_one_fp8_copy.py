@@ -14,7 +14,7 @@ from sqnr import sqnr
 from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.utils import get_code
+from torch._inductor.graph import GraphLowering
 from torch.fx import Graph, Node
 from util import rand, show
 
@@ -91,7 +91,9 @@ def test_one_quantized_activation_for_three_matmuls() -> None:
     graph.lint()
     text = "\n".join(re.sub(r"(_scaled_mm.default\(\w+), .*", r"\1, ...)", line) for line in show(graph).splitlines())
     text = "\n".join(line for line in text.splitlines() if " = " in line and not line.startswith("permute"))
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 convert_element_type_default = convert_element_type.default(x, torch.float8_e4m3fn)
 inductor_force_stride_order_default = inductor_force_stride_order.default(convert_element_type_default, (3, 2, 1))
 reshape_default = reshape.default(inductor_force_stride_order_default, (16, 64))
@@ -99,7 +101,8 @@ _scaled_mm_default = _scaled_mm.default(reshape_default, ...)
 reshape_default_1 = reshape.default(inductor_force_stride_order_default, (16, 64))
 _scaled_mm_default_1 = _scaled_mm.default(reshape_default_1, ...)
 reshape_default_2 = reshape.default(inductor_force_stride_order_default, (16, 64))
-_scaled_mm_default_2 = _scaled_mm.default(reshape_default_2, ...)""")
+_scaled_mm_default_2 = _scaled_mm.default(reshape_default_2, ...)""",
+    )
     assert asked(graph) == [[False, True, True, True]] * 3
 
 
@@ -185,7 +188,9 @@ def _other_operator(build: Aten) -> Sequence[Node]:
     return (node,)
 
 
-@pytest.mark.parametrize("write", [_no_request, _none_already, _not_contiguous, _view_of_not_contiguous, _other_operator])
+@pytest.mark.parametrize(
+    "write", [_no_request, _none_already, _not_contiguous, _view_of_not_contiguous, _other_operator]
+)
 def test_unchanged(write: Callable[[Aten], Sequence[Node]]) -> None:
     build = Aten()
     graph = build.output(*write(build))
@@ -216,7 +221,7 @@ class QKV(nn.Module):
 
 
 GRANULARITIES = [
-    pytest.param("row", marks=pytest.mark.skipif(not _has_rowwise_kernel("cpu"), reason="no row-wise kernel on the CPU")),
+    pytest.param("row", marks=pytest.mark.skipif(not _has_rowwise_kernel("cpu"), reason="no row-wise CPU kernel")),
     "tensor",
 ]
 
@@ -226,26 +231,42 @@ def options(granularity: str, passes: Any) -> dict[str, Any]:
         "granularity": granularity,
         "min_features": 64,
         "post_grad_custom_post_pass": passes,
+        "cpp.vec_isa_ok": False,  # else Inductor tries each instruction set of this CPU for seconds
     }
+
+
+PREPARATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "normalized": (lambda x: F.layer_norm(x, (64,)), (2, 8, 64)),
+    "transposed view": (lambda x: x.transpose(1, 2), (2, 64, 8)),
+}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_with(found: list[Any]) -> Callable[[Any], None]:
+    """A step of a compilation that keeps what it is given and ends the compilation."""
+
+    def step(value: Any) -> None:
+        found.append(value)
+        raise Stopped("as the test wants")
+
+    return step
+
+
+def compile_until_stopped(model: nn.Module, x: Tensor, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    with torch.no_grad(), config.patch(force_disable_caches=True), pytest.raises(Exception, match="as the test wants"):
+        torch.compile(model, backend="fp8_diffusion", options=options)(x)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_graph_of_inductor(granularity: str) -> None:
     """On the graph that reaches the pass in a real compilation; nothing of it is generated or run."""
     graphs: list[Graph] = []
-
-    class Captured(Exception):
-        pass
-
-    def capture(graph: Graph) -> None:
-        graphs.append(graph)
-        raise Captured
-
-    model = torch.compile(
-        QKV(lambda x: F.layer_norm(x, (64,))).bfloat16(), backend="fp8_diffusion", options=options(granularity, capture)
-    )
-    with torch.no_grad(), pytest.raises(Exception, match="Captured"), config.patch(force_disable_caches=True):
-        model(rand(2, 8, 64))
+    prepare, shape = PREPARATIONS["normalized"]
+    compile_until_stopped(QKV(prepare).bfloat16(), rand(*shape), options(granularity, stop_with(graphs)))
     (graph,) = graphs
     others = [n for n in graph.nodes if n not in matmuls(graph)]
     requests = [n.meta.get("eager_input_vals") for n in others]
@@ -260,12 +281,6 @@ def test_graph_of_inductor(granularity: str) -> None:
     assert str(graph) == text
 
 
-PREPARATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
-    "normalized": (lambda x: F.layer_norm(x, (64,)), (2, 8, 64)),
-    "transposed view": (lambda x: x.transpose(1, 2), (2, 64, 8)),
-}
-
-
 @pytest.mark.parametrize("preparation", PREPARATIONS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_generated_code(granularity: str, preparation: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,11 +289,11 @@ def test_generated_code(granularity: str, preparation: str, monkeypatch: pytest.
     model, x = QKV(prepare).bfloat16(), rand(*shape)
 
     def buffers() -> list[str]:
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="fp8_diffusion", options=options(granularity, None))
-        with torch.no_grad(), config.patch(force_disable_caches=True):
-            (code,) = get_code(compiled, x)
-        return re.findall(r"= empty_strided_cpu\((\(.*?\), \(.*?\)), torch.float8_e4m3fn\)", code)
+        sources: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(GraphLowering, "save_output_code", stop_with(sources))
+            compile_until_stopped(model, x, options(granularity, None))
+        return re.findall(r"= empty_strided_cpu\((\(.*?\), \(.*?\)), torch.float8_e4m3fn\)", sources[0])
 
     assert buffers() == ["(2, 8, 64), (512, 64, 1)"]
     monkeypatch.setattr(pipeline, "POST_GRAD", ())
@@ -286,7 +301,7 @@ def test_generated_code(granularity: str, preparation: str, monkeypatch: pytest.
 
 
 def test_result_of_the_generated_code() -> None:
-    """The only test here that runs what Inductor generates: a matmul of an activation in the wrong layout would raise."""
+    """The only test here that runs what Inductor generates: an activation in the wrong layout would raise."""
     prepare, shape = PREPARATIONS["transposed view"]
     model, x = QKV(prepare).bfloat16(), rand(*shape)
     compiled = torch.compile(model, backend="fp8_diffusion", options=options("tensor", None))

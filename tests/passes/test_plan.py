@@ -118,6 +118,22 @@ def test_weight_is_no_parameter(function: Function) -> None:
     assert (decision.in_features, decision.out_features) == (64, 64)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.linear(x, (m.w * 2).t()),
+        lambda m, x: F.linear(x, m.buffer.t()),
+        lambda m, x: F.linear(x, m.w.clone().T.contiguous()),
+    ],
+)
+def test_features_of_a_transposed_weight_that_is_no_parameter(function: Function) -> None:
+    module = Call(function, w=(64, 32))
+    module.register_buffer("buffer", rand(64, 32))
+    (decision,) = decide(module, rand(8, 64))
+    assert decision.reason == "weight is not a parameter"
+    assert (decision.in_features, decision.out_features) == (64, 32)
+
+
 def test_vector_as_weight() -> None:
     """`F.linear` takes ``[K]`` too, and reduces the last dimension."""
     (decision,) = decide(Call(lambda m, x: F.linear(x, m.w), w=(64,)), rand(8, 64))
@@ -295,15 +311,17 @@ def test_dynamic_rows_count_as_those_seen() -> None:
     assert reason(linear(), rand(2, 8, 64), dynamic=True, min_rows=17) == "fewer rows than min_rows 17"
 
 
-def test_unknown_rows_are_many() -> None:
+def test_rows_known_only_at_run_time() -> None:
+    """The meta function of ``_scaled_mm`` compares their number, so no graph with them could be traced."""
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         selected = Call(lambda m, x, mask: F.linear(x[mask], m.w), w=(64, 64))
-        assert reason(selected, rand(8, 64), torch.arange(8) > 3, min_rows=10**9) == ""
+        kept = reason(selected, rand(8, 64), torch.arange(8) > 3, min_rows=1)
+    assert kept == "number of rows is known only at run time"
 
 
 @pytest.mark.parametrize("weight", ["parameter", "activation"])
 def test_deciding_makes_no_shape_static(weight: str) -> None:
-    """One graph serves several resolutions: a row count above ``min_rows`` and one below, or another size of a weight."""
+    """One graph serves several resolutions: rows above and below ``min_rows``, and any size of a computed weight."""
     function = (lambda m, x: F.linear(x, m.w)) if weight == "parameter" else (lambda m, x: F.linear(x, x))
     module = Call(function, w=(64, 64))
     compiles = []
@@ -359,7 +377,5 @@ def test_pattern_that_matches_only_inside_a_higher_order_operator_is_matched() -
 
 
 def test_vector_as_weight_inside_a_higher_order_operator() -> None:
-    module = Call(
-        lambda m, x: torch.cond(x.sum() > 0, lambda x: F.linear(x, m.w), lambda x: x.sum(-1), (x,)), w=(64,)
-    )
+    module = Call(lambda m, x: torch.cond(x.sum() > 0, lambda x: F.linear(x, m.w), lambda x: x.sum(-1), (x,)), w=(64,))
     assert [d.decision for d in decide(module, rand(8, 64))] == ["kept"]

@@ -34,27 +34,35 @@ def qkv() -> Captured:
 
 def test_one_linear() -> None:
     captured = capture(Call(lambda m, x: F.linear(x, m.proj, m.bias), proj=(32, 64), bias=(32,)), rand(8, 64))
-    assert_expected_inline(show(captured.graph), """\
+    assert_expected_inline(
+        show(captured.graph),
+        """\
 self.proj: bfloat16[32, 64]
 self.bias: bfloat16[32]
 x: bfloat16[8, 64]
 linear = linear(x, self.proj, self.bias)
-return (linear,)""")
+return (linear,)""",
+    )
     gm, constants = rewritten(captured)
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 self.bias: bfloat16[32]
 x: bfloat16[8, 64]
 proj_weight: float8_e4m3fn[32, 64]
 proj_weight_scale: float32[32, 1]
 quantize_rowwise = quantize_rowwise(x)
 scaled_linear = scaled_linear(quantize_rowwise, proj_weight, proj_weight_scale, self.bias, torch.bfloat16)
-return (scaled_linear,)""")
+return (scaled_linear,)""",
+    )
     assert constants == [Constant("l_self_parameters_proj_", ROW, False, "proj", ("proj_weight", "proj_weight_scale"))]
 
 
 def test_linears_that_share_an_activation_share_its_quantization() -> None:
     captured = qkv()
-    assert_expected_inline(show(captured.graph), """\
+    assert_expected_inline(
+        show(captured.graph),
+        """\
 self.to_q.weight: bfloat16[64, 64]
 self.to_q.bias: bfloat16[64]
 x: bfloat16[2, 8, 64]
@@ -63,9 +71,12 @@ self.to_v.weight: bfloat16[64, 64]
 linear = linear(x, self.to_q.weight, self.to_q.bias)
 linear_1 = linear(x, self.to_k.weight, None)
 linear_2 = linear(x, self.to_v.weight, None)
-return (linear, linear_1, linear_2)""")
+return (linear, linear_1, linear_2)""",
+    )
     gm, constants = rewritten(captured)
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 self.to_q.bias: bfloat16[64]
 x: bfloat16[2, 8, 64]
 to_q_weight: float8_e4m3fn[64, 64]
@@ -78,13 +89,16 @@ quantize_rowwise = quantize_rowwise(x)
 scaled_linear = scaled_linear(quantize_rowwise, to_q_weight, to_q_weight_scale, self.to_q.bias, torch.bfloat16)
 scaled_linear_1 = scaled_linear(quantize_rowwise, to_k_weight, to_k_weight_scale, None, torch.bfloat16)
 scaled_linear_2 = scaled_linear(quantize_rowwise, to_v_weight, to_v_weight_scale, None, torch.bfloat16)
-return (scaled_linear, scaled_linear_1, scaled_linear_2)""")
+return (scaled_linear, scaled_linear_1, scaled_linear_2)""",
+    )
     assert [c.path for c in constants] == ["to_q", "to_k", "to_v"]
 
 
 def test_tensorwise() -> None:
     gm, constants = rewritten(qkv(), granularity="tensor", ignored_layers=["to_v"])
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 self.to_q.bias: bfloat16[64]
 x: bfloat16[2, 8, 64]
 self.to_v.weight: bfloat16[64, 64]
@@ -96,7 +110,8 @@ quantize_tensorwise = quantize_tensorwise(x)
 scaled_linear = scaled_linear(quantize_tensorwise, to_q_weight, to_q_weight_scale, self.to_q.bias, torch.bfloat16)
 scaled_linear_1 = scaled_linear(quantize_tensorwise, to_k_weight, to_k_weight_scale, None, torch.bfloat16)
 linear_2 = linear(x, self.to_v.weight, None)
-return (scaled_linear, scaled_linear_1, linear_2)""")
+return (scaled_linear, scaled_linear_1, linear_2)""",
+    )
     assert {c.scheme for c in constants} == {TENSOR}
 
 
@@ -113,7 +128,9 @@ def test_conv1d_of_transformers() -> None:
 
     captured = capture(Attention().bfloat16(), rand(2, 8, 64))
     gm, constants = rewritten(captured)
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 x: bfloat16[2, 8, 64]
 self.c_attn.bias: bfloat16[96]
 c_attn_weight: float8_e4m3fn[96, 64]
@@ -122,37 +139,46 @@ view = .view(x, -1, 64)
 quantize_rowwise = quantize_rowwise(view)
 scaled_linear = scaled_linear(quantize_rowwise, c_attn_weight, c_attn_weight_scale, self.c_attn.bias, torch.bfloat16)
 x_1 = .view(scaled_linear, (2, 8, 96))
-return (x_1,)""")
+return (x_1,)""",
+    )
     assert [(c.path, c.transposed) for c in constants] == [("c_attn", True)]
     assert sqnr(captured.gm(*captured.inputs)[0], run(captured, gm, constants)[0]) > 25
 
 
 def test_addmm() -> None:
     gm, _ = rewritten(capture(Call(lambda m, x: torch.addmm(m.b, x, m.w), w=(64, 32), b=(32,)), rand(8, 64)))
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 self.b: bfloat16[32]
 x: bfloat16[8, 64]
 w_weight: float8_e4m3fn[32, 64]
 w_weight_scale: float32[32, 1]
 quantize_rowwise = quantize_rowwise(x)
 scaled_linear = scaled_linear(quantize_rowwise, w_weight, w_weight_scale, self.b, torch.bfloat16)
-return (scaled_linear,)""")
+return (scaled_linear,)""",
+    )
 
 
 def test_transposition_of_the_weight_goes_with_it() -> None:
     gm, _ = rewritten(capture(Call(lambda m, x: x @ m.w.to(x.dtype).t(), w=(32, 64)), rand(8, 64)))
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 x: bfloat16[8, 64]
 w_weight: float8_e4m3fn[32, 64]
 w_weight_scale: float32[32, 1]
 quantize_rowwise = quantize_rowwise(x)
 scaled_linear = scaled_linear(quantize_rowwise, w_weight, w_weight_scale, None, torch.bfloat16)
-return (scaled_linear,)""")
+return (scaled_linear,)""",
+    )
 
 
 def test_weight_of_two_linears_is_one_constant() -> None:
     gm, constants = rewritten(capture(Call(lambda m, x: F.linear(F.linear(x, m.w), m.w), w=(64, 64)), rand(8, 64)))
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 x: bfloat16[8, 64]
 w_weight: float8_e4m3fn[64, 64]
 w_weight_scale: float32[64, 1]
@@ -160,14 +186,17 @@ quantize_rowwise = quantize_rowwise(x)
 scaled_linear = scaled_linear(quantize_rowwise, w_weight, w_weight_scale, None, torch.bfloat16)
 quantize_rowwise_1 = quantize_rowwise(scaled_linear)
 scaled_linear_1 = scaled_linear(quantize_rowwise_1, w_weight, w_weight_scale, None, torch.bfloat16)
-return (scaled_linear_1,)""")
+return (scaled_linear_1,)""",
+    )
     assert len(constants) == 1
 
 
 def test_weight_read_in_both_layouts_is_two_constants() -> None:
     captured = capture(Call(lambda m, x: F.linear(x, m.w) + x @ m.w, w=(64, 64)), rand(8, 64))
     gm, constants = rewritten(captured)
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 x: bfloat16[8, 64]
 w_weight: float8_e4m3fn[64, 64]
 w_weight_scale: float32[64, 1]
@@ -177,7 +206,8 @@ quantize_rowwise = quantize_rowwise(x)
 scaled_linear = scaled_linear(quantize_rowwise, w_weight, w_weight_scale, None, torch.bfloat16)
 scaled_linear_1 = scaled_linear(quantize_rowwise, w_weight_1, w_weight_scale_1, None, torch.bfloat16)
 add = add(scaled_linear, scaled_linear_1)
-return (add,)""")
+return (add,)""",
+    )
     assert [(c.weight, c.transposed) for c in constants] == [
         ("l_self_parameters_w_", False),
         ("l_self_parameters_w_", True),
@@ -191,7 +221,9 @@ def test_weight_that_something_else_reads_keeps_its_placeholder() -> None:
     module[1].weight = module[0].weight
     captured = capture(module, torch.arange(8))
     gm, constants = rewritten(captured)
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 fn.0.weight: bfloat16[32, 64]
 args.0: int64[8]
 _1_weight: float8_e4m3fn[32, 64]
@@ -199,7 +231,8 @@ _1_weight_scale: float32[32, 1]
 input_1 = embedding(args.0, fn.0.weight, None, None, 2.0, False, False)
 quantize_rowwise = quantize_rowwise(input_1)
 scaled_linear = scaled_linear(quantize_rowwise, _1_weight, _1_weight_scale, None, torch.bfloat16)
-return (scaled_linear,)""")
+return (scaled_linear,)""",
+    )
     assert sqnr(captured.gm(*captured.inputs)[0], run(captured, gm, constants)[0]) > 25
 
 
@@ -224,7 +257,9 @@ def test_weight_with_another_reader_stays_an_input(function: Function) -> None:
 
 def test_kept_linear_keeps_its_weight_and_reads_the_activation_itself() -> None:
     gm, constants = rewritten(qkv(), ignored_layers=["to_k"])
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 self.to_q.bias: bfloat16[64]
 x: bfloat16[2, 8, 64]
 self.to_k.weight: bfloat16[64, 64]
@@ -236,13 +271,14 @@ quantize_rowwise = quantize_rowwise(x)
 scaled_linear = scaled_linear(quantize_rowwise, to_q_weight, to_q_weight_scale, self.to_q.bias, torch.bfloat16)
 linear_1 = linear(x, self.to_k.weight, None)
 scaled_linear_1 = scaled_linear(quantize_rowwise, to_v_weight, to_v_weight_scale, None, torch.bfloat16)
-return (scaled_linear, linear_1, scaled_linear_1)""")
+return (scaled_linear, linear_1, scaled_linear_1)""",
+    )
     assert [c.path for c in constants] == ["to_q", "to_v"]
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_counts(granularity: str) -> None:
-    """Three activations: x for q, k and v; the product for the first linear of the MLP; the activation for the second."""
+    """Three activations: x for q, k and v, the input of the MLP, and what lies between its two linears."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -303,7 +339,9 @@ def _between(statement: str) -> Captured:
 
 def test_activation_modified_between_two_linears() -> None:
     gm, _ = rewritten(_between("x.add_(y)"))
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 x: bfloat16[8, 64]
 more.0: bfloat16[8, 64]
 w_weight: float8_e4m3fn[64, 64]
@@ -316,7 +354,8 @@ scaled_linear = scaled_linear(quantize_rowwise, w_weight, w_weight_scale, None, 
 add_ = .add_(x, more.0)
 quantize_rowwise_1 = quantize_rowwise(x)
 scaled_linear_1 = scaled_linear(quantize_rowwise_1, u_weight, u_weight_scale, None, torch.bfloat16)
-return (scaled_linear, scaled_linear_1, v)""")
+return (scaled_linear, scaled_linear_1, v)""",
+    )
 
 
 @pytest.mark.parametrize(
@@ -376,7 +415,9 @@ def test_in_place_operation_without_a_reader_stays() -> None:
 
     captured = capture(Call(function, w=(64, 64)), rand(8, 64), rand(8, 64))
     gm, constants = rewritten(captured)
-    assert_expected_inline(show(gm.graph), """\
+    assert_expected_inline(
+        show(gm.graph),
+        """\
 x: bfloat16[8, 64]
 more.0: bfloat16[8, 64]
 w_weight: float8_e4m3fn[64, 64]
@@ -387,7 +428,8 @@ add_ = .add_(more.0, 1)
 setitem = setitem(more.0, 0, 2)
 relu_ = relu_(more.0)
 silu = silu(more.0, True)
-return (scaled_linear,)""")
+return (scaled_linear,)""",
+    )
     expected, written = rand(8, 64), rand(8, 64)
     function(Call(function, w=(64, 64)), rand(8, 64), expected)
     x = rand(8, 64)
@@ -427,9 +469,7 @@ def test_remaining_placeholders_keep_source_and_order() -> None:
         assert node.meta == before[node.name].meta
 
 
-@pytest.mark.parametrize(
-    ("granularity", "scale_shape"), [("row", (32, 1)), ("tensor", ())], ids=["row", "tensor"]
-)
+@pytest.mark.parametrize(("granularity", "scale_shape"), [("row", (32, 1)), ("tensor", ())], ids=["row", "tensor"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_new_placeholders(granularity: str, scale_shape: tuple[int, ...], transposed: bool) -> None:
     """Static inputs to Dynamo and Inductor, and fakes of the graph's own mode: nothing real may be computed here."""
@@ -511,16 +551,6 @@ def test_compiled_result(name: str, granularity: str) -> None:
         result = compiled(rand(8, 64), torch.zeros(8, 32, dtype=torch.bfloat16))
     assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
     assert sqnr(expected, result) > 22
-
-
-@pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_number_of_rows_known_only_at_run_time(granularity: str) -> None:
-    module = Call(lambda m, x, mask: F.linear(x[mask], m.w), w=(32, 64))
-    options = {"inner_backend": "aot_eager", "min_features": 1, "granularity": granularity}
-    mask = torch.arange(8) > 3
-    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = torch.compile(module, backend="fp8_diffusion", fullgraph=True, options=options)
-        assert sqnr(module(rand(8, 64), mask), compiled(rand(8, 64), mask)) > 25
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
