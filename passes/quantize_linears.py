@@ -27,7 +27,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule, Node
+import torch
+from torch.fx import Graph, GraphModule, Node
 
 from ..schemes import Scheme
 from .graphs import example, storages, written_storages
@@ -65,58 +66,77 @@ def quantize_linears(gm: GraphModule, plan: Plan) -> list[Constant]:
         The constants that the graph now takes instead of the weights.
     """
     chosen = {d.node: d for d in plan.converted}
-    constants: dict[tuple[Node, bool], tuple[Constant, list[Node]]] = {}
-    quantized: dict[Node, Node] = {}
-
+    rewriter = _Rewriter(gm.graph, plan.scheme)
     for node in list(gm.graph.nodes):
-        written = written_storages(node)
-        for stale in [x for x in quantized if written & storages(x)]:
-            del quantized[stale]
+        if written := written_storages(node):
+            rewriter.forget_quantized(written)
         linear = as_linear(node) if node.name in chosen else None
-        if linear is None:
-            continue
-        key = linear.weight, linear.transposed
-        if key not in constants:
-            constants[key] = _describe(gm, linear, plan.scheme, chosen[node.name].path)
-        _replace(gm, linear, plan.scheme, constants[key][1], quantized)
-
-    for weight in {weight for weight, _ in constants}:
+        if linear is not None:
+            rewriter.replace(linear, chosen[node.name].path)
+    for weight in {weight for weight, _ in rewriter.constants}:
         _erase_unused(weight)
     gm.graph.lint()
     gm.recompile()
-    return [constant for constant, _ in constants.values()]
+    return [constant for constant, _ in rewriter.constants.values()]
 
 
-def _describe(gm: GraphModule, linear: Linear, scheme: Scheme, path: str) -> tuple[Constant, list[Node]]:
-    fake = example(linear.weight)
-    with fake.fake_mode:
-        values = scheme.make_constants(fake, linear.transposed)
-    last = gm.graph.find_nodes(op="placeholder")[-1]
-    nodes = []
-    for name, value in zip(scheme.constants, values, strict=True):
-        with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(re.sub(r"\W", "_", f"{path}.{name}".lstrip(".")))
-        last.meta["example_value"] = value
-        # How Dynamo marks a parameter: its address never changes, so CUDA graphs need no copy of it.
-        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        last.target = last.name  # one weight read in both layouts asks for the same name twice
-        last._dynamo_source = None
-        nodes.append(last)
-    return Constant(linear.weight.name, scheme, linear.transposed, path, tuple(n.name for n in nodes)), nodes
+class _Rewriter:
+    """What is known half-way through a graph: constants described, activations quantized."""
 
+    def __init__(self, graph: Graph, scheme: Scheme) -> None:
+        self.constants: dict[tuple[Node, bool], tuple[Constant, list[Node]]] = {}
+        self._graph = graph
+        self._scheme = scheme
+        self._quantized: dict[Node, Node] = {}
+        self._layouts: dict[Any, Any] = {}
+        self._last_placeholder = graph.find_nodes(op="placeholder")[-1]
 
-def _replace(
-    gm: GraphModule, linear: Linear, scheme: Scheme, operands: list[Node], quantized: dict[Node, Node]
-) -> None:
-    graph, node, value = gm.graph, linear.node, example(linear.node)
-    with graph.inserting_before(node):
-        if linear.input not in quantized:
-            quantized[linear.input] = graph.call_function(scheme.quantize, (linear.input,))
-            quantized[linear.input].meta = _origin(node)
-        new = graph.call_function(scheme.linear, (quantized[linear.input], *operands, linear.bias, value.dtype))
-    new.meta = _origin(node) | {"example_value": value}
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    def forget_quantized(self, written: set[int]) -> None:
+        """Quantize anew, when they are next needed, the activations whose memory was written into."""
+        for stale in [x for x in self._quantized if written & storages(x)]:
+            del self._quantized[stale]
+
+    def replace(self, linear: Linear, path: str) -> None:
+        """Put quantization and a scaled matmul in the place of ``linear``."""
+        key = linear.weight, linear.transposed
+        if key not in self.constants:
+            self.constants[key] = self._describe(linear, path)
+        operands = self.constants[key][1]
+        graph, node, value = self._graph, linear.node, example(linear.node)
+        with graph.inserting_before(node):
+            if linear.input not in self._quantized:
+                self._quantized[linear.input] = graph.call_function(self._scheme.quantize, (linear.input,))
+                self._quantized[linear.input].meta = _origin(node)
+            arguments = (self._quantized[linear.input], *operands, linear.bias, value.dtype)
+            new = graph.call_function(self._scheme.linear, arguments)
+        new.meta = _origin(node) | {"example_value": value}
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+    def _describe(self, linear: Linear, path: str) -> tuple[Constant, list[Node]]:
+        nodes = []
+        values = self._fake_constants(example(linear.weight), linear.transposed)
+        for name, value in zip(self._scheme.constants, values, strict=True):
+            with self._graph.inserting_after(self._last_placeholder):
+                new = self._graph.placeholder(re.sub(r"\W", "_", f"{path}.{name}".lstrip(".")))
+            # How Dynamo marks a parameter: its address never changes, so CUDA graphs need no copy of it.
+            new.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+            new.target = new.name  # one weight read in both layouts asks for the same name twice
+            new._dynamo_source = None
+            nodes.append(new)
+            self._last_placeholder = new
+        names = tuple(node.name for node in nodes)
+        return Constant(linear.weight.name, self._scheme, linear.transposed, path, names), nodes
+
+    def _fake_constants(self, weight: Any, transposed: bool) -> list[Any]:
+        """What the scheme makes of a fake weight. Weights of one shape are worked out once: a model has few shapes."""
+        key = weight.shape, weight.stride(), weight.dtype, weight.device, transposed
+        with weight.fake_mode:
+            if key not in self._layouts:
+                made = self._scheme.make_constants(weight, transposed)
+                self._layouts[key] = [(c.shape, c.stride(), c.dtype, c.device) for c in made]
+            # Never the same fake tensor twice: AOTAutograd would take two inputs for one.
+            return [torch.empty_strided(size, stride, dtype=t, device=d) for size, stride, t, d in self._layouts[key]]
 
 
 def _origin(node: Node) -> dict[str, Any]:
