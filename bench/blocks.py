@@ -25,7 +25,7 @@ class Block:
         build: makes the module; called on the meta device.
         arguments: keyword arguments for a number of image tokens; called with fake tensors on the GPU.
         text: text tokens that go with the image.
-        float32: parts of parameter names that diffusers keeps in float32.
+        float32: parts of parameters' paths that diffusers keeps in float32.
     """
 
     build: Callable[[], nn.Module]
@@ -125,15 +125,11 @@ def make(name: str, tokens: int) -> tuple[nn.Module, dict[str, Any]]:
     """
     block = BLOCKS[name]
     with torch.device("meta"):
-        module = block.build().eval().requires_grad_(False)
-    for owner in module.modules():
+        module = block.build().eval()
+    for path, owner in module.named_modules():
         for key, parameter in owner._parameters.items():
-            if parameter is None:
-                continue
-            owner._parameters[key] = nn.Parameter(_empty(*parameter.shape), requires_grad=False)
-    for key, parameter in list(module.named_parameters()):
-        if any(part in key.split(".") for part in block.float32):
-            path, _, leaf = key.rpartition(".")
-            fp32 = nn.Parameter(_empty(*parameter.shape, dtype=F32), requires_grad=False)
-            module.get_submodule(path)._parameters[leaf] = fp32
+            if parameter is not None:
+                kept = any(part in block.float32 for part in (*path.split("."), key))
+                value = _empty(*parameter.shape, dtype=F32 if kept else BF16)
+                owner._parameters[key] = nn.Parameter(value, requires_grad=False)
     return module, block.arguments(tokens)

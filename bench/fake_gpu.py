@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import sys
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -95,8 +94,8 @@ GPUS = {
         bf16_flops=1800e12,
         fp8_flops=3600e12,
         bandwidth=7.2e12,
-        source="https://www.nvidia.com/en-us/data-center/dgx-b200/: 72 PFLOP/s of sparse FP8 and 64 TB/s for eight GPUs, "
-        "BF16 at half the rate of FP8",
+        source="https://www.nvidia.com/en-us/data-center/dgx-b200/: 72 PFLOP/s of sparse FP8 and 64 TB/s for eight "
+        "GPUs, BF16 at half the rate of FP8",
     ),
     "rtx4090": Gpu(
         name="NVIDIA GeForce RTX 4090",
@@ -156,6 +155,18 @@ def fake_gpu(gpu: Gpu) -> Iterator[None]:
             torch._dynamo.reset()
 
 
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """``owner.name`` is ``value`` within this context; a plain function, since Dynamo traces some of them."""
+    before = getattr(owner, name)
+    own = vars(owner).get(name)  # as it is stored: staticmethod and all
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before if own is None else own)
+
+
 def _patterns() -> Any:
     """Inductor's patterns, traced now, for the CPU: for a device that seems to be there it would use real tensors.
 
@@ -165,7 +176,7 @@ def _patterns() -> Any:
 
     joint_graph.lazy_init(torch.device("cpu"))
     post_grad.lazy_init()
-    return mock.patch.object(joint_graph, "lazy_init", lambda *args, **kwargs: None)
+    return _replaced(joint_graph, "lazy_init", lambda *args, **kwargs: None)
 
 
 def _device_queries(gpu: Gpu) -> Iterator[Any]:
@@ -197,15 +208,15 @@ def _device_queries(gpu: Gpu) -> Iterator[Any]:
     from torch._dynamo.device_interface import CudaInterface
 
     for name, answer in answers.items():
-        yield mock.patch.object(torch.cuda, name, answer)
+        yield _replaced(torch.cuda, name, answer)
         # The interface took these functions over when it was defined.
         if name in vars(CudaInterface):
-            yield mock.patch.object(CudaInterface, name, staticmethod(answer))
+            yield _replaced(CudaInterface, name, staticmethod(answer))
     # It would import Triton's compiled driver; that Triton is there was checked.
-    yield mock.patch.object(CudaInterface, "raise_if_triton_unavailable", staticmethod(lambda device=None: None))
+    yield _replaced(CudaInterface, "raise_if_triton_unavailable", staticmethod(lambda device=None: None))
     # The properties are kept per process, filled by a query of the driver or by an earlier fake GPU.
-    yield mock.patch.object(CudaInterface.Worker, "get_device_properties", staticmethod(lambda device=None: properties))
-    yield mock.patch.object(CudaInterface.Worker, "current_device", staticmethod(lambda: 0))
+    yield _replaced(CudaInterface.Worker, "get_device_properties", staticmethod(lambda device=None: properties))
+    yield _replaced(CudaInterface.Worker, "current_device", staticmethod(lambda: 0))
 
 
 def _initialization() -> Iterator[Any]:
@@ -213,17 +224,17 @@ def _initialization() -> Iterator[Any]:
     import torch._subclasses.fake_tensor as fake_tensor
 
     # Allocates one real element, so that autograd's threads find a context.
-    yield mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None)
+    yield _replaced(fake_tensor, "init_gpu_context", lambda device: None)
     # Dynamo and AOTAutograd save and restore the state of the generator around tracing.
-    yield mock.patch.object(torch.cuda, "get_rng_state", lambda device="cuda": torch.zeros(16, dtype=torch.uint8))
-    yield mock.patch.object(torch.cuda, "set_rng_state", lambda state, device="cuda": None)
+    yield _replaced(torch.cuda, "get_rng_state", lambda device="cuda": torch.zeros(16, dtype=torch.uint8))
+    yield _replaced(torch.cuda, "set_rng_state", lambda state, device="cuda": None)
     # Inductor makes the device current while it generates code.
     for name in ("_exchange_device", "_maybe_exchange_device"):
-        yield mock.patch.object(torch.cuda, name, lambda device: 0)
+        yield _replaced(torch.cuda, name, lambda device: 0)
     # Dynamo asks for the current stream, to follow the use of streams; the blocks use none.
-    yield mock.patch.object(torch.accelerator, "is_available", lambda: False)
-    yield mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False)
-    yield mock.patch.object(torch.cuda, "synchronize", lambda device=None: None)
+    yield _replaced(torch.accelerator, "is_available", lambda: False)
+    yield _replaced(torch.cuda, "is_current_stream_capturing", lambda: False)
+    yield _replaced(torch.cuda, "synchronize", lambda device=None: None)
 
 
 def _settings() -> Iterator[Any]:
@@ -346,17 +357,10 @@ def _forget() -> None:
     import torch._inductor.utils as inductor_utils
     import torch.utils._triton as triton_utils
 
-    for module in (triton_utils, inductor_utils):
-        for value in list(vars(module).values()):
-            if getattr(value, "__module__", None) == module.__name__ and hasattr(value, "cache_clear"):
-                value.cache_clear()
-    clear = getattr(hints.DeviceProperties.create, "cache_clear", None)
-    if clear is not None:
-        clear()
-    for name in ("torch._inductor.runtime.triton_helpers", "torch._inductor.choices"):
-        for value in list(vars(sys.modules.get(name, SimpleNamespace())).values()):
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
+    remembered = [hints.DeviceProperties.create, *vars(triton_utils).values(), *vars(inductor_utils).values()]
+    for function in remembered:
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 class _Stop(BaseException):
@@ -383,7 +387,7 @@ def lower_to_code(
         answers.append(inspect(self, wrapper.value))
         raise _Stop
 
-    with mock.patch.object(GraphLowering, "codegen", stop), contextlib.suppress(_Stop):
+    with _replaced(GraphLowering, "codegen", stop), contextlib.suppress(_Stop):
         function(*args, **kwargs)
     if not answers:
         raise FakeGpuError("Inductor generated no code: nothing in the graph needs a kernel")

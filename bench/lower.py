@@ -1,20 +1,22 @@
 """What one real-size transformer block becomes on a GPU that need not be there.
 
-Method: a block of diffusers, made of fake tensors, is compiled by ``torch.compile`` for a fake GPU (`bench.fake_gpu`) up
-to the source of its kernels, and Inductor's schedule is read:
+Method: a block of diffusers, made of fake tensors, is compiled by ``torch.compile`` for a fake GPU (`bench.fake_gpu`)
+up to the source of its kernels, and Inductor's schedule is read:
 
 * launches: calls of Triton kernels in the generated source;
 * bytes: Inductor's own count, ``GraphLowering.count_bytes``: what the nodes of the schedule read and write, kernels of
-  libraries (matmuls, attention) included, each tensor once per kernel. Eager views (``view_as_complex``) are in it,
-  though they move nothing; "views" says how much of it they are. A tensor that one kernel both stores and loads again
-  is not in it; "round trips" shows those;
+  libraries (matmuls, attention) included, each tensor once per kernel. It has two flaws, kept so that figures compare:
+  eager views (``view_as_complex``) are in it though they move nothing ("views" says how much of it they are, and that
+  depends on the version of torch), and a fused kernel that reads a slice counts for the whole tensor. A tensor that one
+  kernel both stores and loads again is not in it; "round trips" shows those;
 * eager: calls of aten that are neither matmul nor attention, because Inductor generates no code for them;
 * FP8 tensors: for each activation that FP8 matmuls read, how many tensors hold its quantized values, and its scales.
   Activations count as one if they are computed by the same operators from the same tensors;
 * round trips: activations stored in BF16 (or wider) only to be read by their quantization, be it in the same kernel;
-* copies: tensors that a Triton kernel stores just as it loaded them (concatenations, new layouts);
-* roofline: the sum over all kernels of ``max(bytes / bandwidth, FLOPs / rate)`` under the ceilings of `bench.fake_gpu.Gpu`,
-  one kernel after the other, caches unused, launches free. FLOPs are those of matmuls and attention.
+* copies: tensors whose kernel only moves values (a new layout, a concatenation of what is already in memory);
+* roofline: the sum over all kernels of ``max(bytes / bandwidth, FLOPs / rate)`` under the ceilings of
+  `bench.fake_gpu.Gpu`, one kernel after the other, caches unused, launches free. FLOPs are those of matmuls and
+  attention.
 
 The figures are a model of the code, not measurements; `max-autotune` is out of its reach, since it runs kernels.
 """
@@ -46,7 +48,19 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 _MATMULS = re.compile(r"\b(mm|addmm|bias_addmm|bmm|baddbmm|_scaled_mm|_scaled_mm_v2)\b")
 # What a loop may consist of that computes no value: loads, stores, and the choice between them in a concatenation.
-_COPYING = {"load", "store", "output", "get_index", "index_expr", "constant", "lt", "ge", "and_", "where", "masked_subblock"}
+_COPYING = {
+    "load",
+    "store",
+    "output",
+    "get_index",
+    "index_expr",
+    "constant",
+    "lt",
+    "ge",
+    "and_",
+    "where",
+    "masked_subblock",
+}
 _TRITON_CALL = re.compile(r"^\s*(triton_\w+)\.run\(", re.MULTILINE)
 
 
@@ -128,7 +142,9 @@ class Lowered:
         return sum(trip.bytes for trip in self.round_trips)
 
 
-def lower(model: str, tokens: int, backend: str, options: dict[str, Any] | None = None, device: str = "h200") -> Lowered:
+def lower(
+    model: str, tokens: int, backend: str, options: dict[str, Any] | None = None, device: str = "h200"
+) -> Lowered:
     """Lower one block.
 
     Args:
@@ -380,7 +396,8 @@ def _feeding_quantization(graph: Any) -> set[str]:
             users = [user.node.get_name() for buffer in leaf.get_outputs() for user in buffer.users]
             reduced = leaf.is_reduction() or prod(_sizes(leaf.node)) <= max(_sizes(leaf.node), default=1) * 32
             small[name] = reduced and all(
-                user in names or "_scaled_mm" in str(getattr(_node(graph, user), "python_kernel_name", ""))
+                user in names
+                or "_scaled_mm" in str(getattr(_node(graph, user), "python_kernel_name", ""))
                 or (user in leaves and only_for_scales(leaves[user]))
                 for user in users
             )
@@ -437,7 +454,7 @@ def show(results: Sequence[Lowered]) -> str:
     """The results side by side, one table for each model."""
     parts = []
     for model in dict.fromkeys(r.model for r in results):
-        columns = [(r.backend, summary(r)) for r in results if r.model == model]
+        columns = [(r.backend + " *" * bool(r.options), summary(r)) for r in results if r.model == model]
         names = list(dict.fromkeys(name for _, column in columns for name in column))
         tokens = f"{results[0].tokens} + {BLOCKS[model].text} tokens"
         rows = [[name, *(column.get(name, "") for _, column in columns)] for name in names]
@@ -494,6 +511,8 @@ def main() -> None:
     print(show(results))
     if args.kernels:
         print("", *map(show_kernels, results), sep="\n\n")
+    if args.options:
+        print(f"* with {json.dumps(args.options)}")
     print(_ceilings(GPUS[args.device]))
     if args.code is not None:
         args.code.write_text(results[0].code)

@@ -76,6 +76,8 @@ def text_to_image(
     torch_dtype = getattr(torch, dtype, None)
     if torch_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         _fail(f"--dtype {dtype!r} is not valid; valid: bfloat16, float16, float32")
+    if torch_dtype == torch.float32 and not no_quantization:
+        _fail("--dtype float32: FP8 takes the place of bfloat16 and float16 weights; use one of those")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -47,7 +47,7 @@ def _settings(gm: GraphModule, options: Fp8Options) -> dict[str, Any]:
 
 def _functions(gm: GraphModule) -> set[Any]:
     targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
-    return {t for t in targets if getattr(t, "__module__", "").startswith(__package__)}
+    return {t for t in targets if getattr(t, "__module__", "").startswith(f"{__package__}.")}
 
 
 class PostGradPasses(CustomGraphPass):

@@ -65,7 +65,7 @@ class Fp8Options:
         _one_of("granularity", self.granularity, GRANULARITIES)
         if self.activation_scheme == "static":
             raise OptionError("activation_scheme='static' is not available yet; use 'dynamic'")
-        _one_of("activation_scheme", self.activation_scheme, ("dynamic", "static"))
+        _one_of("activation_scheme", self.activation_scheme, ("dynamic",))
         if self.weight_block_size is not None:
             raise OptionError(
                 f"weight_block_size={self.weight_block_size!r}: block-wise scales are not available yet; use None"
@@ -76,7 +76,7 @@ class Fp8Options:
                 raise OptionError(f"{name}={value!r}: an integer of at least 1 belongs here")
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r}: True or False belongs here")
-        if self.dump_graphs is not None and not isinstance(self.dump_graphs, str):
+        if self.dump_graphs is not None and not (isinstance(self.dump_graphs, str) and self.dump_graphs):
             raise OptionError(f"dump_graphs={self.dump_graphs!r}: the path of a directory or None belongs here")
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor={self.inductor!r}: a dict of settings belongs here")
@@ -149,7 +149,7 @@ def _check_inductor(settings: Mapping[str, Any]) -> None:
 
     config: Any = inductor_config
     known = config.get_config_copy()
-    own = [f.name for f in fields(Fp8Options) if f.name != "inductor"]
+    own = [f.name for f in fields(Fp8Options)]
     for key, value in settings.items():
         if key not in known:
             raise OptionError(

@@ -58,7 +58,7 @@ class Pattern:
     text: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or not self.text.strip("."):
+        if not isinstance(self.text, str) or not (self.text.startswith("re:") or all(self.text.split("."))):
             raise PatternError(self.text, "a module path such as 'img_mlp' belongs here")
         try:
             _regex(self.text)

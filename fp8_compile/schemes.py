@@ -31,7 +31,8 @@ class Scheme:
     """One kind of quantization.
 
     The three functions are called from graphs that AOTAutograd traces, so they must be made of torch operators and,
-    to be found by a compile cache in another process, importable by module and name.
+    to be found by a compile cache in another process, importable by module and name. Schemes are told apart by their
+    functions: a factory that makes new functions at each call makes new constants for each graph.
 
     Attributes:
         name: what the report shows.

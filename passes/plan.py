@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -76,17 +77,19 @@ def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme) -> Plan:
         if reason is None and storages(linear.weight) & written:
             reason = "weight is modified in the graph"
         decisions.append(_decision(linear, options, reason))
-    for name, module in gm.named_modules():
-        if isinstance(module, GraphModule) and module is not gm:
-            decisions.extend(
-                replace(
-                    _decision(linear, options, "inside a higher-order operator"),
-                    node=f"{name}.{linear.node.name}",
-                    weight=None,
-                )
-                for linear in find_linears(module.graph)
-            )
+    for name, linear in _inside_higher_order_operators(gm):
+        decision = _decision(linear, options, "inside a higher-order operator")
+        decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
     return Plan(scheme, tuple(decisions), options.ignored_layers)
+
+
+def _inside_higher_order_operators(gm: GraphModule, prefix: str = "") -> Iterator[tuple[str, Linear]]:
+    for node in gm.graph.find_nodes(op="get_attr"):  # Dynamo leaves behind subgraphs that nothing refers to
+        inner = getattr(gm, str(node.target), None)
+        if isinstance(inner, GraphModule):
+            name = f"{prefix}{node.target}"
+            yield from ((name, linear) for linear in find_linears(inner.graph))
+            yield from _inside_higher_order_operators(inner, f"{name}.")
 
 
 def _decision(linear: Linear, options: Fp8Options, reason: str | None) -> Decision:
