@@ -22,7 +22,8 @@ class Linear:
         node: what computes it.
         input: ``[..., K]``.
         weight: where the weight comes from, ``[N, K]``, or ``[K, N]`` if transposed: a placeholder if it is a
-        parameter. transposed: the parameter is stored input features first (transformers' ``Conv1D``).
+            parameter.
+        transposed: the parameter is stored input features first (transformers' ``Conv1D``).
         bias: ``[N]`` or None.
     """
 
@@ -130,10 +131,18 @@ def is_relayout(node: Node) -> bool:
     return isinstance(source, Node) and (_is_transposition(node) or _is_identity(node, source))
 
 
+# How Dynamo writes ``w.T`` and ``w.mT`` from torch 2.15 on; before, as getattr.
+_PROPERTIES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)
+
+
 def _is_transposition(node: Node) -> bool:
     if not isinstance(example(node), torch.Tensor) or example(node).dim() != 2:
         return False
-    if _is(node, torch.t, "t") or (node.target is getattr and node.args[1] in ("T", "mT")):
+    if (
+        _is(node, torch.t, "t")
+        or (node.target is getattr and node.args[1] in ("T", "mT"))
+        or node.target in _PROPERTIES
+    ):
         return True
     given = [*node.args[1:], *node.kwargs.values()]
     dims = [d % 2 for arg in given for d in (arg if isinstance(arg, list | tuple) else [arg]) if isinstance(d, int)]
