@@ -59,7 +59,7 @@ _COPYING = {
     "ge",
     "and_",
     "where",
-    "masked_subblock",
+    "masked",
 }
 _TRITON_CALL = re.compile(r"^\s*(triton_\w+)\.run\(", re.MULTILINE)
 
@@ -416,7 +416,7 @@ def _copies(graph: Any) -> Iterator[Kernel]:
         body = getattr(leaf, "_body", None)
         if body is None or not _generated(leaf) or leaf.get_outputs()[0].get_name() in graph.removed_buffers:
             continue
-        if {name.rstrip("0123456789") for name in body.op_counts} <= _COPYING:
+        if set(body.op_counts) <= _COPYING:
             dtype = leaf.node.get_dtype()
             size = prod(_sizes(leaf.node)) * dtype.itemsize
             operators = " ".join(dict.fromkeys(_operator(origin) for origin in _origins(leaf.node)))
