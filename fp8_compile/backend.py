@@ -21,7 +21,7 @@ from .passes.pipeline import rewrite
 from .passes.plan import Plan, plan_linears
 from .patterns import check_unmatched
 from .schemes import scheme_for
-from .weights import BoundGraph, GraphRecord
+from .weights import BoundGraph, GraphRecord, forget_all
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,7 @@ def _check_patterns(gm: GraphModule, plan: Plan) -> None:
 
 def _reset() -> None:
     _matched.clear()
+    forget_all()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 

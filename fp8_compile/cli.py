@@ -157,8 +157,8 @@ def _load(model: str | None, dtype: torch.dtype, device: str) -> Any:
     loader: Any = diffusers.DiffusionPipeline
     try:
         return loader.from_pretrained(source, dtype=dtype).to(device)
-    except (OSError, ValueError) as error:
-        _fail(f"--model {str(source)!r} could not be loaded: {error}")
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: of a device that is not there
+        _fail(f"--model {str(source)!r} could not be loaded on --device {device}: {error}")
 
 
 def _call_arguments(pipe: Any, **arguments: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -76,6 +77,8 @@ class Fp8Options:
                 raise OptionError(f"{name}={value!r}: an integer of at least 1 belongs here")
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r}: True or False belongs here")
+        if isinstance(self.dump_graphs, os.PathLike):
+            object.__setattr__(self, "dump_graphs", os.fspath(self.dump_graphs))
         if self.dump_graphs is not None and not (isinstance(self.dump_graphs, str) and self.dump_graphs):
             raise OptionError(f"dump_graphs={self.dump_graphs!r}: the path of a directory or None belongs here")
         if not isinstance(self.inductor, Mapping):
@@ -93,7 +96,7 @@ class Fp8Options:
             if not callable(self.inner_backend):
                 import torch
 
-                known = [*torch.compiler.list_backends(), "eager", "aot_eager"]
+                known = torch.compiler.list_backends(exclude_tags=())
                 _one_of("inner_backend", self.inner_backend, [name for name in known if name != "fp8_diffusion"])
             return
         if self.mode is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -127,8 +127,18 @@ def report(model: torch.nn.Module) -> Report:
             out_features, in_features = parameter.shape
             rows.append(LayerReport(layer_path(owner), in_features, out_features, "kept", reason, "", size, size))
     ordered = sorted(records, key=lambda record: record.serial)
-    rows.extend(_without_parameter(ordered))
+    for row in _without_parameter(ordered):
+        _put(rows, row)
     return Report(tuple(rows), _unmatched(ordered), tuple(record.compile_id for record in ordered), extra)
+
+
+def _put(rows: list[LayerReport], row: LayerReport) -> None:
+    """Say of a layer that seemed to be in no graph what a graph said of it by its path alone; else add it."""
+    for i, other in enumerate(rows):
+        if other.reason == NOT_COMPILED and (other.path == row.path or other.path.endswith(f".{row.path}")):
+            rows[i] = replace(other, reason=row.reason)
+            return
+    rows.append(row)
 
 
 def _row(path: str, weight: Tensor, state: WeightState) -> LayerReport:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from .schemes import Scheme
 
 logger = logging.getLogger(__name__)
 
-Stamp = tuple[int, int]
+Stamp = tuple[int, int, tuple[int, ...] | None]
 
 
 @dataclass(eq=False)
@@ -82,34 +83,60 @@ def _state(weight: Tensor) -> WeightState:
     return state
 
 
+# Before torch 2.13 a swap of ``.data`` for its transpose changes neither version nor address, and no guard of Dynamo's.
+_STRIDES_ARE_GUARDED = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+
+
+def forget_all() -> None:
+    """Drop all constants and decisions: with the compiled graphs gone, nothing reads them."""
+    with _LOCK:
+        _STATES.clear()
+
+
 def _stamp(weight: Tensor) -> Stamp:
     # Tensors made in inference mode have no version counter: there, only a new address tells of a change.
-    return (-1 if weight.is_inference() else weight._version), weight.data_ptr()
+    version = -1 if weight.is_inference() else weight._version
+    return version, weight.data_ptr(), None if _STRIDES_ARE_GUARDED else weight.stride()
+
+
+# Words hashed at a time: what bounds the memory that hashing a large weight takes, 8 bytes a word and a few of them.
+_CHUNK = 1 << 22
 
 
 def fingerprint(weight: Tensor) -> Tensor:
     """A 64-bit hash of the values of ``weight`` and their places, computed on its device.
 
-    A sum of the bits, each word times an odd number of its own, modulo 2**64. An odd factor is invertible, so a change
-    of a single word always shows; any other change goes unseen with a probability of about 2**-64.
+    Each word of bits is mixed with its place by the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable
+    pseudorandom number generators", OOPSLA 2014), and the results are added modulo 2**64. Without the mixing, an even
+    number of sign flips would cancel out: the sign is the highest bit of a word, and twice that is 0.
 
     Args:
-        weight: ``[N, K]``.
+        weight: any shape, any dtype of 1, 2, 4 or 8 bytes.
 
     Returns:
         int64, without dimensions.
     """
-    rows = weight.detach().contiguous()
-    word = next(t for t in (torch.int64, torch.int16, torch.int8) if rows.shape[-1] * rows.itemsize % t.itemsize == 0)
-    if rows.data_ptr() % word.itemsize:
-        rows = rows.clone()
-    bits = rows.view(word)
-    return ((bits * _odd(bits.shape[1], bits.device)).sum(1) * _odd(bits.shape[0], bits.device)).sum()
+    flat = weight.detach().contiguous().view(-1)
+    word = next(t for t in (torch.int64, torch.int16, torch.int8) if flat.numel() * flat.itemsize % t.itemsize == 0)
+    if flat.data_ptr() % word.itemsize:
+        flat = flat.clone()
+    bits = flat.view(word)
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        place = torch.arange(start + 1, start + 1 + chunk.numel(), device=chunk.device)
+        total += _mix(chunk ^ _mix(place)).sum()
+    return total
 
 
-def _odd(count: int, device: torch.device) -> Tensor:
-    golden = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / golden ratio: Knuth, The Art of Computer Programming 3, 6.4
-    return (torch.arange(1, count + 1, device=device, dtype=torch.int64) * golden) | 1
+def _mix(x: Tensor) -> Tensor:
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        x = (x ^ _logical_shift(x, shift)) * factor
+    return x ^ _logical_shift(x, 31)
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def make_constants(weights: Sequence[Tensor], needed: Sequence[Constant], verify: bool) -> list[tuple[Tensor, ...]]:
@@ -143,7 +170,15 @@ def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constant]]) -> None:
     prints = _to_host([fingerprint(weight) for weight, _ in doubtful])
     for (weight, constant), value in zip(doubtful, prints, strict=True):
         known = _state(weight).constants.get((constant.scheme, constant.transposed))
-        if known is not None and known.fingerprint == value and known.tensors[0].device == weight.device:
+        stamp = _stamp(weight)
+        # A write that was counted counts; the values decide where only the address is new, or all looks as before.
+        counted = known is not None and known.stamp[0] != stamp[0]
+        if (
+            known is not None
+            and not counted
+            and known.fingerprint == value
+            and known.tensors[0].device == weight.device
+        ):
             known.stamp = _stamp(weight)
             continue
         tensors = constant.scheme.make_constants(weight, constant.transposed)
@@ -165,6 +200,8 @@ def _store(state: WeightState, constant: Constant, made: Constants) -> None:
         for old, new in zip(known.tensors, made.tensors, strict=True):
             old.copy_(new)
         made.tensors = known.tensors
+        if made.tensors[0].is_cuda:  # another stream, or a graph being replayed, may read them next
+            torch.cuda.synchronize(made.tensors[0].device)
     state.constants[key] = made
     logger.debug("quantized the weight of %s (%s)", constant.path, constant.scheme.name)
 
@@ -229,7 +266,8 @@ class BoundGraph:
         weights = self._weights(args)
         instance = self._instances.get(tuple(map(id, weights)))
         if instance is None or instance.stamps != _stamps(weights):
-            instance = self._bind(args, weights)
+            with _LOCK:
+                instance = self._bind(args, weights)
         return self._compiled(*self._kept(args), *instance.constants)
 
     def _bind(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> _Instance:
@@ -252,19 +290,23 @@ class BoundGraph:
 
     def _remember(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> None:
         for index, decision in self._tracked:
-            _state(args[index]).decisions.setdefault(self._record, []).append(decision)
+            decisions = _state(args[index]).decisions.setdefault(self._record, [])
+            if decision not in decisions:
+                decisions.append(decision)
         key = tuple(map(id, weights))
         instances = self._instances
         for weight in weights:
             weakref.finalize(weight, instances.pop, key, None).atexit = False
 
 
+_LOCK = threading.RLock()  # all that is known of weights is shared between threads
 _version = operator.attrgetter("_version")
 
 
 def _stamps(weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
     try:
-        return *map(_version, weights), *map(Tensor.data_ptr, weights)
+        strides = () if _STRIDES_ARE_GUARDED else tuple(map(Tensor.stride, weights))
+        return *map(_version, weights), *map(Tensor.data_ptr, weights), *strides
     except RuntimeError:  # an inference tensor has no version, a fake one no address
         return tuple((0, 0) if _is_fake(w) else _stamp(w) for w in weights)
 
@@ -309,15 +351,23 @@ def refresh(model: torch.nn.Module) -> list[str]:
 
     Raises:
         NonFiniteWeightError: a weight now holds NaN or Inf.
+        TypeError: ``model`` is no module.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"a torch.nn.Module belongs here, for example pipeline.transformer, not {type(model).__name__}")
     changed = []
-    with torch.inference_mode(False), torch.no_grad():
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
         for name, weight in model.named_parameters():
             state = state_of(weight)
             if state is None or not state.constants:
                 continue
             before = {key: constants.fingerprint for key, constants in state.constants.items()}
-            _bring_up_to_date([(weight, Constant("", scheme, transposed, name, ())) for scheme, transposed in before])
+            _bring_up_to_date(
+                [
+                    (weight, Constant("", scheme, transposed, name.removesuffix(".weight"), ()))
+                    for scheme, transposed in before
+                ]
+            )
             if before != {key: constants.fingerprint for key, constants in state.constants.items()}:
                 changed.append(name)
     return changed

@@ -306,4 +306,67 @@ def test_a_deep_copy_does_not_share_constants() -> None:
     other = copy.deepcopy(m)
     _in_place(other)
     assert torch.equal(m(x), before)
-    assert torch.equal(copy_of(other).compile_whole()(x), fresh(other, x))
+    assert torch.equal(torch.compile(other, backend="fp8_diffusion", options=OPTIONS)(x), fresh(other, x))
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.5, 2.0, 4.0, 16.0])
+def test_the_fingerprint_sees_signs_and_powers_of_two(factor: float) -> None:
+    """Such an edit changes the same few bits of many words, which a sum without mixing lets cancel out."""
+    weight = torch.randn(64, 256, dtype=torch.bfloat16)
+    seen = {int(weights.fingerprint(weight))}
+    for column in range(256):
+        edited = weight.clone()
+        edited[:, column] *= factor
+        seen.add(int(weights.fingerprint(edited)))
+    for pair in range(0, 256, 4):
+        edited = weight.clone()
+        edited[0, pair] *= factor
+        edited[5, (pair + 4) % 256] *= factor
+        seen.add(int(weights.fingerprint(edited)))
+    assert len(seen) == 1 + 256 + 64
+
+
+def test_the_fingerprint_is_of_values_not_of_memory() -> None:
+    weight = torch.randn(48, 32, dtype=torch.bfloat16)
+    moved = torch.cat([torch.zeros(3, dtype=torch.bfloat16), weight.flatten()])[3:].view(48, 32)
+    expected = int(weights.fingerprint(weight))
+    assert int(weights.fingerprint(moved)) == expected
+    assert int(weights.fingerprint(weight.t().contiguous().t())) == expected
+    assert int(weights.fingerprint(weight.flip(0))) != expected
+
+
+def test_a_sign_flip_is_seen_in_place_and_by_refresh() -> None:
+    m, x = model(1), tokens()
+    m.compile_blocks()
+    m(x), m(x)
+    m.blocks[0].to_q.weight[:, 3].mul_(-1)
+    assert torch.equal(m(x), fresh(m, x))
+    m.blocks[0].to_q.weight.data[:, 3::4].mul_(-1)
+    assert fp8_compile.refresh(m) == ["blocks.0.to_q.weight"]
+    assert torch.equal(m(x), fresh(m, x))
+
+
+def test_reset_frees_the_constants_of_a_living_model() -> None:
+    m, x = model(1), tokens()
+    compiled = torch.compile(m, backend="fp8_diffusion", options=OPTIONS)
+    expected = compiled(x)
+    torch.compiler.reset()
+    assert fp8_compile.report(m).totals["extra_bytes"] == 0
+    assert torch.equal(compiled(x), expected)
+    assert len(fp8_compile.report(m).graphs) == 1
+
+
+def test_several_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    m, x = model(), tokens()
+    m.compile_blocks()
+    expected = m(x)
+
+    def use(_: int) -> bool:
+        with torch.no_grad():
+            other = copy_of(m).compile_blocks()
+            return all(torch.equal(expected, f(x)) for f in (m, other, other))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(use, range(8)))

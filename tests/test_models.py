@@ -75,7 +75,7 @@ def test_whole(name: str) -> None:
         outputs = [_run(tiny, m, 0)]
         _run(tiny, m, 0)
     outputs.append(_run(tiny, m, 1))
-    assert min(map(sqnr, expected, outputs)) > floor
+    assert floor < min(map(sqnr, expected, outputs)) < 70
     _check_report(tiny, m)
 
 
@@ -92,8 +92,9 @@ def test_block_by_block(name: str) -> None:
     with torch._dynamo.config.patch(**strict):
         outputs = [_run(tiny, m, 0)]
     assert counter.frame_count == tiny.regional_graphs
+    assert fp8_compile.report(m).totals["fp8"] > 0
     outputs.append(_run(tiny, m, 1))
-    assert min(map(sqnr, expected, outputs)) > floor
+    assert floor < min(map(sqnr, expected, outputs)) < 70
     _check_report(tiny, m)
 
 
