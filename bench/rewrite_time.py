@@ -76,7 +76,7 @@ def ours(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
 
 def capture(blocks: int) -> Captured:
     """Let Dynamo capture a model of ``blocks`` blocks."""
-    from fp8_compile.passes.graphs import copy_graph_module
+    from fp8_compile.passes.graphs import copy_graph, module_of
 
     model, inputs = qwen_image(blocks)
     torch.compiler.reset()
@@ -84,7 +84,7 @@ def capture(blocks: int) -> Captured:
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         # Dynamo strips its graph of the example values as soon as the backend has returned.
-        copied = copy_graph_module(gm)
+        copied = module_of(copy_graph(gm), gm)
         first = Seconds.of(partial(ours, gm, example_inputs))
         kept.append((copied, list(example_inputs), first))
         return gm.forward

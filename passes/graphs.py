@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -93,19 +93,26 @@ def _positional_inplace(target: Any, node: Node) -> bool:
     return bool(bound.arguments.get("inplace"))
 
 
-def copy_graph_module(gm: GraphModule) -> GraphModule:
-    """A copy of Dynamo's graph that may be edited and compiled.
+def copy_graph(gm: GraphModule) -> Graph:
+    """A copy of Dynamo's graph that may be edited; `module_of` makes a module of it again.
 
-    Dynamo reads its own graph after the backend has returned, so the original must stay as it is. The sources and the
-    metadata are what AOTAutograd tells parameters from inputs by.
+    Dynamo reads its own graph after the backend has returned, so the original must stay as it is.
     """
     graph = copy.deepcopy(gm.graph)
     for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    copied = GraphModule(gm, graph)
-    copied.meta = dict(gm.meta)
+    return graph
+
+
+def module_of(graph: Graph, origin: GraphModule) -> GraphModule:
+    """What the inner compiler takes: ``graph``, with all that Dynamo attached to ``origin``, whose copy it is.
+
+    The sources and the metadata are what AOTAutograd tells parameters from inputs by.
+    """
+    gm = GraphModule(origin, graph)
+    gm.meta = dict(origin.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason"):
-        if hasattr(gm, name):
-            setattr(copied, name, getattr(gm, name))
-    return copied
+        if hasattr(origin, name):
+            setattr(gm, name, getattr(origin, name))
+    return gm

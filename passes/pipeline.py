@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule
 
-from .graphs import copy_graph_module
+from .graphs import copy_graph, module_of
 from .one_fp8_copy import one_fp8_copy
 from .plan import Plan
 from .quantize_linears import Constant, quantize_linears
@@ -34,8 +34,9 @@ def rewrite(gm: GraphModule, plan: Plan, trace: Trace) -> tuple[GraphModule, lis
     Returns:
         The rewritten graph, and the constants that it takes as further inputs.
     """
-    rewritten = copy_graph_module(gm)
-    trace("before_quantize_linears", rewritten)
-    constants = quantize_linears(rewritten, plan)
+    trace("before_quantize_linears", gm)
+    graph = copy_graph(gm)
+    constants = quantize_linears(graph, plan)
+    rewritten = module_of(graph, gm)
     trace("after_quantize_linears", rewritten)
     return rewritten, constants

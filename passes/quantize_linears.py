@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from ..schemes import Scheme
 from .graphs import example, storages, written_storages
@@ -55,19 +55,19 @@ class Constant:
     placeholders: tuple[str, ...]
 
 
-def quantize_linears(gm: GraphModule, plan: Plan) -> list[Constant]:
-    """Rewrite ``gm`` in place.
+def quantize_linears(graph: Graph, plan: Plan) -> list[Constant]:
+    """Rewrite ``graph`` in place.
 
     Args:
-        gm: a copy of Dynamo's graph.
+        graph: a copy of Dynamo's graph.
         plan: made for that graph.
 
     Returns:
         The constants that the graph now takes instead of the weights.
     """
     chosen = {d.node: d for d in plan.converted}
-    rewriter = _Rewriter(gm.graph, plan.scheme)
-    for node in list(gm.graph.nodes):
+    rewriter = _Rewriter(graph, plan.scheme)
+    for node in list(graph.nodes):
         if written := written_storages(node):
             rewriter.forget_quantized(written)
         linear = as_linear(node) if node.name in chosen else None
@@ -75,8 +75,7 @@ def quantize_linears(gm: GraphModule, plan: Plan) -> list[Constant]:
             rewriter.replace(linear, chosen[node.name].path)
     for weight in {weight for weight, _ in rewriter.constants}:
         _erase_unused(weight)
-    gm.graph.lint()
-    gm.recompile()
+    graph.lint()
     return [constant for constant, _ in rewriter.constants.values()]
 
 

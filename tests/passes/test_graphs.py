@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from util import Call, capture, rand
 
-from fp8_compile.passes.graphs import copy_graph_module, example, row_count, written_storages
+from fp8_compile.passes.graphs import copy_graph, example, module_of, row_count, written_storages
 
 Function = Callable[..., Any]
 
@@ -136,9 +137,13 @@ def _shared_module() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, 32)).bfloat16()
 
 
+def _copy(gm: GraphModule) -> GraphModule:
+    return module_of(copy_graph(gm), gm)
+
+
 def test_copy_has_the_same_text_and_sources() -> None:
     gm = capture(_shared_module(), rand(8, 64)).gm
-    copied = copy_graph_module(gm)
+    copied = _copy(gm)
     assert str(copied.graph) == str(gm.graph)
     assert copied.graph is not gm.graph
     for old, new in zip(gm.graph.nodes, copied.graph.nodes, strict=True):
@@ -151,7 +156,7 @@ def test_copy_has_the_same_text_and_sources() -> None:
 def test_copy_carries_what_aotautograd_reads_of_the_module() -> None:
     gm = capture(_shared_module(), rand(8, 64)).gm
     gm.meta["mark"] = "kept"
-    copied = copy_graph_module(gm)
+    copied = _copy(gm)
     assert copied.meta == gm.meta
     assert copied.meta is not gm.meta
     assert gm._param_name_to_source
@@ -162,7 +167,7 @@ def test_copy_carries_what_aotautograd_reads_of_the_module() -> None:
 def test_copy_is_independent() -> None:
     captured = capture(_shared_module(), rand(8, 64))
     text, placeholder = str(captured.graph), captured.graph.find_nodes(op="placeholder")[0]
-    copied = copy_graph_module(captured.gm)
+    copied = _copy(captured.gm)
     *_, node, _ = copied.graph.nodes
     node.target = torch.mul
     node.meta["mark"] = True
@@ -177,11 +182,11 @@ def test_copy_is_independent() -> None:
 def test_copy_computes_the_same() -> None:
     captured = capture(_shared_module(), rand(8, 64))
     with torch.no_grad():
-        torch.testing.assert_close(copy_graph_module(captured.gm)(*captured.inputs), captured.gm(*captured.inputs))
+        torch.testing.assert_close(_copy(captured.gm)(*captured.inputs), captured.gm(*captured.inputs))
 
 
 def test_copy_keeps_the_bodies_of_higher_order_operators() -> None:
     module = Call(lambda m, x: torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,)))
     captured = capture(module, rand(8, 64))
-    copied = copy_graph_module(captured.gm)
+    copied = _copy(captured.gm)
     torch.testing.assert_close(copied(*captured.inputs), captured.gm(*captured.inputs))
