@@ -61,8 +61,8 @@ def fp8_diffusion(
     given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs, strict=True)}
     inputs = [given.get(node.name, example(node)) for node in _placeholders(rewritten)]
     compiled = compile_inner(rewritten, inputs, opts)
-    if not plan.decisions:
-        return compiled
+    if not any(d.weight is not None and d.tracked for d in plan.decisions):
+        return compiled  # nothing to bind, and nothing that a report could be asked for
     return BoundGraph(
         compiled,
         GraphRecord(plan, str(torch._guards.CompileContext.current_compile_id())),

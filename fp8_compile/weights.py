@@ -223,12 +223,22 @@ def _is_fake(weight: Tensor) -> bool:
     return isinstance(weight, FakeTensor)
 
 
+Read = Callable[[tuple[Tensor, ...]], list[Any]]
+
+
 @dataclass
 class _Instance:
-    """A module that has run through a graph: the stamps of its weights, and the constants made of them."""
+    """A module that has run through a graph, by its weights.
 
-    stamps: tuple[Any, ...] | None
+    Attributes:
+        constants: made of them.
+        read: what tells them, and changes of them, apart; compared at every call, so as little as will do.
+        seen: what ``read`` returned when the constants were last known to fit; None before that.
+    """
+
     constants: tuple[Tensor, ...]
+    read: Read
+    seen: list[Any] | None = None
 
 
 class BoundGraph:
@@ -261,31 +271,39 @@ class BoundGraph:
         self._weights = _getter([place[c.weight] for c in constants] or sorted({i for i, _ in self._tracked}))
         self._kept = _getter([place[name] for name in kept_arguments])
         self._instances: dict[tuple[int, ...], _Instance] = {}
+        # The same by the first weight alone: a guess that ``seen`` confirms. Few modules share it and not the rest.
+        self._guesses: dict[int, _Instance] = {}
 
     def __call__(self, *args: Any) -> Any:
         weights = self._weights(args)
-        instance = self._instances.get(tuple(map(id, weights)))
-        if instance is None or instance.stamps != _stamps(weights):
+        instance = self._guesses.get(id(weights[0]))
+        try:
+            fits = instance is not None and instance.seen == instance.read(weights)
+        except RuntimeError:  # ``.data`` has been given an inference tensor, which has no version
+            fits = False
+        if instance is None or not fits:
             with _LOCK:
                 instance = self._bind(args, weights)
         return self._compiled(*self._kept(args), *instance.constants)
 
     def _bind(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> _Instance:
-        known = self._instances.get(tuple(map(id, weights)))
-        made = make_constants(weights, self._constants, verify=known is None) if self._constants else []
+        key = tuple(map(id, weights))
+        instance = self._instances.get(key)
+        made = make_constants(weights, self._constants, verify=instance is None) if self._constants else []
         flat = tuple(tensor for tensors in made for tensor in tensors)
         if any(_is_fake(w) for w in weights):
-            return _Instance(None, flat)
-        if known is None:
-            # Without stamps, the second call comes here again: by then every module has run once, and the sum is known.
-            instance = self._instances[tuple(map(id, weights))] = _Instance(None, flat)
+            return _Instance(flat, _addresses)
+        read = _reader(weights)
+        if instance is None:
+            # With nothing seen, the second call comes here again: by then every module has run once, and the sum is
+            # known.
+            instance = self._instances[key] = _Instance(flat, read)
             self._remember(args, weights)
         else:
-            if known.stamps is None:
+            if instance.seen is None:
                 _announce_memory()
-            instance = known
-            instance.constants = flat
-            instance.stamps = _stamps(weights)
+            instance.constants, instance.read, instance.seen = flat, read, read(weights)
+        self._guesses[key[0]] = instance
         return instance
 
     def _remember(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> None:
@@ -294,21 +312,41 @@ class BoundGraph:
             if decision not in decisions:
                 decisions.append(decision)
         key = tuple(map(id, weights))
-        instances = self._instances
         for weight in weights:
-            weakref.finalize(weight, instances.pop, key, None).atexit = False
+            weakref.finalize(weight, _forget, self._instances, self._guesses, key).atexit = False
+
+
+def _forget(instances: dict[tuple[int, ...], _Instance], guesses: dict[int, _Instance], key: tuple[int, ...]) -> None:
+    instance = instances.pop(key, None)
+    if guesses.get(key[0]) is instance:
+        guesses.pop(key[0], None)
 
 
 _LOCK = threading.RLock()  # all that is known of weights is shared between threads
 _version = operator.attrgetter("_version")
 
 
-def _stamps(weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    try:
-        strides = () if _STRIDES_ARE_GUARDED else tuple(map(Tensor.stride, weights))
-        return *map(_version, weights), *map(Tensor.data_ptr, weights), *strides
-    except RuntimeError:  # an inference tensor has no version, a fake one no address
-        return tuple((0, 0) if _is_fake(w) else _stamp(w) for w in weights)
+def _reader(weights: tuple[Tensor, ...]) -> Read:
+    inference = [w.is_inference() for w in weights]
+    if not any(inference):
+        return _versions_and_addresses if _STRIDES_ARE_GUARDED else _versions_addresses_and_strides
+    return _addresses if all(inference) and _STRIDES_ARE_GUARDED else _stamps
+
+
+def _versions_and_addresses(weights: tuple[Tensor, ...]) -> list[Any]:
+    return [*map(id, weights), *map(_version, weights), *map(Tensor.data_ptr, weights)]
+
+
+def _versions_addresses_and_strides(weights: tuple[Tensor, ...]) -> list[Any]:
+    return [*_versions_and_addresses(weights), *map(Tensor.stride, weights)]
+
+
+def _addresses(weights: tuple[Tensor, ...]) -> list[Any]:
+    return [*map(id, weights), *map(Tensor.data_ptr, weights)]
+
+
+def _stamps(weights: tuple[Tensor, ...]) -> list[Any]:
+    return [*map(id, weights), *map(_stamp, weights)]
 
 
 def _getter(indices: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -108,9 +109,10 @@ def copy_graph(gm: GraphModule) -> Graph:
 def module_of(graph: Graph, origin: GraphModule) -> GraphModule:
     """What the inner compiler takes: ``graph``, with all that Dynamo attached to ``origin``, whose copy it is.
 
-    The sources and the metadata are what AOTAutograd tells parameters from inputs by.
+    The sources and the metadata are what AOTAutograd tells parameters from inputs by. While Dynamo compiles, the Python
+    code of the module is generated only if someone asks for it, as with Dynamo's own.
     """
-    gm = GraphModule(origin, graph)
+    gm = _make_graph_module(origin, graph)
     gm.meta = dict(origin.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason"):
         if hasattr(origin, name):

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from ..schemes import Scheme
@@ -130,12 +131,15 @@ class _Rewriter:
     def _fake_constants(self, weight: Any, transposed: bool) -> list[Any]:
         """What the scheme makes of a fake weight. Weights of one shape are worked out once: a model has few shapes."""
         key = weight.shape, weight.stride(), weight.dtype, weight.device, transposed
-        with weight.fake_mode:
-            if key not in self._layouts:
+        if key not in self._layouts:
+            with weight.fake_mode:
                 made = self._scheme.make_constants(weight, transposed)
                 self._layouts[key] = [(c.shape, c.stride(), c.dtype, c.device) for c in made]
-            # Never the same fake tensor twice: AOTAutograd would take two inputs for one.
-            return [torch.empty_strided(size, stride, dtype=t, device=d) for size, stride, t, d in self._layouts[key]]
+        # Never the same fake tensor twice: AOTAutograd would take two inputs for one.
+        return [
+            FakeTensor(weight.fake_mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
+            for size, stride, dtype, device in self._layouts[key]
+        ]
 
 
 def _origin(node: Node) -> dict[str, Any]:
