@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def fp8_diffusion(
     if plan.converted:
         _check_inputs(gm, plan, example_inputs)
 
-    rewritten, constants = rewrite(gm, plan, lambda stage, graph: tracing.trace_graph(stage, graph, opts))
+    trace = partial(tracing.trace_graph, options=opts)
+    rewritten, constants = rewrite(gm, plan, trace, opts.disabled_passes)
     given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs, strict=True)}
     inputs = [given.get(node.name, example(node)) for node in _placeholders(rewritten)]
     compiled = compile_inner(rewritten, inputs, opts)

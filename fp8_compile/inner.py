@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -22,12 +23,19 @@ def compile_inner(gm: GraphModule, inputs: Sequence[Any], options: Fp8Options) -
         # torch.compile's own entrance to Inductor, for what it adds to compile_fx: modes and CUDA graph set-up.
         entrance: Any = torch._TorchCompileInductorWrapper
         backend = entrance(options.mode, {**options.inductor, **_settings(gm, options)}, None)
+        with _choices():
+            return cast("Callable[..., Any]", backend(gm, inputs))
     elif callable(options.inner_backend):
         backend = options.inner_backend
     else:
         backend = torch._dynamo.lookup_backend(options.inner_backend)
-    compiled: Callable[..., Any] = backend(gm, inputs)
-    return compiled
+    return cast("Callable[..., Any]", backend(gm, inputs))
+
+
+# Inductor stores an intermediate result in memory when more than so many values are read, or operators are needed, to
+# compute it again. Between a row's amax and its cast to FP8, that means a BF16 activation written and read back; below
+# these, none of the blocks in bench/blocks.py has such a round trip. Defaults: 4 and 30.
+_THRESHOLDS = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
 
 
 def _settings(gm: GraphModule, options: Fp8Options) -> dict[str, Any]:
@@ -40,7 +48,9 @@ def _settings(gm: GraphModule, options: Fp8Options) -> dict[str, Any]:
     # AOTAutograd caches a graph only if it knows each function in it. Ours are pure; their source is their identity.
     ours = {f"{f.__module__}.{f.__name__}": source_hash() for f in _functions(gm)}
     return {
-        "post_grad_custom_post_pass": PostGradPasses(current("post_grad_custom_post_pass")),
+        # None stands for a default of Inductor's that depends on the device.
+        **{name: max(current(name) or 0, least) for name, least in _THRESHOLDS.items() if name not in options.inductor},
+        "post_grad_custom_post_pass": PostGradPasses(current("post_grad_custom_post_pass"), options.disabled_passes),
         "unsafe_marked_cacheable_functions": {**current("unsafe_marked_cacheable_functions"), **ours},
     }
 
@@ -53,19 +63,49 @@ def _functions(gm: GraphModule) -> set[Any]:
 class PostGradPasses(CustomGraphPass):
     """The post-grad passes of `pipeline`, after those that the user's own setting holds."""
 
-    def __init__(self, before: Any) -> None:
+    def __init__(self, before: Any, disabled: tuple[str, ...] = ()) -> None:
+        self._passes = {name: run for name, run in pipeline.POST_GRAD.items() if name not in disabled}
         self._before = () if before is None else tuple(before) if isinstance(before, (list, tuple)) else (before,)
 
     def __call__(self, graph: Graph) -> None:
         for user_pass in self._before:
             user_pass(graph)
-        for run in pipeline.POST_GRAD:
+        for run in self._passes.values():
             run(graph)
 
     def uuid(self) -> Any:
         """What identifies the passes in Inductor's caches; None (never cache) if a pass of the user's has no uuid."""
         users = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._before]
-        return None if None in users else (source_hash(), *users)
+        return None if None in users else (source_hash(), *self._passes, *users)
+
+
+def _choices() -> contextlib.AbstractContextManager[Any]:
+    """Our heuristics for the compilation inside, unless others than Inductor's own are in force."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    if type(V.choices) is not InductorChoices:
+        return contextlib.nullcontext()
+
+    class RowChoices(InductorChoices):
+        @staticmethod
+        def reduction_split_factor(
+            device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool
+        ) -> int:
+            # Splitting a row's amax over several thread blocks costs two kernels more, and the activation a round trip.
+            if inner_reduction and numel_hint >= _MANY_ROWS and reduction_numel_hint <= _LONG_ROW:
+                return 1
+            return InductorChoices.reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction)
+
+        def uuid(self) -> str:
+            return source_hash()
+
+    return cast("contextlib.AbstractContextManager[Any]", V.set_choices_handler(RowChoices()))
+
+
+# With a row each, half the multiprocessors of an H200 are busy; and a thread block reads so many values in the time
+# that launching another kernel takes.
+_MANY_ROWS, _LONG_ROW = 64, 65536
 
 
 @functools.cache

@@ -122,6 +122,37 @@ def _dequantized_linear(
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
+def weight_only_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``x @ weight.T + bias`` on an FP8 weight and an activation as it is, accumulated in float32.
+
+    For so few rows that reading the weight is all that takes time. Written as products and sums, which a compiler fuses
+    into one kernel that reads FP8; a matmul would first write the dequantized weight to memory.
+
+    Args:
+        x: ``[..., K]``, floating point.
+        weight: ``[N, K]`` float8_e4m3fn.
+        weight_scale: ``[N, 1]`` (row-wise) or without dimensions, float32.
+        bias: ``[N]`` or None.
+        dtype: of the result.
+
+    Returns:
+        ``[..., N]`` in ``dtype``.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    values = weight.float()
+    if isinstance(rows.shape[0], int) and rows.shape[0]:
+        # A sum for each row, not one over three dimensions: sums over the same values share their loads.
+        out = torch.stack([(values * row).sum(dim=-1) for row in rows.unbind()])
+    else:
+        out = (values * rows.unsqueeze(1)).sum(dim=-1)
+    out = out * weight_scale.reshape(-1)
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
+
+
 @functools.cache
 def _has_rowwise_kernel(device_type: str) -> bool:
     """Whether ``torch._scaled_mm`` takes row-wise scales on this kind of device (the CPU's does from torch 2.12 on)."""

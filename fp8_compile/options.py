@@ -14,6 +14,7 @@ from .errors import OptionError, PatternError
 from .patterns import Pattern
 
 GRANULARITIES = ("row", "tensor")
+FEW_ROWS = ("keep", "weight-only")
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,15 @@ class Fp8Options:
         granularity: "row" gives each output channel of a weight and each token of an activation a scale of its own,
             "tensor" gives one to the whole.
         min_features: a linear with fewer input or output features stays as it is.
-        min_rows: a linear whose input has fewer rows (tokens of the whole batch) stays as it is.
+        min_rows: a linear whose input has fewer rows (tokens of the whole batch) is not multiplied in FP8.
+        few_rows: what becomes of it: "keep" leaves it as it is, "weight-only" stores its weight in FP8 with a scale per
+            output channel and multiplies in float32.
         strict: raise `NothingConvertedError` where a graph with linears would only warn that none was converted.
         inner_backend: what compiles the rewritten graph: the name of a registered backend, or a callable
             ``(graph_module, example_inputs) -> callable``.
         mode: as ``torch.compile``'s; for the inner backend "inductor" only.
+        disabled_passes: names of passes that shall not run, to find out what they are good for; see
+            `fp8_compile.passes.pipeline`. Quantization itself is not among them.
         dump_graphs: a directory that receives the graph before and after each pass, or None.
         inductor: Inductor settings for this compile only, by their name in ``torch._inductor.config``. In a dict of
             options they stand beside the others.
@@ -49,9 +54,11 @@ class Fp8Options:
     granularity: str = "row"
     min_features: int = 256
     min_rows: int = 8
+    few_rows: str = "keep"
     strict: bool = False
     inner_backend: str | Callable[..., Any] = "inductor"
     mode: str | None = None
+    disabled_passes: tuple[str, ...] = ()
     dump_graphs: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -64,6 +71,7 @@ class Fp8Options:
 
         _one_of("method", self.method, schemes.methods())
         _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("few_rows", self.few_rows, FEW_ROWS)
         if self.activation_scheme == "static":
             raise OptionError("activation_scheme='static' is not available yet; use 'dynamic'")
         _one_of("activation_scheme", self.activation_scheme, ("dynamic",))
@@ -81,6 +89,13 @@ class Fp8Options:
             object.__setattr__(self, "dump_graphs", os.fspath(self.dump_graphs))
         if self.dump_graphs is not None and not (isinstance(self.dump_graphs, str) and self.dump_graphs):
             raise OptionError(f"dump_graphs={self.dump_graphs!r}: the path of a directory or None belongs here")
+        if isinstance(self.disabled_passes, str) or not isinstance(self.disabled_passes, Iterable):
+            raise OptionError(f"disabled_passes={self.disabled_passes!r}: a list of names belongs here")
+        object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
+        for name in self.disabled_passes:
+            from .passes.pipeline import POST_GRAD, PRE_GRAD
+
+            _one_of("disabled_passes", name, [*PRE_GRAD, *POST_GRAD])
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor={self.inductor!r}: a dict of settings belongs here")
         self._check_inner()

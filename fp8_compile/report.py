@@ -149,7 +149,7 @@ def _row(path: str, weight: Tensor, state: WeightState) -> LayerReport:
     reasons = ", ".join(dict.fromkeys(d.reason for d in kept))
     if converted and kept:
         reasons = f"kept in {len(kept)} of {len(decisions)} graphs: {reasons}"
-    schemes = [scheme.name for scheme, _ in state.constants] if converted else []
+    schemes = [d.scheme.name for d in converted if d.scheme is not None]
     return LayerReport(
         path=path,
         in_features=first.in_features,

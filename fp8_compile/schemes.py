@@ -9,7 +9,7 @@ registered under the name that the option ``method`` takes::
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,18 +37,21 @@ class Scheme:
     Attributes:
         name: what the report shows.
         quantize_weight: a weight ``[N, K]`` to its constants.
-        quantize: an activation ``[..., K]`` to what ``linear`` takes as its first argument.
+        quantize: an activation ``[..., K]`` to what ``linear`` takes as its first argument; None if it takes the
+            activation as it is.
         linear: ``(quantized activation, *constants, bias | None, dtype)`` to ``[..., N]`` in ``dtype``.
         constants: the names of the constants, in the order in which ``quantize_weight`` returns them.
         refuses: ``(in_features, out_features, dtype)`` to the reason for which a layer cannot use this scheme, or None.
+        few_rows: the scheme for linears whose input has fewer rows than ``min_rows``; None if they are kept.
     """
 
     name: str
     quantize_weight: Callable[[Tensor], tuple[Tensor, ...]]
-    quantize: Callable[[Tensor], Any]
+    quantize: Callable[[Tensor], Any] | None
     linear: Callable[..., Tensor]
     constants: tuple[str, ...] = ("weight", "weight_scale")
     refuses: Callable[[int, int, torch.dtype], str | None] = _refuses_nothing
+    few_rows: Scheme | None = field(default=None, compare=False)  # makes no difference to constants
 
     def make_constants(self, weight: Tensor, transposed: bool) -> tuple[Tensor, ...]:
         """The constants of ``weight``, ``[N, K]``, or ``[K, N]`` if ``transposed``; fake ones if it is fake."""
@@ -79,8 +82,22 @@ TENSOR = Scheme(
     refuses=_multiple_of_16,
 )
 
+# The same constants as ROW's would do, but a matmul's rules for alignment do not hold here.
+WEIGHT_ONLY = Scheme(
+    name="fp8-weight-only",
+    quantize_weight=numerics.quantize_rowwise,
+    quantize=None,
+    linear=numerics.weight_only_linear,
+)
+
+
+def _fp8(options: Fp8Options) -> Scheme:
+    scheme = {"row": ROW, "tensor": TENSOR}[options.granularity]
+    return replace(scheme, few_rows=WEIGHT_ONLY) if options.few_rows == "weight-only" else scheme
+
+
 SchemeFactory = Callable[["Fp8Options"], Scheme]
-_METHODS: dict[str, SchemeFactory] = {"fp8": lambda options: {"row": ROW, "tensor": TENSOR}[options.granularity]}
+_METHODS: dict[str, SchemeFactory] = {"fp8": _fp8}
 
 
 def methods() -> list[str]:

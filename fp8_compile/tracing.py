@@ -11,13 +11,14 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
 from .options import Fp8Options
-from .passes.plan import Plan
+from .passes.plan import Decision, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,17 @@ def trace_plan(plan: Plan, options: Fp8Options) -> None:
         logger.debug(
             "%s [%d -> %d]: %s%s", d.path, d.in_features, d.out_features, d.decision, d.reason and f", {d.reason}"
         )
-    _store("plan", "json", lambda: json.dumps([dataclasses.asdict(d) for d in plan.decisions], indent=1), options)
+    _store("plan", "json", lambda: json.dumps([_row(d) for d in plan.decisions], indent=1), options)
 
 
-def trace_graph(stage: str, gm: GraphModule, options: Fp8Options) -> None:
+def _row(decision: Decision) -> dict[str, Any]:
+    row = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
+    return {**row, "scheme": decision.scheme and decision.scheme.name}
+
+
+def trace_graph(stage: str, make: Callable[[], GraphModule], options: Fp8Options) -> None:
     """Record the graph at one stage of the rewrite."""
-    _store(stage, "string", lambda: gm.print_readable(print_output=False), options)
+    _store(stage, "string", lambda: make().print_readable(print_output=False), options)
 
 
 def _store(name: str, encoding: str, payload: Callable[[], str], options: Fp8Options) -> None:

@@ -48,10 +48,19 @@ class GraphRecord:
     serial: int = field(default_factory=itertools.count().__next__)
 
 
+Kind = tuple[Callable[[Tensor], tuple[Tensor, ...]], bool]
+"""What makes the constants, and whether the parameter is transposed; schemes that agree in it share them."""
+
+
+def _kind(constant: Constant) -> Kind:
+    return constant.scheme.quantize_weight, constant.transposed
+
+
 @dataclass
 class Constants:
-    """FP8 constants of one parameter under one scheme, and what the parameter was when they were made."""
+    """FP8 constants of one parameter, and what the parameter was when they were made."""
 
+    scheme: Scheme
     tensors: tuple[Tensor, ...]
     stamp: Stamp
     fingerprint: int
@@ -61,7 +70,7 @@ class Constants:
 class WeightState:
     """All that is known of one parameter."""
 
-    constants: dict[tuple[Scheme, bool], Constants] = field(default_factory=dict)
+    constants: dict[Kind, Constants] = field(default_factory=dict)
     decisions: dict[GraphRecord, list[Decision]] = field(default_factory=dict)
 
     @property
@@ -155,21 +164,21 @@ def make_constants(weights: Sequence[Tensor], needed: Sequence[Constant], verify
 
     # Not inference tensors, whatever the caller's mode: those could not be updated outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        doubtful: dict[tuple[int, Scheme, bool], tuple[Tensor, Constant]] = {}
+        doubtful: dict[tuple[int, Kind], tuple[Tensor, Constant]] = {}
         for weight, constant in zip(weights, needed, strict=True):
-            known = _state(weight).constants.get((constant.scheme, constant.transposed))
+            known = _state(weight).constants.get(_kind(constant))
             if verify or known is None or known.stamp != _stamp(weight):
-                doubtful[id(weight), constant.scheme, constant.transposed] = weight, constant
+                doubtful[id(weight), _kind(constant)] = weight, constant
         if doubtful:
             _bring_up_to_date(list(doubtful.values()))
-    return [_state(w).constants[c.scheme, c.transposed].tensors for w, c in zip(weights, needed, strict=True)]
+    return [_state(w).constants[_kind(c)].tensors for w, c in zip(weights, needed, strict=True)]
 
 
 def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constant]]) -> None:
     fresh: list[tuple[Tensor, Constant, Constants]] = []
     prints = _to_host([fingerprint(weight) for weight, _ in doubtful])
     for (weight, constant), value in zip(doubtful, prints, strict=True):
-        known = _state(weight).constants.get((constant.scheme, constant.transposed))
+        known = _state(weight).constants.get(_kind(constant))
         stamp = _stamp(weight)
         # A write that was counted counts; the values decide where only the address is new, or all looks as before.
         counted = known is not None and known.stamp[0] != stamp[0]
@@ -182,7 +191,7 @@ def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constant]]) -> None:
             known.stamp = _stamp(weight)
             continue
         tensors = constant.scheme.make_constants(weight, constant.transposed)
-        fresh.append((weight, constant, Constants(tensors, _stamp(weight), value)))
+        fresh.append((weight, constant, Constants(constant.scheme, tensors, _stamp(weight), value)))
 
     if fresh:
         finite = _to_host([_all_finite(made.tensors) for _, _, made in fresh])
@@ -194,15 +203,14 @@ def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constant]]) -> None:
 
 
 def _store(state: WeightState, constant: Constant, made: Constants) -> None:
-    key = constant.scheme, constant.transposed
-    known = state.constants.get(key)
+    known = state.constants.get(_kind(constant))
     if known is not None and known.tensors[0].device == made.tensors[0].device:
         for old, new in zip(known.tensors, made.tensors, strict=True):
             old.copy_(new)
         made.tensors = known.tensors
         if made.tensors[0].is_cuda:  # another stream, or a graph being replayed, may read them next
             torch.cuda.synchronize(made.tensors[0].device)
-    state.constants[key] = made
+    state.constants[_kind(constant)] = made
     logger.debug("quantized the weight of %s (%s)", constant.path, constant.scheme.name)
 
 
@@ -399,13 +407,13 @@ def refresh(model: torch.nn.Module) -> list[str]:
             state = state_of(weight)
             if state is None or not state.constants:
                 continue
-            before = {key: constants.fingerprint for key, constants in state.constants.items()}
+            before = dict(state.constants)
             _bring_up_to_date(
                 [
-                    (weight, Constant("", scheme, transposed, name.removesuffix(".weight"), ()))
-                    for scheme, transposed in before
+                    (weight, Constant("", made.scheme, transposed, name.removesuffix(".weight"), ()))
+                    for (_, transposed), made in before.items()
                 ]
             )
-            if before != {key: constants.fingerprint for key, constants in state.constants.items()}:
+            if any(made.fingerprint != before[kind].fingerprint for kind, made in state.constants.items()):
                 changed.append(name)
     return changed

@@ -22,6 +22,23 @@ def example(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
+def is_call(node: Node, function: Any, method: str) -> bool:
+    """Whether ``node`` calls ``function``, or the method of that name."""
+    return (node.op, node.target) in (("call_function", function), ("call_method", method))
+
+
+def provenance(node: Node) -> dict[str, Any]:
+    """Where ``node`` comes from: what profilers, tlparse and error messages show of a node that replaces it."""
+    return {key: node.meta[key] for key in ("nn_module_stack", "source_fn_stack", "stack_trace") if key in node.meta}
+
+
+def call(origin: Node, function: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new node at the graph's insertion point, which calls ``function`` in the place of ``origin``."""
+    node = origin.graph.call_function(function, args, kwargs)
+    node.meta = provenance(origin)
+    return node
+
+
 def size_hint(size: int | torch.SymInt) -> float:
     """A size as it was while tracing, without a guard on it; infinite if it is known only at run time."""
     if not isinstance(size, torch.SymInt):

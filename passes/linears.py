@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .graphs import example, size_hint
+from .graphs import example, is_call, size_hint
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ def find_linears(graph: Graph) -> Iterator[Linear]:
             yield linear
 
 
+_PRODUCTS = ((torch.mm, "mm"), (torch.matmul, "matmul"), (operator.matmul, "__matmul__"))
+
+
 def as_linear(node: Node) -> Linear | None:
     """``node`` as a linear, or None if it is something else."""
     args, kwargs = node.args, node.kwargs
@@ -80,9 +83,13 @@ def as_linear(node: Node) -> Linear | None:
         x, weight, bias = (_argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
         origin, transposed = _origin(weight)
         return Linear(node, x, origin, transposed, bias)
-    if _is(node, torch.addmm, "addmm"):
+    if is_call(node, torch.addmm, "addmm"):
         bias, x, weight = (_argument(node, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
-    elif _is(node, torch.mm, "mm") or _is(node, torch.matmul, "matmul") or _is(node, operator.matmul, "__matmul__"):
+    elif (
+        is_call(node, torch.mm, "mm")
+        or is_call(node, torch.matmul, "matmul")
+        or is_call(node, operator.matmul, "__matmul__")
+    ):
         x, bias = _argument(node, 0, "input"), None
         weight = args[1] if len(args) > 1 else kwargs.get("mat2", kwargs.get("other"))
     else:
@@ -91,10 +98,6 @@ def as_linear(node: Node) -> Linear | None:
         return None
     origin, transposed = _origin(weight)
     return Linear(node, x, origin, not transposed, bias) if _is_matrix_parameter(origin) else None
-
-
-def _is(node: Node, function: Any, method: str) -> bool:
-    return (node.op, node.target) in (("call_function", function), ("call_method", method))
 
 
 def _argument(node: Node, index: int, name: str) -> Any:
@@ -139,16 +142,16 @@ def _is_transposition(node: Node) -> bool:
     if not isinstance(example(node), torch.Tensor) or example(node).dim() != 2:
         return False
     if (
-        _is(node, torch.t, "t")
+        is_call(node, torch.t, "t")
         or (node.target is getattr and node.args[1] in ("T", "mT"))
         or node.target in _PROPERTIES
     ):
         return True
     given = [*node.args[1:], *node.kwargs.values()]
     dims = [d % 2 for arg in given for d in (arg if isinstance(arg, list | tuple) else [arg]) if isinstance(d, int)]
-    if _is(node, torch.transpose, "transpose"):
+    if is_call(node, torch.transpose, "transpose"):
         return sorted(dims) == [0, 1]
-    return _is(node, torch.permute, "permute") and dims == [1, 0]
+    return is_call(node, torch.permute, "permute") and dims == [1, 0]
 
 
 def _is_identity(node: Node, source: Node) -> bool:

@@ -28,6 +28,7 @@ class Decision:
         weight: name of the placeholder that holds its weight, or None if that is no parameter.
         transposed: the weight is stored ``[in_features, out_features]``.
         decision: "fp8" or "kept".
+        scheme: how it becomes FP8; None if it is kept.
         reason: why it is kept; empty for "fp8".
         pattern: the entry of ``ignored_layers`` that names it, or None.
         tracked: whether the report follows the weight. Adapters' weights are swapped and resized by their owners,
@@ -41,6 +42,7 @@ class Decision:
     weight: str | None
     transposed: bool
     decision: Literal["fp8", "kept"]
+    scheme: Scheme | None = None
     reason: str = ""
     pattern: str | None = None
     tracked: bool = True
@@ -48,9 +50,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions on all linears of one graph, in its order, and the scheme of those that become FP8."""
+    """The decisions on all linears of one graph, in its order."""
 
-    scheme: Scheme
     decisions: tuple[Decision, ...]
     ignored_layers: tuple[str, ...]
 
@@ -73,14 +74,14 @@ def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme) -> Plan:
     written = set().union(*map(written_storages, gm.graph.nodes))
     decisions = []
     for linear in find_linears(gm.graph):
-        reason = _reason_to_keep(linear, options, scheme)
-        if reason is None and storages(linear.weight) & written:
-            reason = "weight is modified in the graph"
-        decisions.append(_decision(linear, options, reason))
+        choice = _choose(linear, options, scheme)
+        if isinstance(choice, Scheme) and storages(linear.weight) & written:
+            choice = "weight is modified in the graph"
+        decisions.append(_decision(linear, options, choice))
     for name, linear in _inside_higher_order_operators(gm):
         decision = _decision(linear, options, "inside a higher-order operator")
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
-    return Plan(scheme, tuple(decisions), options.ignored_layers)
+    return Plan(tuple(decisions), options.ignored_layers)
 
 
 def _inside_higher_order_operators(gm: GraphModule, prefix: str = "") -> Iterator[tuple[str, Linear]]:
@@ -92,12 +93,12 @@ def _inside_higher_order_operators(gm: GraphModule, prefix: str = "") -> Iterato
             yield from _inside_higher_order_operators(inner, f"{name}.")
 
 
-def _decision(linear: Linear, options: Fp8Options, reason: str | None) -> Decision:
+def _decision(linear: Linear, options: Fp8Options, choice: Scheme | str) -> Decision:
     module = module_path(linear)
     path = layer_path(module)
     pattern = None if is_adapter(module) else first_match(options.ignored_layers, path)
     if pattern is not None:
-        reason = f"ignored_layers: {pattern}"
+        choice = f"ignored_layers: {pattern}"
     in_features, out_features = linear.features
     return Decision(
         node=linear.node.name,
@@ -106,8 +107,9 @@ def _decision(linear: Linear, options: Fp8Options, reason: str | None) -> Decisi
         out_features=out_features,
         weight=linear.weight.name if _is_parameter(linear) else None,
         transposed=linear.transposed,
-        decision="kept" if reason else "fp8",
-        reason=reason or "",
+        decision="kept" if isinstance(choice, str) else "fp8",
+        scheme=None if isinstance(choice, str) else choice,
+        reason=choice if isinstance(choice, str) else "",
         pattern=pattern,
         tracked=not is_adapter(module),
     )
@@ -117,7 +119,8 @@ def _is_parameter(linear: Linear) -> bool:
     return linear.weight.op == "placeholder" and isinstance(example(linear.weight), torch.nn.Parameter)
 
 
-def _reason_to_keep(linear: Linear, options: Fp8Options, scheme: Scheme) -> str | None:
+def _choose(linear: Linear, options: Fp8Options, scheme: Scheme) -> Scheme | str:
+    """The scheme for ``linear``, or the reason to keep it."""
     if is_adapter(module_path(linear)):
         return "low-rank adapter"
     if not _is_parameter(linear):
@@ -134,9 +137,10 @@ def _reason_to_keep(linear: Linear, options: Fp8Options, scheme: Scheme) -> str 
     rows = row_count(example(linear.input).shape)
     if rows == math.inf:
         return "number of rows is known only at run time"  # the meta function of _scaled_mm compares it
-    if rows < options.min_rows:
+    chosen = scheme if rows >= options.min_rows else scheme.few_rows
+    if chosen is None:
         return f"fewer rows than min_rows {options.min_rows}"
-    return scheme.refuses(*linear.features, weight.dtype)
+    return chosen.refuses(*linear.features, weight.dtype) or chosen
 
 
 def _subclass(weight: torch.Tensor) -> str | None:

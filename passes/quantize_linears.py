@@ -32,9 +32,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from ..schemes import Scheme
-from .graphs import example, storages, written_storages
+from .graphs import call, example, storages, written_storages
 from .linears import Linear, as_linear, is_relayout
-from .plan import Plan
+from .plan import Decision, Plan
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ def quantize_linears(graph: Graph, plan: Plan) -> list[Constant]:
         The constants that the graph now takes instead of the weights.
     """
     chosen = {d.node: d for d in plan.converted}
-    rewriter = _Rewriter(graph, plan.scheme)
+    rewriter = _Rewriter(graph)
     for node in list(graph.nodes):
         if written := written_storages(node):
             rewriter.forget_quantized(written)
         linear = as_linear(node) if node.name in chosen else None
         if linear is not None:
-            rewriter.replace(linear, chosen[node.name].path)
-    for weight in {weight for weight, _ in rewriter.constants}:
+            rewriter.replace(linear, chosen[node.name])
+    for weight in {weight for weight, _, _ in rewriter.constants}:
         _erase_unused(weight)
     graph.lint()
     return [constant for constant, _ in rewriter.constants.values()]
@@ -83,40 +83,45 @@ def quantize_linears(graph: Graph, plan: Plan) -> list[Constant]:
 class _Rewriter:
     """What is known half-way through a graph: constants described, activations quantized."""
 
-    def __init__(self, graph: Graph, scheme: Scheme) -> None:
-        self.constants: dict[tuple[Node, bool], tuple[Constant, list[Node]]] = {}
+    def __init__(self, graph: Graph) -> None:
+        self.constants: dict[tuple[Node, Scheme, bool], tuple[Constant, list[Node]]] = {}
         self._graph = graph
-        self._scheme = scheme
-        self._quantized: dict[Node, Node] = {}
+        self._quantized: dict[tuple[Node, Any], Node] = {}
         self._layouts: dict[Any, Any] = {}
         self._last_placeholder = graph.find_nodes(op="placeholder")[-1]
 
     def forget_quantized(self, written: set[int]) -> None:
         """Quantize anew, when they are next needed, the activations whose memory was written into."""
-        for stale in [x for x in self._quantized if written & storages(x)]:
+        for stale in [key for key in self._quantized if written & storages(key[0])]:
             del self._quantized[stale]
 
-    def replace(self, linear: Linear, path: str) -> None:
+    def replace(self, linear: Linear, decision: Decision) -> None:
         """Put quantization and a scaled matmul in the place of ``linear``."""
-        key = linear.weight, linear.transposed
+        scheme, node = decision.scheme, linear.node
+        assert scheme is not None
+        key = linear.weight, scheme, linear.transposed
         if key not in self.constants:
-            self.constants[key] = self._describe(linear, path)
+            self.constants[key] = self._describe(linear, scheme, decision.path)
         operands = self.constants[key][1]
-        graph, node, value = self._graph, linear.node, example(linear.node)
-        with graph.inserting_before(node):
-            if linear.input not in self._quantized:
-                self._quantized[linear.input] = graph.call_function(self._scheme.quantize, (linear.input,))
-                self._quantized[linear.input].meta = _origin(node)
-            arguments = (self._quantized[linear.input], *operands, linear.bias, value.dtype)
-            new = graph.call_function(self._scheme.linear, arguments)
-        new.meta = _origin(node) | {"example_value": value}
+        with self._graph.inserting_before(node):
+            x = self._quantize(linear, scheme)
+            new = call(node, scheme.linear, x, *operands, linear.bias, example(node).dtype)
+        new.meta["example_value"] = example(node)
         node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        self._graph.erase_node(node)
 
-    def _describe(self, linear: Linear, path: str) -> tuple[Constant, list[Node]]:
+    def _quantize(self, linear: Linear, scheme: Scheme) -> Node:
+        if scheme.quantize is None:
+            return linear.input
+        key = linear.input, scheme.quantize
+        if key not in self._quantized:
+            self._quantized[key] = call(linear.node, scheme.quantize, linear.input)
+        return self._quantized[key]
+
+    def _describe(self, linear: Linear, scheme: Scheme, path: str) -> tuple[Constant, list[Node]]:
         nodes = []
-        values = self._fake_constants(example(linear.weight), linear.transposed)
-        for name, value in zip(self._scheme.constants, values, strict=True):
+        values = self._fake_constants(example(linear.weight), scheme, linear.transposed)
+        for name, value in zip(scheme.constants, values, strict=True):
             with self._graph.inserting_after(self._last_placeholder):
                 new = self._graph.placeholder(re.sub(r"\W", "_", f"{path}.{name}".lstrip(".")))
             # How Dynamo marks a parameter: its address never changes, so CUDA graphs need no copy of it.
@@ -126,25 +131,20 @@ class _Rewriter:
             nodes.append(new)
             self._last_placeholder = new
         names = tuple(node.name for node in nodes)
-        return Constant(linear.weight.name, self._scheme, linear.transposed, path, names), nodes
+        return Constant(linear.weight.name, scheme, linear.transposed, path, names), nodes
 
-    def _fake_constants(self, weight: Any, transposed: bool) -> list[Any]:
+    def _fake_constants(self, weight: Any, scheme: Scheme, transposed: bool) -> list[Any]:
         """What the scheme makes of a fake weight. Weights of one shape are worked out once: a model has few shapes."""
-        key = weight.shape, weight.stride(), weight.dtype, weight.device, transposed
+        key = weight.shape, weight.stride(), weight.dtype, weight.device, scheme, transposed
         if key not in self._layouts:
             with weight.fake_mode:
-                made = self._scheme.make_constants(weight, transposed)
+                made = scheme.make_constants(weight, transposed)
                 self._layouts[key] = [(c.shape, c.stride(), c.dtype, c.device) for c in made]
         # Never the same fake tensor twice: AOTAutograd would take two inputs for one.
         return [
             FakeTensor(weight.fake_mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
             for size, stride, dtype, device in self._layouts[key]
         ]
-
-
-def _origin(node: Node) -> dict[str, Any]:
-    """Where ``node`` comes from: what profilers, tlparse and error messages show of a node that replaces it."""
-    return {key: node.meta[key] for key in ("nn_module_stack", "source_fn_stack", "stack_trace") if key in node.meta}
 
 
 def _erase_unused(node: Node) -> None:

@@ -320,10 +320,10 @@ def test_graphs_and_plan_go_to_files_on_request(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == [
         "after_quantize_linears.py",
-        "before_quantize_linears.py",
+        "before_passes.py",
         "plan.json",
     ]
-    assert "quantize_rowwise" not in (folder / "before_quantize_linears.py").read_text()
+    assert "quantize_rowwise" not in (folder / "before_passes.py").read_text()
     assert "quantize_rowwise" in (folder / "after_quantize_linears.py").read_text()
     assert json.loads((folder / "plan.json").read_text())[0]["path"] == "blocks.0.to_q"
 
@@ -337,7 +337,7 @@ def test_tlparse_gets_the_plan_and_the_graphs(tmp_path: Path) -> None:
     """
     run_python(code, TORCH_TRACE=str(tmp_path))
     trace = "".join(path.read_text() for path in tmp_path.iterdir())
-    for name in ("fp8_plan", "fp8_before_quantize_linears", "fp8_after_quantize_linears"):
+    for name in ("fp8_plan", "fp8_before_passes", "fp8_after_quantize_linears"):
         assert f'"name": "{name}"' in trace
 
 

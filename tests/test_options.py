@@ -22,9 +22,11 @@ def test_defaults() -> None:
         "granularity": "row",
         "min_features": 256,
         "min_rows": 8,
+        "few_rows": "keep",
         "strict": False,
         "inner_backend": "inductor",
         "mode": None,
+        "disabled_passes": (),
         "dump_graphs": None,
         "inductor": {},
     }

@@ -43,6 +43,7 @@ def test_default_decision() -> None:
             weight="l_fn_modules_0_parameters_weight_",
             transposed=False,
             decision="fp8",
+            scheme=ROW,
         )
     ]
 

@@ -77,7 +77,7 @@ def plan(captured: Captured | GraphModule, **options: Any) -> Plan:
 def rewritten(captured: Captured | GraphModule, **options: Any) -> tuple[GraphModule, list[Constant]]:
     """The graph after the passes on Dynamo's graph, and its constants."""
     gm = captured.gm if isinstance(captured, Captured) else captured
-    return rewrite(gm, plan(gm, **options), lambda stage, graph: None)
+    return rewrite(gm, plan(gm, **options), lambda stage, make: None)
 
 
 def run(captured: Captured, gm: GraphModule, constants: list[Constant]) -> Any:
