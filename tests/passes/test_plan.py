@@ -13,7 +13,7 @@ from util import Call, capture, plan, rand
 
 from fp8_compile import Fp8Options
 from fp8_compile.passes.plan import Decision, plan_linears
-from fp8_compile.schemes import scheme_for
+from fp8_compile.schemes import ROW, scheme_for
 
 Function = Callable[..., Any]
 
