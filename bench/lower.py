@@ -12,6 +12,8 @@ up to the source of its kernels, and Inductor's schedule is read:
 * eager: calls of aten that are neither matmul nor attention, because Inductor generates no code for them;
 * FP8 tensors: for each activation that FP8 matmuls read, how many tensors hold its quantized values, and its scales.
   Activations count as one if they are computed by the same operators from the same tensors;
+* row loops: kernels that go over their rows in a loop, not as a whole: where a value is needed twice, as a quantized
+  activation is for its amax and its cast, such a kernel loads and computes it twice;
 * round trips: activations stored in BF16 (or wider) only to be read by their quantization, be it in the same kernel;
 * copies: tensors whose kernel only moves values (a new layout, a concatenation of what is already in memory);
 * roofline: the sum over all kernels of ``max(bytes / bandwidth, FLOPs / rate)`` under the ceilings of
@@ -61,6 +63,7 @@ _COPYING = {
     "where",
     "masked",
 }
+_LOOP = re.compile(r"^@triton_heuristics\.reduction\(", re.MULTILINE)
 _TRITON_CALL = re.compile(r"^\s*(triton_\w+)\.run\(", re.MULTILINE)
 
 
@@ -119,6 +122,7 @@ class Lowered:
     kernels: tuple[Kernel, ...]
     activations: tuple[Activation, ...]
     fp8_tensors: int
+    row_loops: int
     round_trips: tuple[RoundTrip, ...]
     copies: tuple[Kernel, ...]
     roofline_s: float
@@ -216,6 +220,7 @@ def _read(graph: Any, code: str, gpu: Gpu) -> dict[str, Any]:
         "kernels": tuple(kernels),
         "activations": activations,
         "fp8_tensors": fp8_tensors,
+        "row_loops": len(_LOOP.findall(code)),
         "round_trips": tuple(_round_trips(graph)),
         "copies": tuple(_copies(graph)),
         "roofline_s": sum(max(_memory_s(k, gpu), _compute_s(k, gpu)) for k in kernels),
@@ -441,6 +446,7 @@ def summary(result: Lowered) -> dict[str, str]:
         "FP8 tensors per activation, at most": str(max(per_activation, default=0)),
         "FP8 tensors written": str(result.fp8_tensors),
         "scale tensors per activation, at most": str(max(scales, default=0)),
+        "row loops": str(result.row_loops),
         "round trips before quantization": f"{len(result.round_trips)} ({inside} inside a kernel)",
         "  their bytes (MB)": f"{result.round_trip_bytes / 1e6:,.0f}",
         "copies": f"{len(result.copies)}, {sum(k.bytes for k in result.copies) / 1e6:,.0f} MB written",

@@ -34,8 +34,12 @@ def compile_inner(gm: GraphModule, inputs: Sequence[Any], options: Fp8Options) -
 
 # Inductor stores an intermediate result in memory when more than so many values are read, or operators are needed, to
 # compute it again. Between a row's amax and its cast to FP8, that means a BF16 activation written and read back; below
-# these, none of the blocks in bench/blocks.py has such a round trip. Defaults: 4 and 30.
-_THRESHOLDS = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
+# these, none of the blocks in bench/blocks.py has such a round trip. Defaults on a GPU: 4, 30 and 8.
+_THRESHOLDS = {
+    "realize_reads_threshold": 16,
+    "realize_opcount_threshold": 200,
+    "realize_acc_reads_threshold": 32,
+}
 
 
 def _settings(gm: GraphModule, options: Fp8Options) -> dict[str, Any]:
@@ -81,21 +85,34 @@ class PostGradPasses(CustomGraphPass):
 
 def _choices() -> contextlib.AbstractContextManager[Any]:
     """Our heuristics for the compilation inside, unless others than Inductor's own are in force."""
+    from torch._inductor import config
     from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V
 
     if type(V.choices) is not InductorChoices:
         return contextlib.nullcontext()
 
     class RowChoices(InductorChoices):
+        """For kernels whose thread blocks reduce a row each, as the quantization of an activation does."""
+
         @staticmethod
         def reduction_split_factor(
             device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool
         ) -> int:
-            # Splitting a row's amax over several thread blocks costs two kernels more, and the activation a round trip.
-            if inner_reduction and numel_hint >= _MANY_ROWS and reduction_numel_hint <= _LONG_ROW:
+            # Splitting a row over several thread blocks costs two kernels more, and the activation a round trip.
+            rows = inner_reduction or _may_be_a_concatenation(reduction_numel_hint, numel_hint)
+            if rows and numel_hint >= _MANY_ROWS and reduction_numel_hint <= _LONG_ROW:
                 return 1
             return InductorChoices.reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction)
+
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            # In a loop, everything fused before the amax would be computed a second time for the cast.
+            rows = features.get_reduction_hint() == ReductionHint.INNER
+            if rows and not cooperative_reduction and config.triton.persistent_reductions:
+                return bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, _PERSISTENT_ROW))
+            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
 
         def uuid(self) -> str:
             return source_hash()
@@ -106,6 +123,14 @@ def _choices() -> contextlib.AbstractContextManager[Any]:
 # With a row each, half the multiprocessors of an H200 are busy; and a thread block reads so many values in the time
 # that launching another kernel takes.
 _MANY_ROWS, _LONG_ROW = 64, 65536
+# What 512 threads, the most that Inductor gives to such a kernel, hold in registers: 32 values each.
+_PERSISTENT_ROW = 16384
+
+
+def _may_be_a_concatenation(width: int, rows: int) -> bool:
+    """Before torch 2.13, Inductor takes the rows of a concatenation, such as in FLUX's single blocks, for columns."""
+    old = torch.torch_version.TorchVersion(torch.__version__) < "2.13"
+    return old and width > 8192 and rows >= 1024  # columns so long would be sums over all tokens of a video
 
 
 @functools.cache
