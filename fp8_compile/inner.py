@@ -23,7 +23,7 @@ def compile_inner(gm: GraphModule, inputs: Sequence[Any], options: Fp8Options) -
         # torch.compile's own entrance to Inductor, for what it adds to compile_fx: modes and CUDA graph set-up.
         entrance: Any = torch._TorchCompileInductorWrapper
         backend = entrance(options.mode, {**options.inductor, **_settings(gm, options)}, None)
-        with _choices():
+        with contextlib.nullcontext() if "whole_rows" in options.disabled_passes else _whole_rows():
             return cast("Callable[..., Any]", backend(gm, inputs))
     elif callable(options.inner_backend):
         backend = options.inner_backend
@@ -83,7 +83,7 @@ class PostGradPasses(CustomGraphPass):
         return None if None in users else (source_hash(), *self._passes, *users)
 
 
-def _choices() -> contextlib.AbstractContextManager[Any]:
+def _whole_rows() -> contextlib.AbstractContextManager[Any]:
     """Our heuristics for the compilation inside, unless others than Inductor's own are in force."""
     from torch._inductor import config
     from torch._inductor.choices import InductorChoices
@@ -93,7 +93,7 @@ def _choices() -> contextlib.AbstractContextManager[Any]:
     if type(V.choices) is not InductorChoices:
         return contextlib.nullcontext()
 
-    class RowChoices(InductorChoices):
+    class WholeRows(InductorChoices):
         """For kernels whose thread blocks reduce a row each, as the quantization of an activation does."""
 
         @staticmethod
@@ -117,7 +117,7 @@ def _choices() -> contextlib.AbstractContextManager[Any]:
         def uuid(self) -> str:
             return source_hash()
 
-    return cast("contextlib.AbstractContextManager[Any]", V.set_choices_handler(RowChoices()))
+    return cast("contextlib.AbstractContextManager[Any]", V.set_choices_handler(WholeRows()))
 
 
 # With a row each, half the multiprocessors of an H200 are busy; and a thread block reads so many values in the time

@@ -93,9 +93,9 @@ class Fp8Options:
             raise OptionError(f"disabled_passes={self.disabled_passes!r}: a list of names belongs here")
         object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
         for name in self.disabled_passes:
-            from .passes.pipeline import POST_GRAD, PRE_GRAD
+            from .passes.pipeline import HEURISTICS, POST_GRAD, PRE_GRAD
 
-            _one_of("disabled_passes", name, [*PRE_GRAD, *POST_GRAD])
+            _one_of("disabled_passes", name, [*PRE_GRAD, *POST_GRAD, *HEURISTICS])
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor={self.inductor!r}: a dict of settings belongs here")
         self._check_inner()

@@ -28,6 +28,8 @@ from .real_rotary import real_rotary
 
 PRE_GRAD: dict[str, Callable[[Graph], int]] = {"real_rotary": real_rotary}
 POST_GRAD: dict[str, Callable[[Graph], int]] = {"one_fp8_copy": one_fp8_copy}
+HEURISTICS = ("whole_rows",)
+"""What could be a pass, but is done by steering Inductor: see `fp8_compile.inner`."""
 
 Trace = Callable[[str, Callable[[], GraphModule]], None]
 """Receives a stage's name, and what makes the graph at that stage."""

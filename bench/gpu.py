@@ -1,0 +1,495 @@
+"""The whole forward pass of Qwen-Image, Z-Image and FLUX.1-dev at 1024 x 1024: BF16, torchao and ``fp8_diffusion``.
+
+    python -m bench.gpu --output bench/results/gpu.json
+
+is all that a machine with one Hopper GPU needs; no network. Models have their released configurations and random
+weights (as their layers initialise themselves: standard deviation ``1 / sqrt(3 K)``), so time and memory are those of
+the released ones, and quality is not: SQNR here only tells that the right thing was computed.
+
+Method: all cases of a part run in one process on one model, in turn (A B C A B C ...), so that the clock of the GPU
+treats them alike. Repeated blocks are compiled one by one, as diffusers' ``compile_repeated_blocks`` does; all cases
+use the same attention kernel, the first of `ATTENTION` that the model can run with. A sample is the time between two
+CUDA events around one forward pass; what is compared are medians:
+
+    speedup = median(compiled BF16 in this part) / median(case)
+
+The part's own baseline, each time: ratios never mix two runs. ``roofline`` is what the linears and the attention alone
+would take on the ceilings of `bench.fake_gpu`, each linear at ``max(FLOPs / rate, bytes / bandwidth)``; elementwise
+work is not in it, so that nothing can reach 100 %.
+
+Parts (``--part``), each below nine minutes on an H200; those that ``--output`` holds complete are not run again:
+
+* ``main``: eager BF16, compiled BF16, ours at both granularities and with weight-only modulation;
+* ``torchao``: its dynamic FP8 quantization, row-wise and per-tensor, compiled in the same way;
+* ``autotune``: ``max-autotune-no-cudagraphs`` for BF16 and ours;
+* ``cudagraphs``: ``reduce-overhead`` for BF16 and ours;
+* ``passes``: ours without one pass or another;
+* ``layers`` (Qwen-Image only): 13 choices of layers that stay in BF16;
+* ``gemm``: every linear's shape alone, in BF16 and FP8, and merged with those that read the same input.
+
+``--tiny --device cpu`` runs the same code on tiny models, to try it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .common import Spread, environment, interleave, parser, table
+from .fake_gpu import GPUS, Gpu
+from .models import MODELS, Model, output
+
+BASELINE = "compiled BF16"
+ATTENTION = ("flash", "cudnn", "efficient")
+PUBLISHED = {
+    "qwen-image": "vllm-omni: 1.28x, 1.11x without img_mlp",
+    "z-image": "vllm-omni: 1.20x",
+    "flux": "torchao row-wise: 1.385x",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to run a transformer's blocks.
+
+    Attributes:
+        backend: "eager", "inductor" or "fp8_diffusion".
+        options: of ``torch.compile``.
+        mode: of ``torch.compile``.
+        torchao: granularity of torchao's quantization, "row" or "tensor", or None.
+    """
+
+    backend: str = "fp8_diffusion"
+    options: dict[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+    torchao: str | None = None
+
+
+def _keep(*patterns: str) -> Case:
+    return Case(options={"ignored_layers": list(patterns)})
+
+
+_BF16 = {BASELINE: Case("inductor")}
+_TEXT_KV, _TEXT_OUT, _QKV, _OUT = "add_kv_proj", "to_add_out", "to_qkv", "attn.to_out"
+PARTS: dict[str, dict[str, Case]] = {
+    "main": {
+        "eager BF16": Case("eager"),
+        **_BF16,
+        "FP8": Case(),
+        "FP8, weight-only modulation": Case(options={"few_rows": "weight-only"}),
+        "FP8 per tensor": Case(options={"granularity": "tensor"}),
+    },
+    "torchao": {
+        **_BF16,
+        "torchao row-wise": Case("inductor", torchao="row"),
+        "torchao per tensor": Case("inductor", torchao="tensor"),
+        "FP8": Case(),
+    },
+    "autotune": {
+        **_BF16,
+        "BF16, max-autotune": Case("inductor", mode="max-autotune-no-cudagraphs"),
+        "FP8": Case(),
+        "FP8, max-autotune": Case(mode="max-autotune-no-cudagraphs"),
+    },
+    "cudagraphs": {
+        **_BF16,
+        "BF16, reduce-overhead": Case("inductor", mode="reduce-overhead"),
+        "FP8, reduce-overhead": Case(mode="reduce-overhead"),
+    },
+    "passes": {
+        **_BF16,
+        "FP8": Case(),
+        "without real_rotary": Case(options={"disabled_passes": ["real_rotary"]}),
+        "without one_fp8_copy": Case(options={"disabled_passes": ["one_fp8_copy"]}),
+        "without whole_rows": Case(options={"disabled_passes": ["whole_rows"]}),
+        "stock thresholds": Case(
+            options={
+                "realize_reads_threshold": 4,
+                "realize_opcount_threshold": 30,
+                "realize_acc_reads_threshold": 8,
+            }
+        ),
+    },
+    "layers": {
+        **_BF16,
+        "all FP8": _keep(),
+        "skip text KV": _keep(_TEXT_KV),
+        "skip text out": _keep(_TEXT_OUT),
+        "skip text KV + out": _keep(_TEXT_KV, _TEXT_OUT),
+        "skip image QKV": _keep(_QKV),
+        "skip image out": _keep(_OUT),
+        "skip image QKV + out": _keep(_QKV, _OUT),
+        "skip img_mlp": _keep("img_mlp"),
+        "skip txt_mlp": _keep("txt_mlp"),
+        "skip both MLPs": _keep("img_mlp", "txt_mlp"),
+        "skip all attention": _keep(_QKV, _TEXT_KV, _OUT, _TEXT_OUT),
+        "skip text stream": _keep(_TEXT_KV, _TEXT_OUT, "txt_mlp"),
+        "skip attention + txt_mlp": _keep(_QKV, _TEXT_KV, _OUT, _TEXT_OUT, "txt_mlp"),
+    },
+}
+ONLY = {"layers": ("qwen-image",)}
+
+
+class Timer:
+    """Seconds of one call, by CUDA events where there is a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+
+    def __call__(self, work: Callable[[], Any]) -> float:
+        if not self._cuda:
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+class Runner:
+    """One transformer, and its blocks compiled in several ways.
+
+    What differs between the cases is the function that a block's ``__call__`` goes to, as with ``nn.Module.compile``.
+    """
+
+    def __init__(self, name: str, tiny: bool, device: str) -> None:
+        self.spec: Model = MODELS[name]
+        self.device = device
+        self.model, self.inputs = self.spec.build(tiny, device)
+        self.blocks = self.spec.repeated_blocks(self.model)
+        self._calls: dict[str, list[Any]] = {}
+        self._replaced: dict[str, list[nn.Module]] = {}
+        self.attention = self._choose_attention()
+        self.linears, self.attention_flops = self._count()
+
+    def prepare(self, name: str, case: Case) -> None:
+        """Make ready what ``run(name)`` needs; compilation itself happens in the first run."""
+        blocks = self.blocks
+        if case.torchao is not None:
+            blocks = [_torchao_copy(block, case.torchao) for block in blocks]
+            self._replaced[name] = blocks
+        if case.backend == "eager":
+            self._calls[name] = [None] * len(blocks)
+            return
+        arguments: dict[str, Any] = {"options": dict(case.options)} if case.options else {}
+        if case.mode is not None and case.options:
+            arguments["options"]["mode"] = case.mode
+        elif case.mode is not None:
+            arguments["mode"] = case.mode
+        self._calls[name] = [
+            torch.compile(block._call_impl, backend=case.backend, fullgraph=True, **arguments) for block in blocks
+        ]
+
+    def run(self, name: str) -> Tensor:
+        """One forward pass as ``name``."""
+        swapped = self._replaced.get(name)
+        for block, own, call in zip(self.blocks, swapped or self.blocks, self._calls[name], strict=True):
+            block._compiled_call_impl = call if own is block else own  # type: ignore[assignment]
+            if own is not block:
+                own._compiled_call_impl = call
+        with torch.no_grad(), _attention(self.attention, self.device):
+            return output(self.model(**self.inputs))
+
+    def weight_bytes(self, name: str) -> int:
+        """Bytes of the weights that ``name`` keeps: the model's own, or torchao's in their place, and FP8 constants."""
+        own = sum(p.nbytes for p in self.model.parameters())
+        if name in self._replaced:
+            own -= sum(p.nbytes for block in self.blocks for p in block.parameters())
+            own += sum(_nbytes(p) for block in self._replaced[name] for p in block.parameters())
+        return own
+
+    def _choose_attention(self) -> str:
+        if self.device != "cuda":
+            return "math"
+        for name in ATTENTION:
+            with contextlib.suppress(RuntimeError), torch.no_grad(), _attention(name, self.device):
+                self.model(**self.inputs)
+                return name
+        raise RuntimeError(f"none of {', '.join(ATTENTION)} attention can run {self.spec.class_name}")
+
+    def _count(self) -> tuple[Counter[tuple[int, int, int]], int]:
+        """Shapes ``(M, N, K)`` of all linears in the blocks and how often they run, and the FLOPs of attention."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        shapes: Counter[tuple[int, int, int]] = Counter()
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = args[0].numel() // args[0].shape[-1]
+            shapes[rows, module.out_features, module.in_features] += 1  # type: ignore[index]
+
+        linears = [m for block in self.blocks for m in block.modules() if isinstance(m, nn.Linear)]
+        hooks = [linear.register_forward_pre_hook(note) for linear in linears]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, _attention(self.attention, self.device):
+            self.model(**self.inputs)
+        for hook in hooks:
+            hook.remove()
+        counted = counter.get_flop_counts()["Global"]
+        return shapes, sum(flops for op, flops in counted.items() if "attention" in str(op))
+
+    def roofline(self, gpu: Gpu, fp8: bool) -> float:
+        """Seconds of the linears, those of at least 8 rows in FP8 if ``fp8``, and of the attention."""
+        seconds = self.attention_flops / gpu.bf16_flops
+        for (rows, n, k), count in self.linears.items():
+            item = 1 if fp8 and rows >= 8 else 2
+            moved = item * (rows * k + n * k) + 2 * rows * n
+            rate = gpu.fp8_flops if item == 1 else gpu.bf16_flops
+            seconds += count * max(2 * rows * n * k / rate, moved / gpu.bandwidth)
+        return seconds
+
+
+def _nbytes(parameter: Tensor) -> int:
+    names, _ = parameter.__tensor_flatten__() if hasattr(parameter, "__tensor_flatten__") else ([], None)
+    return sum(getattr(parameter, name).nbytes for name in names) or parameter.nbytes
+
+
+def _torchao_copy(block: nn.Module, granularity: str) -> nn.Module:
+    """A copy of ``block`` quantized by torchao: the linears that ``fp8_diffusion`` converts, modulation left alone."""
+    import copy
+
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
+
+    def chosen(module: nn.Module, path: str) -> bool:
+        modulation = any(part in path for part in ("_mod", "adaLN", "norm"))
+        return isinstance(module, nn.Linear) and not modulation and min(module.weight.shape) >= 256
+
+    made = copy.deepcopy(block)
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow() if granularity == "row" else PerTensor())
+    quantize_(made, config, filter_fn=chosen)
+    return made
+
+
+@contextlib.contextmanager
+def _attention(name: str, device: str) -> Iterator[None]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if device != "cuda":
+        yield
+        return
+    with sdpa_kernel(getattr(SDPBackend, f"{name.upper()}_ATTENTION")):
+        yield
+
+
+def sqnr(expected: Tensor, got: Tensor) -> float:
+    """Signal to quantization noise, dB."""
+    noise = (expected.double() - got.double()).square().sum()
+    return float(10 * torch.log10(expected.double().square().sum() / noise)) if noise > 0 else float("inf")
+
+
+def run_part(runner: Runner, cases: dict[str, Case], rounds: int, budget_s: float) -> dict[str, Any]:
+    """Compile and time ``cases`` in turn; one that fails is reported with its error, never left out in silence."""
+    import fp8_compile
+
+    timer, found, failed = Timer(runner.device), {}, {}
+    reference = None
+    started = time.perf_counter()
+    for name, case in cases.items():
+        if time.perf_counter() - started > budget_s:
+            failed[name] = f"not started: {budget_s:.0f} s had passed"
+            continue
+        begin = time.perf_counter()
+        try:
+            runner.prepare(name, case)
+            result = runner.run(name).clone()
+            _synchronize(runner.device)
+        except Exception as error:  # whatever one case raises, the others are measured, and the report shows it
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            print(f"{name}: {failed[name]}", file=sys.stderr)
+            continue
+        first = time.perf_counter() - begin
+        if reference is None:
+            reference = result
+        for _ in range(2):  # the second run settles constants, the third records CUDA graphs
+            runner.run(name)
+        _synchronize(runner.device)
+        extra = fp8_compile.report(runner.model).extra_bytes if case.backend == "fp8_diffusion" else 0
+        found[name] = {
+            "first_run_s": first,
+            "sqnr_db": sqnr(reference, result),
+            "weight_bytes": runner.weight_bytes(name),
+            "fp8_bytes_of_all_cases_so_far": extra,
+            "activation_peak_bytes": _peak(runner, name),
+        }
+        print(f"{name}: first run {first:.1f} s", file=sys.stderr)
+    measured = interleave({name: lambda name=name: timer(lambda: runner.run(name)) for name in found}, rounds)
+    base = measured.get(BASELINE)
+    gpu = next((g for g in GPUS.values() if runner.device == "cuda" and g.name in torch.cuda.get_device_name()), None)
+    for name, samples in measured.items():
+        case, entry = cases[name], found[name]
+        median = statistics.median(samples)
+        entry["seconds"] = Spread.of(samples)
+        entry["speedup"] = statistics.median(base) / median if base else None
+        all_fp8 = (case.backend == "fp8_diffusion" or case.torchao) and not case.options.get("ignored_layers")
+        if gpu is not None and (all_fp8 or case.backend != "fp8_diffusion"):
+            entry["share_of_roofline"] = runner.roofline(gpu, fp8=bool(all_fp8)) / median
+        entry["samples"] = samples
+    return {"cases": found, "failed": failed, "attention": runner.attention}
+
+
+def _peak(runner: Runner, name: str) -> int | None:
+    if runner.device != "cuda":
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    runner.run(name)
+    _synchronize(runner.device)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def run_gemms(runner: Runner, repeats: int) -> dict[str, Any]:
+    """Rates of every linear's shape in BF16 and FP8, bias included, and of those with several times the outputs."""
+    from fp8_compile.numerics import quantize_rowwise, quantize_tensorwise, scaled_linear
+
+    timer, rows = Timer(runner.device), []
+    shapes = dict(runner.linears)
+    for (m, n, k), count in runner.linears.items():
+        if m >= 8 and n == k:  # q, k and v as one
+            shapes.setdefault((m, 3 * n, k), 0)
+        elif m >= 8 and count >= 2 * len(runner.blocks):  # the two halves of a gated MLP as one
+            shapes.setdefault((m, 2 * n, k), 0)
+    for (m, n, k), count in sorted(shapes.items()):
+        x, w, b = (torch.randn(s, device=runner.device, dtype=torch.bfloat16) for s in ((m, k), (n, k), (n,)))
+        work: dict[str, Callable[[], Any]] = {"bf16": lambda x=x, w=w, b=b: nn.functional.linear(x, w, b)}
+        for name, quantize in (("row", quantize_rowwise), ("tensor", quantize_tensorwise)):
+            if n % 16 or k % 16:
+                continue
+            qx, (qw, sw) = quantize(x), quantize(w)
+            for suffix, bias in (("", None), (" + bias", b)):
+                work[f"fp8 {name}{suffix}"] = lambda qx=qx, qw=qw, sw=sw, bias=bias: scaled_linear(
+                    qx, qw, sw, bias, torch.bfloat16
+                )
+        entry: dict[str, Any] = {"m": m, "n": n, "k": k, "calls_per_forward": count, "seconds": {}, "failed": {}}
+        for name, call in list(work.items()):
+            try:
+                call()
+            except RuntimeError as error:
+                entry["failed"][name] = str(error).splitlines()[0][:200]
+                del work[name]
+        burst = 10 if runner.device == "cuda" else 1
+        measured = interleave({name: partial(_burst, timer, call, burst) for name, call in work.items()}, repeats)
+        for name, samples in measured.items():
+            entry["seconds"][name] = Spread.of(samples)
+        entry["tflops"] = {name: 2e-12 * m * n * k / statistics.median(s) for name, s in measured.items()}
+        rows.append(entry)
+    return {"shapes": rows}
+
+
+def _burst(timer: Timer, call: Callable[[], Any], times: int) -> float:
+    return timer(lambda: [call() for _ in range(times)]) / times
+
+
+def show(model: str, part: str, result: dict[str, Any]) -> str:
+    """One part as a table."""
+    if part == "gemm":
+        header = ["M x N x K (calls), TFLOP/s", "bf16", "fp8 row", "+ bias", "fp8 tensor", "+ bias"]
+        names = ["bf16", "fp8 row", "fp8 row + bias", "fp8 tensor", "fp8 tensor + bias"]
+        rows = [
+            [f"{e['m']} x {e['n']} x {e['k']} ({e['calls_per_forward']})"]
+            + [f"{e['tflops'][name]:.3g}" if name in e["tflops"] else "-" for name in names]
+            for e in result["shapes"]
+        ]
+        return f"{model}, {part}\n" + table(header, rows)
+    header = [f"{model}, {part}", "ms, median [quartiles]", "speedup", "first run s", "SQNR dB", "of roofline"]
+    rows = []
+    for name, entry in result["cases"].items():
+        seconds = entry["seconds"]
+        spread = seconds if isinstance(seconds, Spread) else Spread(**seconds)
+        share = entry.get("share_of_roofline")
+        rows.append(
+            [
+                name,
+                spread.text(1e3),
+                f"{entry['speedup']:.3f}" if entry["speedup"] else "-",
+                f"{entry['first_run_s']:.0f}",
+                f"{entry['sqnr_db']:.1f}",
+                f"{share:.0%}" if share else "-",
+            ]
+        )
+    lines = [f"failed: {name}: {why}" for name, why in result["failed"].items()]
+    return "\n".join([table(header, rows), *lines, f"published: {PUBLISHED[model]}"])
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = parser(__doc__)
+    p.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    p.add_argument("--part", nargs="+", choices=[*PARTS, "gemm"], default=[*PARTS, "gemm"])
+    p.add_argument("--again", action="store_true", help="also run parts that the output already holds")
+    p.add_argument("--rounds", type=int, default=20)
+    p.add_argument("--budget", type=float, default=420, help="seconds after which a part starts no further case")
+    p.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    p.add_argument("--tiny", action="store_true", help="tiny models, to try the program")
+    given = p.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        p.error("no CUDA GPU here; --tiny --device cpu tries the program without one")
+    if given.device == "cpu" and not given.tiny:
+        p.error("--device cpu is for trying the program: add --tiny")
+
+    torch._dynamo.config.recompile_limit = 64  # every case is another entry for the same code
+    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
+    stored: dict[str, Any] = {"results": {}}
+    if given.output is not None and given.output.exists():
+        stored = json.loads(given.output.read_text())
+    complete = True
+    for name in given.only:
+        for part in given.part:
+            key = f"{name}/{part}"
+            known = stored["results"].get(key)
+            if name not in ONLY.get(part, (name,)) or (known and not known.get("failed") and not given.again):
+                continue
+            torch.compiler.reset()
+            runner = Runner(name, given.tiny, given.device)
+            if part == "gemm":
+                result = run_gemms(runner, given.rounds)
+            else:
+                result = run_part(runner, PARTS[part], given.rounds, given.budget)
+            del runner
+            gc.collect()
+            if given.device == "cuda":
+                torch.cuda.empty_cache()
+            print(show(name, part, result), flush=True)
+            stored["results"][key] = {"environment": {**environment(), "driver": _driver()}, **result}
+            if given.output is not None:
+                _store(given.output, stored)
+            complete &= not result.get("failed")
+    return 0 if complete else 1
+
+
+def _store(path: Path, stored: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(stored, indent=1, default=lambda v: vars(v) if isinstance(v, Spread) else str(v)))
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
