@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from . import lora, tracing
-from .device import check_device
+from .device import check_device, refusal
 from .errors import GradientError, NothingConvertedError, NothingConvertedWarning, UnmatchedPatternWarning
 from .inner import compile_inner
 from .options import Fp8Options
@@ -51,7 +52,9 @@ def fp8_diffusion(
     """
     opts = Fp8Options.parse(options, mode)
     lora.watch_merges()
-    plan = plan_linears(gm, opts, scheme_for(opts))
+    # Without a device behind them, as with fake weights, there is nothing to ask.
+    asked = any(isinstance(x, Tensor) and x.is_cuda and not isinstance(x, FakeTensor) for x in example_inputs)
+    plan = plan_linears(gm, opts, scheme_for(opts), *([refusal] if asked else []))
     tracing.trace_plan(plan, opts)
     _check_patterns(gm, plan)
     _check_conversion(plan, opts)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import TYPE_CHECKING
+
 import torch
 
 from .errors import UnsupportedDeviceError
+
+if TYPE_CHECKING:
+    from .schemes import Scheme
 
 # Ada Lovelace, the first with FP8 tensor cores: https://developer.nvidia.com/cuda-gpus
 MIN_CAPABILITY = (8, 9)
@@ -33,3 +39,50 @@ def check_device(device: torch.device) -> None:
             f"{capability[0]}.{capability[1]} and no FP8 tensor cores; 8.9 or higher is needed "
             '(Ada, Hopper, Blackwell). Compile with backend="inductor" there.'
         )
+
+
+# A graph for any number of rows must run with few and with many; kernels are chosen by size, so each is asked.
+_ROWS_OF_ALL_SIZES = (16, 64, 256, 1024)
+
+
+def refusal(
+    scheme: Scheme, device: torch.device, rows: int | torch.SymInt, features: tuple[int, int], dtype: torch.dtype
+) -> str | None:
+    """Why ``device`` cannot run ``scheme`` on a linear, or None; found out by running it once on zeros.
+
+    Libraries refuse single shapes, or all, in ways that depend on their version: row-wise scales with K = 9216 and at
+    most 256 rows on Hopper (https://github.com/pytorch/ao/issues/4582), all row-wise scales on consumer Blackwell
+    (https://github.com/pytorch/pytorch/issues/192707).
+
+    Args:
+        rows: of the activation. If symbolic, some sizes are tried besides the one that was seen.
+        features: input and output features.
+        dtype: of the activation, the weight and the result.
+    """
+    if isinstance(rows, torch.SymInt):
+        seen = rows.node.hint
+        sizes = [*_ROWS_OF_ALL_SIZES, *([] if seen is None else [int(seen)])]
+    else:
+        sizes = [rows]
+    return next((why for size in sizes if (why := _refusal(scheme, device, size, features, dtype))), None)
+
+
+@functools.cache
+def _refusal(
+    scheme: Scheme, device: torch.device, rows: int, features: tuple[int, int], dtype: torch.dtype
+) -> str | None:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+        try:
+            x, weight = (torch.zeros(n, features[0], dtype=dtype, device=device) for n in (rows, features[1]))
+            quantized = x if scheme.quantize is None else scheme.quantize(x)
+            scheme.linear(quantized, *scheme.quantize_weight(weight), None, dtype)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            return None
+        except RuntimeError as error:
+            return f"{device} refuses {rows} x {features[0]} by {features[0]} x {features[1]}: {error}".splitlines()[0]
+    return None

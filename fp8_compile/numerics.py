@@ -114,6 +114,21 @@ def scaled_linear(
     return out.view(out_shape)
 
 
+def linear_then_scale(
+    x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`scaled_linear` with row-wise scales where no kernel takes them: they multiply the sums afterwards.
+
+    The matmul is one with a scale of 1 for the whole, which every FP8 kernel knows; a compiler fuses the rest with what
+    comes next. The sums are rounded to bfloat16 once more, before the scales; its range holds 448 * 448 * K for any K.
+    """
+    values, scale = x
+    one = torch.ones((), dtype=torch.float32, device=values.device)
+    out = scaled_linear((values, one), weight, one, None, torch.bfloat16)
+    out = out.float() * scale * weight_scale.view(-1)
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
 def _dequantized_linear(
     values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

@@ -42,6 +42,7 @@ class Scheme:
         linear: ``(quantized activation, *constants, bias | None, dtype)`` to ``[..., N]`` in ``dtype``.
         constants: the names of the constants, in the order in which ``quantize_weight`` returns them.
         refuses: ``(in_features, out_features, dtype)`` to the reason for which a layer cannot use this scheme, or None.
+        fallback: the scheme for linears that the device refuses to run in this one; None if they are kept.
         few_rows: the scheme for linears whose input has fewer rows than ``min_rows``; None if they are kept.
     """
 
@@ -51,7 +52,9 @@ class Scheme:
     linear: Callable[..., Tensor]
     constants: tuple[str, ...] = ("weight", "weight_scale")
     refuses: Callable[[int, int, torch.dtype], str | None] = _refuses_nothing
-    few_rows: Scheme | None = field(default=None, compare=False)  # makes no difference to constants
+    # Neither makes a difference to constants.
+    fallback: Scheme | None = field(default=None, compare=False)
+    few_rows: Scheme | None = field(default=None, compare=False)
 
     def make_constants(self, weight: Tensor, transposed: bool) -> tuple[Tensor, ...]:
         """The constants of ``weight``, ``[N, K]``, or ``[K, N]`` if ``transposed``; fake ones if it is fake."""
@@ -67,12 +70,20 @@ def _multiple_of_16(in_features: int, out_features: int, dtype: torch.dtype) -> 
     return None
 
 
+ROW_AFTERWARDS = Scheme(
+    name="fp8-row-afterwards",
+    quantize_weight=numerics.quantize_rowwise,
+    quantize=numerics.quantize_rowwise,
+    linear=numerics.linear_then_scale,
+    refuses=_multiple_of_16,
+)
 ROW = Scheme(
     name="fp8-row",
     quantize_weight=numerics.quantize_rowwise,
     quantize=numerics.quantize_rowwise,
     linear=numerics.scaled_linear,
     refuses=_multiple_of_16,
+    fallback=ROW_AFTERWARDS,
 )
 TENSOR = Scheme(
     name="fp8-tensor",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,12 +69,18 @@ class Plan:
         return Counter(d.reason for d in self.decisions if d.decision == "kept")
 
 
-def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme) -> Plan:
+Refusal = Callable[["Scheme", torch.device, "int | torch.SymInt", tuple[int, int], torch.dtype], "str | None"]
+"""Why a device cannot run a scheme on so many rows and features of a dtype, or None: `fp8_compile.device.refusal`."""
+
+
+def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme, refusal: Refusal = lambda *asked: None) -> Plan:
     """Decide on every linear of Dynamo's graph ``gm``; the graph stays as it is."""
     written = set().union(*map(written_storages, gm.graph.nodes))
     decisions = []
     for linear in find_linears(gm.graph):
         choice = _choose(linear, options, scheme)
+        if isinstance(choice, Scheme):
+            choice = _unless_refused(linear, choice, refusal)
         if isinstance(choice, Scheme) and storages(linear.weight) & written:
             choice = "weight is modified in the graph"
         decisions.append(_decision(linear, options, choice))
@@ -82,6 +88,14 @@ def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme) -> Plan:
         decision = _decision(linear, options, "inside a higher-order operator")
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
     return Plan(tuple(decisions), options.ignored_layers)
+
+
+def _unless_refused(linear: Linear, scheme: Scheme, refusal: Refusal) -> Scheme | str:
+    x = example(linear.input)
+    why = refusal(scheme, x.device, math.prod(x.shape[:-1]), linear.features, x.dtype)
+    if why is None:
+        return scheme
+    return why if scheme.fallback is None else _unless_refused(linear, scheme.fallback, refusal)
 
 
 def _inside_higher_order_operators(gm: GraphModule, prefix: str = "") -> Iterator[tuple[str, Linear]]:

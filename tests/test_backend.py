@@ -341,6 +341,48 @@ def test_tlparse_gets_the_plan_and_the_graphs(tmp_path: Path) -> None:
         assert f'"name": "{name}"' in trace
 
 
+# --- few rows ---
+
+
+class Modulated(nn.Module):
+    """A block's modulation: one row for each picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mod = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 2 * WIDTH))
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        shift, scale = self.mod(temb)[:, None].chunk(2, dim=-1)
+        return self.proj(nn.functional.layer_norm(x, (WIDTH,)) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("inner_backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("pictures", [1, 2])
+@torch.no_grad()
+def test_modulation_with_its_weight_alone_in_fp8(pictures: int, inner_backend: str) -> None:
+    m = Modulated().bfloat16()
+    x, temb = tokens().expand(pictures, -1, -1), torch.randn(pictures, WIDTH, dtype=torch.bfloat16)
+    options = {**OPTIONS, "inner_backend": inner_backend, "few_rows": "weight-only"}
+    got = torch.compile(m, backend="fp8_diffusion", fullgraph=True, options=options)(x, temb)
+    assert 26 < sqnr(m(x, temb), got) < 60
+    rows = {row.path: row for row in fp8_compile.report(m).layers}
+    assert (rows["mod.1"].scheme, rows["proj"].scheme) == ("fp8-weight-only", "fp8-row")
+    assert rows["mod.1"].bytes_after == 2 * WIDTH * WIDTH + 4 * 2 * WIDTH
+
+
+@torch.no_grad()
+def test_a_weight_used_with_few_and_with_many_rows_is_quantized_once() -> None:
+    m = nn.Linear(WIDTH, WIDTH).bfloat16()
+    options = {**OPTIONS, "few_rows": "weight-only"}
+    run = torch.compile(m, backend="fp8_diffusion", fullgraph=True, dynamic=False, options=options)
+    run(torch.randn(1, WIDTH, dtype=torch.bfloat16))
+    run(torch.randn(32, WIDTH, dtype=torch.bfloat16))
+    (row,) = fp8_compile.report(m).layers
+    assert row.scheme == "fp8-weight-only+fp8-row"
+    assert fp8_compile.report(m).extra_bytes == WIDTH * WIDTH + 4 * WIDTH
+
+
 # --- Inductor and its caches ---
 
 

@@ -16,9 +16,11 @@ from fp8_compile.numerics import (
     FP8_DTYPE,
     FP8_MAX,
     dequantize,
+    linear_then_scale,
     quantize_rowwise,
     quantize_tensorwise,
     scaled_linear,
+    weight_only_linear,
 )
 
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -320,3 +322,43 @@ def test_rows_of_very_different_size() -> None:
 
     assert quality("row") > 28
     assert quality("tensor") < 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 1), (0,)], ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_weight_only_linear_agrees_with_float64(
+    granularity: str, lead: tuple[int, ...], bias: bool, dtype: torch.dtype, call: Callable[..., Any]
+) -> None:
+    x, weight = gaussian(*lead, 64, dtype=dtype), QUANTIZE[granularity](gaussian(48, 64))
+    b = gaussian(48, dtype=dtype) if bias else None
+    out = call(weight_only_linear, x, *weight, b, dtype)
+    expected = reference((x, torch.ones(())), weight, b)
+    assert (out.dtype, out.shape) == (dtype, (*lead, 48))
+    largest = float(expected.abs().max()) if expected.numel() else 0
+    torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=2**-18 * largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("lead", [(8,), (2, 4), (0,)], ids=str)
+def test_scaling_afterwards_agrees_with_float64(
+    lead: tuple[int, ...], bias: bool, dtype: torch.dtype, call: Callable[..., Any]
+) -> None:
+    """The sums are rounded to bfloat16 before the scales, whatever the type of the result."""
+    x, weight = quantize_rowwise(gaussian(*lead, 64, dtype=dtype)), quantize_rowwise(gaussian(48, 64))
+    b = gaussian(48, dtype=dtype) if bias else None
+    out = call(linear_then_scale, x, *weight, b, dtype)
+    assert (out.dtype, out.shape) == (dtype, (*lead, 48))
+    expected = reference(x, weight, None)
+    allowed = 2**-8 * expected.abs()
+    expected = expected if b is None else expected + b.double()
+    assert bool(((out.double() - expected).abs() <= allowed + TOLERANCE[dtype] * expected.abs() + 2**-18).all())
+
+
+def test_scaling_afterwards_does_not_overflow() -> None:
+    x, weight = (quantize_rowwise(torch.full((16, 4096), 3e38, dtype=torch.bfloat16)) for _ in range(2))
+    small = x[0], x[1] * 1e-38, weight[0], weight[1] * 1e-38
+    out = linear_then_scale(small[:2], *small[2:], None, torch.bfloat16)
+    torch.testing.assert_close(out, torch.full((16, 16), 4096 * 9.0, dtype=torch.bfloat16), rtol=0.02, atol=0)

@@ -99,6 +99,10 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
             ("dump_graphs", value, f"dump_graphs={value!r}: the path of a directory or None belongs here")
             for value in (True, 3, b"/tmp")
         ),
+        ("few_rows", "fp8", "few_rows='fp8' is not valid; valid: keep, weight-only"),
+        ("disabled_passes", "real_rotary", "disabled_passes='real_rotary': a list of names belongs here"),
+        ("disabled_passes", ["real_rotry"], "disabled_passes='real_rotry' is not valid, did you mean 'real_rotary'?"),
+        ("disabled_passes", ["quantize_linears"], "valid: real_rotary, one_fp8_copy, whole_rows"),
         ("mode", "max-autotun", "mode='max-autotun' is not valid, did you mean 'max-autotune'?; valid: default, "),
         ("mode", "fast", "mode='fast' is not valid; valid: default, "),
         ("mode", 3, "mode=3 is not valid"),

@@ -13,7 +13,7 @@ from util import Call, capture, plan, rand
 
 from fp8_compile import Fp8Options
 from fp8_compile.passes.plan import Decision, plan_linears
-from fp8_compile.schemes import ROW, scheme_for
+from fp8_compile.schemes import ROW, ROW_AFTERWARDS, TENSOR, WEIGHT_ONLY, Scheme, scheme_for
 
 Function = Callable[..., Any]
 
@@ -380,3 +380,43 @@ def test_pattern_that_matches_only_inside_a_higher_order_operator_is_matched() -
 def test_vector_as_weight_inside_a_higher_order_operator() -> None:
     module = Call(lambda m, x: torch.cond(x.sum() > 0, lambda x: F.linear(x, m.w), lambda x: x.sum(-1), (x,)), w=(64,))
     assert [d.decision for d in decide(module, rand(8, 64))] == ["kept"]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_few_rows_with_the_weight_alone_in_fp8(rows: int, granularity: str) -> None:
+    options = {"few_rows": "weight-only", "min_rows": 8, "granularity": granularity}
+    (decision,) = decide(linear(), rand(rows, 64), **options)
+    usual = {"row": ROW, "tensor": TENSOR}[granularity]
+    assert decision.scheme == (WEIGHT_ONLY if rows < 8 else usual)
+    assert (decision.decision, decision.reason) == ("fp8", "")
+
+
+def test_weight_only_needs_no_multiple_of_16() -> None:
+    (decision,) = decide(linear(72, 40), rand(1, 72), few_rows="weight-only", min_rows=8)
+    assert decision.scheme == WEIGHT_ONLY
+
+
+def refused(*schemes: Scheme) -> list[Decision]:
+    """The decisions on a device that refuses ``schemes``."""
+    asked: list[Any] = []
+
+    def refusal(scheme: Scheme, *what: Any) -> str | None:
+        asked.append(what)
+        return f"no {scheme.name}" if scheme in schemes else None
+
+    captured = capture(linear(64, 32), rand(2, 8, 64))
+    options = Fp8Options(min_features=1)
+    found = list(plan_linears(captured.gm, options, scheme_for(options), refusal).decisions)
+    assert set(asked) == {(torch.device("cpu"), 16, (64, 32), torch.bfloat16)}
+    return found
+
+
+def test_a_refused_shape_has_its_scales_applied_afterwards() -> None:
+    (decision,) = refused(ROW)
+    assert (decision.decision, decision.scheme) == ("fp8", ROW_AFTERWARDS)
+
+
+def test_a_shape_refused_altogether_is_kept() -> None:
+    (decision,) = refused(ROW, ROW_AFTERWARDS)
+    assert (decision.decision, decision.scheme, decision.reason) == ("kept", None, "no fp8-row-afterwards")
