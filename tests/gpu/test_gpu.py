@@ -1,0 +1,198 @@
+"""Every kernel path on a real GPU; without one, each test is skipped, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from blocks import WIDTH, Model
+from sqnr import sqnr
+from torch import Tensor, nn
+from zoo import MODELS
+
+import fp8_compile
+from fp8_compile import numerics
+from fp8_compile.device import MIN_CAPABILITY, refusal
+from fp8_compile.schemes import ROW, TENSOR, WEIGHT_ONLY, Scheme
+
+AVAILABLE = torch.cuda.is_available() and torch.version.hip is None
+pytestmark = pytest.mark.skipif(
+    not AVAILABLE or torch.cuda.get_device_capability() < MIN_CAPABILITY,
+    reason="needs an NVIDIA GPU of compute capability 8.9 or higher",
+)
+CUDA = torch.device("cuda:0")
+OPTIONS: dict[str, Any] = {"min_features": WIDTH}
+
+
+def gaussian(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device=CUDA, dtype=dtype)
+
+
+def model(dtype: torch.dtype = torch.bfloat16) -> Model:
+    return Model(3).to(CUDA, dtype).eval()
+
+
+def run(m: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return m(x)
+
+
+# --- kernels ---
+
+
+@pytest.mark.parametrize("scheme", [ROW, ROW.fallback, TENSOR, WEIGHT_ONLY], ids=lambda s: s.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 8, 127, 1024])
+@pytest.mark.parametrize("features", [(64, 64), (3072, 144), (144, 3072)], ids=str)
+def test_kernel_agrees_with_float64(
+    scheme: Scheme, dtype: torch.dtype, bias: bool, rows: int, features: tuple[int, int]
+) -> None:
+    k, n = features
+    if (why := refusal(scheme, CUDA, rows, features, dtype)) is not None:
+        pytest.skip(why)
+    x, w, b = gaussian(rows, k, dtype=dtype), gaussian(n, k, dtype=dtype), gaussian(n, dtype=dtype) if bias else None
+    quantized = x if scheme.quantize is None else scheme.quantize(x)
+    values, scale = scheme.quantize_weight(w)
+    out = scheme.linear(quantized, values, scale, b, dtype)
+    left = x.double() if scheme.quantize is None else quantized[0].double() * quantized[1].double()
+    expected = left @ (values.double() * scale.double()).t() + (0 if b is None else b.double())
+    assert out.dtype == dtype
+    assert sqnr(expected, out) > 44  # fast accumulation keeps 14 bits of the sums; bfloat16 alone would give 50
+
+
+@pytest.mark.parametrize("k", [3072, 9216, 12288])
+@pytest.mark.parametrize("rows", [8, 14, 127, 256, 257])
+def test_long_rows_and_few_of_them(k: int, rows: int) -> None:
+    """Where https://github.com/pytorch/ao/issues/4582 refuses, the fallback must not."""
+    assert refusal(ROW, CUDA, rows, (k, 3072), torch.bfloat16) is None or (
+        refusal(ROW.fallback, CUDA, rows, (k, 3072), torch.bfloat16) is None
+    )
+
+
+# --- compiled ---
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled(granularity: str, dtype: torch.dtype) -> None:
+    m, x = model(dtype), gaussian(1, 96, WIDTH, dtype=dtype)
+    expected = run(m, x)
+    m.compile_blocks(inner_backend="inductor", granularity=granularity)
+    assert 26 < sqnr(expected, run(m, x)) < 60
+    assert fp8_compile.report(m).totals == {**fp8_compile.report(m).totals, "fp8": 12, "kept": 0}
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
+@pytest.mark.parametrize("way", [Model.compile_blocks, Model.compile_whole], ids=["blocks", "whole"])
+def test_modes(mode: str, way: Callable[..., Any]) -> None:
+    m, x = model(), gaussian(1, 128, WIDTH)
+    expected = run(m, x)
+    way(m, inner_backend="inductor", mode=mode)
+    for _ in range(4):  # warm-up, recording, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        assert 26 < sqnr(expected, run(m, x)) < 60
+
+
+def test_a_recorded_cuda_graph_reads_new_weights_and_copies_no_constant() -> None:
+    m, x = model(), gaussian(1, 128, WIDTH)
+    m.compile_whole(inner_backend="inductor", mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        run(m, x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.compiler.cudagraph_mark_step_begin()
+        run(m, x)
+    copied = [e for e in profile.events() if "Memcpy DtoD" in e.name]
+    assert len(copied) <= 2, copied  # the input, and the result
+
+    with torch.no_grad():
+        m.blocks[1].to_q.weight.mul_(-2)
+        fresh = Model(3).to(CUDA, torch.bfloat16).eval()
+        fresh.load_state_dict(m.state_dict())
+        expected = fresh(x)
+    torch.compiler.cudagraph_mark_step_begin()
+    assert 26 < sqnr(expected, run(m, x)) < 60
+
+
+@pytest.mark.parametrize("sizes", [(17, 33, 127), (4, 96), (1, 64)], ids=str)
+def test_recompiles_with_other_sizes(sizes: tuple[int, ...]) -> None:
+    m = model()
+    inputs = [gaussian(1, size, WIDTH) for size in sizes]
+    expected = [run(m, x) for x in inputs]
+    m.compile_blocks(inner_backend="inductor")
+    for x, y in zip(inputs, expected, strict=True):
+        assert sqnr(y, run(m, x)) > 26
+
+
+def test_a_refused_shape_is_handled() -> None:
+    """A linear whose kernel fails on this device at some size runs all the same, and the report says how."""
+    m = nn.Linear(9216, 3072).to(CUDA, torch.bfloat16)
+    x = gaussian(127, 9216)
+    with torch.no_grad():
+        expected = m(x)
+        got = torch.compile(m, backend="fp8_diffusion", fullgraph=True)(x)
+    assert sqnr(expected, got) > 26
+    (row,) = fp8_compile.report(m).layers
+    refused = refusal(ROW, CUDA, 127, (9216, 3072), torch.bfloat16)
+    assert row.scheme == ("fp8-row" if refused is None else "fp8-row-afterwards")
+
+
+def test_weight_only_modulation() -> None:
+    m = nn.Sequential(nn.SiLU(), nn.Linear(256, 1536)).to(CUDA, torch.bfloat16)
+    for rows in (1, 2):
+        x = gaussian(rows, 256)
+        with torch.no_grad():
+            expected = m(x)
+            got = torch.compile(m, backend="fp8_diffusion", options={"few_rows": "weight-only"}, dynamic=False)(x)
+        assert sqnr(expected, got) > 28
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_zeros_nan_and_large_values(granularity: str) -> None:
+    m = nn.Linear(256, 256, bias=False).to(CUDA, torch.bfloat16)
+    options = {"granularity": granularity}
+    compiled = torch.compile(m, backend="fp8_diffusion", fullgraph=True, options=options)
+    x = gaussian(64, 256)
+    x[0] = 0
+    x[1] *= 1e30
+    with torch.no_grad():
+        out = compiled(x)
+        assert bool((out[0] == 0).all())
+        assert bool(out.isfinite().all())
+        x[2, 5] = torch.nan
+        out = compiled(x)
+    assert bool(out[2].isnan().all())
+    assert bool(out[3].isfinite().all()) == (granularity == "row")
+
+
+def test_moved_to_the_cpu_and_back() -> None:
+    """The values are the same, so nothing is quantized again, and nothing is left on the device."""
+    m, x = model(), gaussian(1, 96, WIDTH)
+    m.compile_blocks(inner_backend="inductor")
+    first = [run(m, x) for _ in range(2)][-1]
+    m.to("cpu").to(CUDA)
+    torch.testing.assert_close(run(m, x), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["QwenImage", "ZImage", "Flux", "Wan", "HunyuanVideo"])
+def test_real_models(name: str) -> None:
+    tiny = MODELS[name]
+    m = tiny.build().to(CUDA)
+    inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(CUDA), tiny.inputs(0))
+    with torch.no_grad():
+        expected = tiny.output(m(**inputs))
+        m.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options=OPTIONS)
+        got = tiny.output(m(**inputs))
+    assert fp8_compile.report(m).totals["fp8"] > 0
+    assert sqnr(expected, got) > 22
+
+
+def test_numerics_are_those_of_the_cpu() -> None:
+    x = torch.randn(64, 256, dtype=torch.bfloat16)
+    for quantize in (numerics.quantize_rowwise, numerics.quantize_tensorwise):
+        here, there = quantize(x), quantize(x.to(CUDA))
+        torch.testing.assert_close(there[1].cpu(), here[1], rtol=1e-6, atol=0)
+        assert float((there[0].cpu().float() == here[0].float()).float().mean()) > 0.999  # ties under another scale
