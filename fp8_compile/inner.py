@@ -69,6 +69,7 @@ class PostGradPasses(CustomGraphPass):
 
     def __init__(self, before: Any, disabled: tuple[str, ...] = ()) -> None:
         self._passes = {name: run for name, run in pipeline.POST_GRAD.items() if name not in disabled}
+        self._disabled = tuple(sorted(set(disabled)))
         self._before = () if before is None else tuple(before) if isinstance(before, (list, tuple)) else (before,)
 
     def __call__(self, graph: Graph) -> None:
@@ -78,9 +79,12 @@ class PostGradPasses(CustomGraphPass):
             run(graph)
 
     def uuid(self) -> Any:
-        """What identifies the passes in Inductor's caches; None (never cache) if a pass of the user's has no uuid."""
+        """What identifies the passes in Inductor's caches; None (never cache) if a pass of the user's has no uuid.
+
+        Heuristics that are in force count too: nothing else tells the caches of them.
+        """
         users = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._before]
-        return None if None in users else (source_hash(), *self._passes, *users)
+        return None if None in users else (source_hash(), self._disabled, *users)
 
 
 def _whole_rows() -> contextlib.AbstractContextManager[Any]:
