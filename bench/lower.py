@@ -500,7 +500,7 @@ def main() -> None:
     made.add_argument("--model", nargs="+", choices=sorted(BLOCKS), default=["qwen-image"])
     made.add_argument("--tokens", type=int, default=4096, help="image tokens; the model's text tokens come on top")
     made.add_argument("--backend", choices=BACKENDS, default="fp8_diffusion")
-    made.add_argument("--diff", choices=BACKENDS, help="a second backend, shown beside the first")
+    made.add_argument("--diff", choices=BACKENDS, nargs="+", default=[], help="other backends, shown beside the first")
     made.add_argument("--options", type=_options, default={}, help="JSON, torch.compile's options for --backend")
     made.add_argument("--device", choices=sorted(GPUS), default="h200")
     made.add_argument("--kernels", action="store_true", help="list every kernel as well")
@@ -509,7 +509,7 @@ def main() -> None:
     if args.code is not None and len(args.model) > 1:
         made.error("--code takes the code of one model")
 
-    cases = [(args.backend, args.options), *([(args.diff, {})] if args.diff else [])]
+    cases = [(args.backend, args.options), *((other, {}) for other in args.diff)]
     try:
         results = [lower(m, args.tokens, b, options, args.device) for m in args.model for b, options in cases]
     except FakeGpuError as error:
