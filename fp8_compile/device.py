@@ -46,7 +46,12 @@ _ROWS_OF_ALL_SIZES = (16, 64, 256, 1024)
 
 
 def refusal(
-    scheme: Scheme, device: torch.device, rows: int | torch.SymInt, features: tuple[int, int], dtype: torch.dtype
+    scheme: Scheme,
+    device: torch.device,
+    rows: int | torch.SymInt,
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    bias: bool,
 ) -> str | None:
     """Why ``device`` cannot run ``scheme`` on a linear, or None; found out by running it once on zeros.
 
@@ -57,32 +62,42 @@ def refusal(
     Args:
         rows: of the activation. If symbolic, some sizes are tried besides the one that was seen.
         features: input and output features.
-        dtype: of the activation, the weight and the result.
+        dtype: of the activation, the weight, the bias and the result.
+
+    Raises:
+        UnsupportedDeviceError: see `check_device`.
     """
+    check_device(device)  # lest a device that can do nothing seem one that refuses each shape
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
     if isinstance(rows, torch.SymInt):
         seen = rows.node.hint
         sizes = [*_ROWS_OF_ALL_SIZES, *([] if seen is None else [int(seen)])]
     else:
         sizes = [rows]
-    return next((why for size in sizes if (why := _refusal(scheme, device, size, features, dtype))), None)
+    return next((why for size in sizes if (why := _refusal(scheme, device, size, features, dtype, bias))), None)
 
 
 @functools.cache
 def _refusal(
-    scheme: Scheme, device: torch.device, rows: int, features: tuple[int, int], dtype: torch.dtype
+    scheme: Scheme, device: torch.device, rows: int, features: tuple[int, int], dtype: torch.dtype, bias: bool
 ) -> str | None:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.utils._python_dispatch import _disable_current_modes
 
+    k, n = features
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
         try:
-            x, weight = (torch.zeros(n, features[0], dtype=dtype, device=device) for n in (rows, features[1]))
+            x, weight = (torch.zeros(size, k, dtype=dtype, device=device) for size in (rows, n))
             quantized = x if scheme.quantize is None else scheme.quantize(x)
-            scheme.linear(quantized, *scheme.quantize_weight(weight), None, dtype)
+            added = torch.zeros(n, dtype=dtype, device=device) if bias else None
+            scheme.linear(quantized, *scheme.quantize_weight(weight), added, dtype)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except torch.OutOfMemoryError:
             return None
-        except RuntimeError as error:
-            return f"{device} refuses {rows} x {features[0]} by {features[0]} x {features[1]}: {error}".splitlines()[0]
+        except (RuntimeError, ValueError) as error:
+            if "ALLOC_FAILED" in str(error):
+                return None  # of memory, like the above, not of the shape
+            return f"{device} refuses {rows} x {k} by {k} x {n}: {error}".splitlines()[0]
     return None

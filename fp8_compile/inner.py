@@ -22,8 +22,8 @@ def compile_inner(gm: GraphModule, inputs: Sequence[Any], options: Fp8Options) -
     if options.inner_backend == "inductor":
         # torch.compile's own entrance to Inductor, for what it adds to compile_fx: modes and CUDA graph set-up.
         entrance: Any = torch._TorchCompileInductorWrapper
-        backend = entrance(options.mode, {**options.inductor, **_settings(gm, options)}, None)
         with contextlib.nullcontext() if "whole_rows" in options.disabled_passes else _whole_rows():
+            backend = entrance(options.mode, {**options.inductor, **_settings(gm, options)}, None)
             return cast("Callable[..., Any]", backend(gm, inputs))
     elif callable(options.inner_backend):
         backend = options.inner_backend
@@ -69,7 +69,7 @@ class PostGradPasses(CustomGraphPass):
 
     def __init__(self, before: Any, disabled: tuple[str, ...] = ()) -> None:
         self._passes = {name: run for name, run in pipeline.POST_GRAD.items() if name not in disabled}
-        self._disabled = tuple(sorted(set(disabled)))
+        self._heuristics = _heuristics()
         self._before = () if before is None else tuple(before) if isinstance(before, (list, tuple)) else (before,)
 
     def __call__(self, graph: Graph) -> None:
@@ -81,10 +81,18 @@ class PostGradPasses(CustomGraphPass):
     def uuid(self) -> Any:
         """What identifies the passes in Inductor's caches; None (never cache) if a pass of the user's has no uuid.
 
-        Heuristics that are in force count too: nothing else tells the caches of them.
+        Heuristics that were in force when this was made count too: nothing else tells the caches of them.
         """
         users = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._before]
-        return None if None in users else (source_hash(), self._disabled, *users)
+        return None if None in users else (source_hash(), *self._passes, self._heuristics, *users)
+
+
+def _heuristics() -> str:
+    from torch._inductor.virtualized import V
+
+    kind = type(V.choices)
+    uuid = getattr(V.choices, "uuid", None)
+    return f"{kind.__module__}.{kind.__qualname__} {uuid() if callable(uuid) else ''}"
 
 
 def _whole_rows() -> contextlib.AbstractContextManager[Any]:
@@ -100,23 +108,26 @@ def _whole_rows() -> contextlib.AbstractContextManager[Any]:
     class WholeRows(InductorChoices):
         """For kernels whose thread blocks reduce a row each, as the quantization of an activation does."""
 
-        @staticmethod
-        def reduction_split_factor(
-            device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool
+        # Static methods in InductorChoices until torch 2.13, methods since.
+        def reduction_split_factor(  # type: ignore[override, unused-ignore]
+            self, device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool
         ) -> int:
             # Splitting a row over several thread blocks costs two kernels more, and the activation a round trip.
             rows = inner_reduction or _may_be_a_concatenation(reduction_numel_hint, numel_hint)
             if rows and numel_hint >= _MANY_ROWS and reduction_numel_hint <= _LONG_ROW:
                 return 1
-            return InductorChoices.reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction)
+            given = device, reduction_numel_hint, numel_hint, inner_reduction
+            return int(super().reduction_split_factor(*given))
 
-        @staticmethod
-        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        def should_use_persistent_reduction(  # type: ignore[override, unused-ignore]
+            self, features: Any, cooperative_reduction: bool
+        ) -> bool:
             # In a loop, everything fused before the amax would be computed a second time for the cast.
             rows = features.get_reduction_hint() == ReductionHint.INNER
-            if rows and not cooperative_reduction and config.triton.persistent_reductions:
+            strict = getattr(features, "strict_reduction_rblock", lambda: None)() is not None  # torch 2.15
+            if rows and not (cooperative_reduction or strict) and config.triton.persistent_reductions:
                 return bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, _PERSISTENT_ROW))
-            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+            return bool(super().should_use_persistent_reduction(features, cooperative_reduction))
 
         def uuid(self) -> str:
             return source_hash()

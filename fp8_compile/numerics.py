@@ -22,6 +22,9 @@ FP8_MAX = torch.finfo(FP8_DTYPE).max
 # float32 changes no other row: bfloat16 and float16 values that small are far below what a matmul can resolve.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
 
+# Up to so many rows, a matrix multiplication is written as a sum for each row.
+_FEW_ROWS = 16
+
 Quantized = tuple[Tensor, Tensor]
 """FP8 values and the float32 scale that multiplies them."""
 
@@ -142,8 +145,8 @@ def weight_only_linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` on an FP8 weight and an activation as it is, accumulated in float32.
 
-    For so few rows that reading the weight is all that takes time. Written as products and sums, which a compiler fuses
-    into one kernel that reads FP8; a matmul would first write the dequantized weight to memory.
+    For so few rows that reading the weight is all that takes time. They are written as products and sums, which a
+    compiler fuses into one kernel that reads FP8; a matmul, as for more rows, first writes the dequantized weight.
 
     Args:
         x: ``[..., K]``, floating point.
@@ -155,16 +158,16 @@ def weight_only_linear(
     Returns:
         ``[..., N]`` in ``dtype``.
     """
-    # as_strided changes nothing but that Inductor puts the rows into memory first; else it would compute what they are
-    # made of, such as a SiLU, once for each output channel, which takes longer than reading the weight.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rows = rows.as_strided(rows.shape, rows.stride()).float()
-    values = weight.float()
-    if isinstance(rows.shape[0], int) and rows.shape[0]:
+    if isinstance(rows.shape[0], int) and 0 < rows.shape[0] <= _FEW_ROWS:
+        # as_strided changes nothing but that Inductor puts the rows into memory first; else it would compute what they
+        # are made of, such as a SiLU, once for each output channel, which takes longer than reading the weight.
+        rows = rows.as_strided(rows.shape, rows.stride()).float()
+        values = weight.float()
         # A sum for each row, not one over three dimensions: sums over the same values share their loads.
         out = torch.stack([(values * row).sum(dim=-1) for row in rows.unbind()])
     else:
-        out = (values * rows.unsqueeze(1)).sum(dim=-1)
+        out = rows.float() @ weight.float().t()
     out = out * weight_scale.reshape(-1)
     if bias is not None:
         out = out + bias.float()

@@ -176,10 +176,11 @@ def make_constants(weights: Sequence[Tensor], needed: Sequence[Constant], verify
 
 def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constant]]) -> None:
     fresh: list[tuple[Tensor, Constant, Constants]] = []
+    # Before the values are read: a write in between must be seen as one that came later.
+    stamps = [_stamp(weight) for weight, _ in doubtful]
     prints = _to_host([fingerprint(weight) for weight, _ in doubtful])
-    for (weight, constant), value in zip(doubtful, prints, strict=True):
+    for (weight, constant), stamp, value in zip(doubtful, stamps, prints, strict=True):
         known = _state(weight).constants.get(_kind(constant))
-        stamp = _stamp(weight)
         # A write that was counted counts; the values decide where only the address is new, or all looks as before.
         counted = known is not None and known.stamp[0] != stamp[0]
         if (
@@ -188,10 +189,10 @@ def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constant]]) -> None:
             and known.fingerprint == value
             and known.tensors[0].device == weight.device
         ):
-            known.stamp = _stamp(weight)
+            known.stamp = stamp
             continue
         tensors = constant.scheme.make_constants(weight, constant.transposed)
-        fresh.append((weight, constant, Constants(constant.scheme, tensors, _stamp(weight), value)))
+        fresh.append((weight, constant, Constants(constant.scheme, tensors, stamp, value)))
 
     if fresh:
         finite = _to_host([_all_finite(made.tensors) for _, _, made in fresh])
@@ -297,11 +298,13 @@ class BoundGraph:
     def _bind(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> _Instance:
         key = tuple(map(id, weights))
         instance = self._instances.get(key)
+        fake = any(_is_fake(w) for w in weights)
+        read = _addresses if fake else _reader(weights)
+        seen = None if fake else read(weights)
         made = make_constants(weights, self._constants, verify=instance is None) if self._constants else []
         flat = tuple(tensor for tensors in made for tensor in tensors)
-        if any(_is_fake(w) for w in weights):
-            return _Instance(flat, _addresses)
-        read = _reader(weights)
+        if fake:
+            return _Instance(flat, read)
         if instance is None:
             # With nothing seen, the second call comes here again: by then every module has run once, and the sum is
             # known.
@@ -310,7 +313,7 @@ class BoundGraph:
         else:
             if instance.seen is None:
                 _announce_memory()
-            instance.constants, instance.read, instance.seen = flat, read, read(weights)
+            instance.constants, instance.read, instance.seen = flat, read, seen
         self._guesses[key[0]] = instance
         return instance
 

@@ -69,8 +69,8 @@ class Plan:
         return Counter(d.reason for d in self.decisions if d.decision == "kept")
 
 
-Refusal = Callable[["Scheme", torch.device, "int | torch.SymInt", tuple[int, int], torch.dtype], "str | None"]
-"""Why a device cannot run a scheme on so many rows and features of a dtype, or None: `fp8_compile.device.refusal`."""
+Refusal = Callable[["Scheme", torch.device, "int | torch.SymInt", tuple[int, int], torch.dtype, bool], "str | None"]
+"""Why a device cannot run a scheme on so many rows and features of a dtype, with a bias or without, or None."""
 
 
 def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme, refusal: Refusal = lambda *asked: None) -> Plan:
@@ -79,11 +79,12 @@ def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme, refusal: 
     decisions = []
     for linear in find_linears(gm.graph):
         choice = _choose(linear, options, scheme)
-        if isinstance(choice, Scheme):
-            choice = _unless_refused(linear, choice, refusal)
         if isinstance(choice, Scheme) and storages(linear.weight) & written:
             choice = "weight is modified in the graph"
-        decisions.append(_decision(linear, options, choice))
+        decision = _decision(linear, options, choice)
+        if decision.scheme is not None:
+            decision = _decision(linear, options, _unless_refused(linear, decision.scheme, refusal))
+        decisions.append(decision)
     for name, linear in _inside_higher_order_operators(gm):
         decision = _decision(linear, options, "inside a higher-order operator")
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
@@ -92,7 +93,8 @@ def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme, refusal: 
 
 def _unless_refused(linear: Linear, scheme: Scheme, refusal: Refusal) -> Scheme | str:
     x = example(linear.input)
-    why = refusal(scheme, x.device, math.prod(x.shape[:-1]), linear.features, x.dtype)
+    bias = linear.bias is not None
+    why = refusal(scheme, x.device, math.prod(x.shape[:-1]), linear.features, x.dtype, bias)
     if why is None:
         return scheme
     return why if scheme.fallback is None else _unless_refused(linear, scheme.fallback, refusal)

@@ -21,8 +21,8 @@ After::
 ``flip`` and ``sign``, made of an ``arange``, are index arithmetic in the generated kernel; the more obvious ``stack``
 of the two halves would compute both for every element and discard one.
 
-It leaves alone a product with a real tensor or a number, one that anything but one ``view_as_real`` reads, and one that
-is not contiguous, since later nodes may rely on its strides.
+It leaves alone a product with a real tensor or a number, one that anything but one ``view_as_real`` reads, and what is
+not contiguous before or after, since later nodes may rely on strides.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def real_rotary(graph: Graph) -> int:
     """
     rotations = 0
     tables: dict[Node, tuple[Node, Node]] = {}
-    for node in list(graph.nodes):
-        if written := written_storages(node):
+    for product in list(graph.nodes):
+        if written := written_storages(product):
             for stale in [freqs for freqs in tables if written & storages(freqs)]:
                 del tables[stale]
-        operands = _rotation(node)
+        operands = _rotation(product)
         if operands is None:
             continue
-        product, z, freqs = operands
+        result, z, freqs = operands
         x = z.args[0]
         with graph.inserting_before(product):
             if freqs not in tables:
@@ -62,9 +62,9 @@ def real_rotary(graph: Graph) -> int:
             cos, signed_sin = tables[freqs]
             crossed = call(product, operator.mul, call(product, torch.flip, x, (-1,)), signed_sin)
             rotated = call(product, operator.add, call(product, operator.mul, x, cos), crossed)
-        rotated.meta["example_value"] = example(node)
-        node.replace_all_uses_with(rotated)
-        for old in (node, product, z):
+        rotated.meta["example_value"] = example(result)
+        result.replace_all_uses_with(rotated)
+        for old in (result, product, z):
             if not old.users:
                 graph.erase_node(old)
         _erase_unused(freqs)
@@ -72,22 +72,29 @@ def real_rotary(graph: Graph) -> int:
     return rotations
 
 
-def _rotation(node: Node) -> tuple[Node, Node, Node] | None:
-    """The product, the complex view of the activation and the factors that ``node`` is the real view of, if it is."""
-    product = node.args[0] if is_call(node, torch.view_as_real, "") and node.args else None
-    if not isinstance(product, Node) or len(product.users) > 1 or not _is_contiguous(node):
-        return None
+def _rotation(product: Node) -> tuple[Node, Node, Node] | None:
+    """The real view, the complex view of the activation and the factors of ``product``, if it is a rotation."""
     if not any(is_call(product, *way) for way in _MULTIPLICATIONS) or len(product.args) != 2 or product.kwargs:
         return None
+    result = next(iter(product.users), None)
+    if result is None or len(product.users) > 1 or not is_call(result, torch.view_as_real, ""):
+        return None
     for z, freqs in (product.args, product.args[::-1]):
-        if isinstance(z, Node) and isinstance(freqs, Node) and is_call(z, torch.view_as_complex, ""):
-            value = example(freqs)
-            return (product, z, freqs) if z.args and isinstance(value, Tensor) and value.is_complex() else None
+        if isinstance(z, Node) and isinstance(freqs, Node) and is_call(z, torch.view_as_complex, "") and z.args:
+            laid_out = _is_contiguous(result) and _is_contiguous(z.args[0])
+            return (result, z, freqs) if laid_out and _are_factors(freqs, z) else None
     return None
 
 
-def _is_contiguous(node: Node) -> bool:
-    return isinstance(example(node), Tensor) and example(node).is_contiguous()
+def _are_factors(freqs: Node, z: Node) -> bool:
+    value, values = example(freqs), example(z)
+    # A number in a tensor would be promoted otherwise once it has a dimension, and may lie on another device.
+    return isinstance(value, Tensor) and value.is_complex() and value.dim() > 0 and value.device == values.device
+
+
+def _is_contiguous(node: Any) -> bool:
+    value = example(node) if isinstance(node, Node) else None
+    return isinstance(value, Tensor) and value.is_contiguous()
 
 
 def _table(product: Node, freqs: Node) -> tuple[Node, Node]:

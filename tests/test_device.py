@@ -30,13 +30,13 @@ def refusing(limit: int) -> Scheme:
 @pytest.mark.parametrize("scheme", [ROW, ROW.fallback, TENSOR, WEIGHT_ONLY], ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nothing_is_refused_here(scheme: Scheme, dtype: torch.dtype) -> None:
-    assert refusal(scheme, CPU, 24, (64, 32), dtype) is None
+    assert refusal(scheme, CPU, 24, (64, 32), dtype, True) is None
 
 
 def test_the_reason_names_the_shape_and_the_first_line_of_the_error() -> None:
-    reason = refusal(refusing(257), CPU, 256, (64, 32), torch.bfloat16)
+    reason = refusal(refusing(257), CPU, 256, (64, 32), torch.bfloat16, True)
     assert reason == "cpu refuses 256 x 64 by 64 x 32: CUBLAS_STATUS_NOT_SUPPORTED"
-    assert refusal(refusing(257), CPU, 257, (64, 32), torch.bfloat16) is None
+    assert refusal(refusing(257), CPU, 257, (64, 32), torch.bfloat16, False) is None
 
 
 def test_a_size_known_only_at_run_time_is_asked_of_small_and_large_ones() -> None:
@@ -49,10 +49,10 @@ def test_a_size_known_only_at_run_time_is_asked_of_small_and_large_ones() -> Non
 
     torch.compile(lambda x: x * 2, backend=backend, dynamic=True)(torch.ones(4096, 64))
     rows = next(size for size in asked if size.node.hint == 4096)
-    assert refusal(refusing(257), CPU, rows, (64, 32), torch.bfloat16) is not None
-    assert refusal(refusing(1), CPU, rows, (64, 32), torch.bfloat16) is None
+    assert refusal(refusing(257), CPU, rows, (64, 32), torch.bfloat16, False) is not None
+    assert refusal(refusing(1), CPU, rows, (64, 32), torch.bfloat16, False) is None
 
 
 def test_real_tensors_are_used_within_a_fake_mode() -> None:
     with FakeTensorMode():
-        assert refusal(refusing(257), CPU, 100, (64, 32), torch.bfloat16) is not None
+        assert refusal(refusing(257), CPU, 100, (64, 32), torch.bfloat16, False) is not None

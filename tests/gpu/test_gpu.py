@@ -51,7 +51,7 @@ def test_kernel_agrees_with_float64(
     scheme: Scheme, dtype: torch.dtype, bias: bool, rows: int, features: tuple[int, int]
 ) -> None:
     k, n = features
-    if (why := refusal(scheme, CUDA, rows, features, dtype)) is not None:
+    if (why := refusal(scheme, CUDA, rows, features, dtype, bias)) is not None:
         pytest.skip(why)
     x, w, b = gaussian(rows, k, dtype=dtype), gaussian(n, k, dtype=dtype), gaussian(n, dtype=dtype) if bias else None
     quantized = x if scheme.quantize is None else scheme.quantize(x)
@@ -67,8 +67,8 @@ def test_kernel_agrees_with_float64(
 @pytest.mark.parametrize("rows", [8, 14, 127, 256, 257])
 def test_long_rows_and_few_of_them(k: int, rows: int) -> None:
     """Where https://github.com/pytorch/ao/issues/4582 refuses, the fallback must not."""
-    assert refusal(ROW, CUDA, rows, (k, 3072), torch.bfloat16) is None or (
-        refusal(ROW.fallback, CUDA, rows, (k, 3072), torch.bfloat16) is None
+    assert refusal(ROW, CUDA, rows, (k, 3072), torch.bfloat16, True) is None or (
+        refusal(ROW.fallback, CUDA, rows, (k, 3072), torch.bfloat16, True) is None
     )
 
 
@@ -136,7 +136,7 @@ def test_a_refused_shape_is_handled() -> None:
         got = torch.compile(m, backend="fp8_diffusion", fullgraph=True)(x)
     assert sqnr(expected, got) > 26
     (row,) = fp8_compile.report(m).layers
-    refused = refusal(ROW, CUDA, 127, (9216, 3072), torch.bfloat16)
+    refused = refusal(ROW, CUDA, 127, (9216, 3072), torch.bfloat16, True)
     assert row.scheme == ("fp8-row" if refused is None else "fp8-row-afterwards")
 
 

@@ -408,7 +408,7 @@ def refused(*schemes: Scheme) -> list[Decision]:
     captured = capture(linear(64, 32), rand(2, 8, 64))
     options = Fp8Options(min_features=1)
     found = list(plan_linears(captured.gm, options, scheme_for(options), refusal).decisions)
-    assert set(asked) == {(torch.device("cpu"), 16, (64, 32), torch.bfloat16)}
+    assert set(asked) == {(torch.device("cpu"), 16, (64, 32), torch.bfloat16, True)}
     return found
 
 
@@ -420,3 +420,13 @@ def test_a_refused_shape_has_its_scales_applied_afterwards() -> None:
 def test_a_shape_refused_altogether_is_kept() -> None:
     (decision,) = refused(ROW, ROW_AFTERWARDS)
     assert (decision.decision, decision.scheme, decision.reason) == ("kept", None, "no fp8-row-afterwards")
+
+
+def test_an_ignored_layer_is_not_tried_on_the_device() -> None:
+    def refusal(*what: Any) -> str | None:
+        raise AssertionError(what)
+
+    captured = capture(linear(64, 32), rand(2, 8, 64))
+    options = Fp8Options(min_features=1, ignored_layers=["*"])
+    (decision,) = plan_linears(captured.gm, options, scheme_for(options), refusal).decisions
+    assert decision.reason == "ignored_layers: *"

@@ -138,6 +138,24 @@ REWRITTEN: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
         )[::2],
         (values(8, 4, 2), factors(8, 4)),
     ),
+    "factors are written between a product and its real view": (
+        lambda m, x, f: (
+            z := torch.view_as_complex(x) * f,
+            f.mul_(2),
+            torch.view_as_real(z),
+            torch.view_as_real(torch.view_as_complex(x) * f),
+        )[2:],
+        (values(8, 4, 2), factors(8, 4)),
+    ),
+    "real views in another order than the products": (
+        lambda m, x, y, f: (
+            a := torch.view_as_complex(x) * f,
+            b := torch.view_as_complex(y) * f,
+            torch.view_as_real(b),
+            torch.view_as_real(a),
+        )[2:],
+        (values(8, 4, 2), values(8, 4, 2) + 1, factors(8, 4)),
+    ),
     "the activation is written after the view": (
         lambda m, x, f: (z := torch.view_as_complex(x), x.add_(1), torch.view_as_real(z * f))[2],
         (values(8, 4, 2), factors(8, 4)),
@@ -148,13 +166,15 @@ REWRITTEN: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_rewritten(name: str) -> None:
     function, inputs = REWRITTEN[name]
-    captured = capture(Call(function), *(x.clone() for x in inputs))
-    captured.inputs = list(inputs)
+    given = [x.clone() for x in inputs]  # which the capture may write into
+    captured = capture(Call(function), *given)
+    order = [
+        next(i for i, x in enumerate(given) if x is y) for y in captured.inputs
+    ]  # Dynamo takes them as it meets them
     count, graph = rewritten(captured)
     assert count == len(calls(captured.graph, torch.view_as_real))
-    fresh = [x.clone() for x in inputs]
-    expected = captured.gm(*[x.clone() for x in inputs])
-    for ours, theirs in zip(module_of(graph, captured.gm)(*fresh), expected, strict=True):
+    got, expected = (gm(*[inputs[i].clone() for i in order]) for gm in (module_of(graph, captured.gm), captured.gm))
+    for ours, theirs in zip(got, expected, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs)
 
@@ -183,6 +203,14 @@ UNCHANGED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "not contiguous": (
         lambda m, x, f: torch.view_as_real(torch.view_as_complex(x).t() * f).clone(),
         (values(8, 4, 2), factors(4, 1)),
+    ),
+    "the activation is not contiguous": (
+        lambda m, x, f: torch.view_as_real(f * torch.view_as_complex(x.transpose(1, 2))).view(-1),
+        (values(2, 8, 4, 4, 2), factors(2, 4, 8, 4)),
+    ),
+    "one number in a tensor": (
+        lambda m, x, f: torch.view_as_real(torch.view_as_complex(x) * f),
+        (values(8, 4, 2), factors(1, dtype=torch.complex128)[0]),
     ),
     "a sum": (
         lambda m, x, f: torch.view_as_real(torch.view_as_complex(x) + f),
