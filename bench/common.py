@@ -149,7 +149,10 @@ def _version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str:
     here = Path(__file__).parent.parent
-    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a borrowed machine may have none
+        return ""
     return done.stdout.rstrip()
 
 

@@ -27,6 +27,9 @@ Parts (``--part``), each below nine minutes on an H200; those that ``--output`` 
 * ``layers`` (Qwen-Image only): 13 choices of layers that stay in BF16;
 * ``gemm``: every linear's shape alone, in BF16 and FP8, and merged with those that read the same input.
 
+``first run`` is the compilation, with whatever Inductor's cache on disk holds already. What is known goes into
+``--output`` after each case and each round.
+
 ``--tiny --device cpu`` runs the same code on tiny models, to try it.
 """
 
@@ -195,16 +198,16 @@ class Runner:
         elif case.mode is not None:
             arguments["mode"] = case.mode
         self._calls[name] = [
-            torch.compile(block._call_impl, backend=case.backend, fullgraph=True, **arguments) for block in blocks
+            torch.compile(block._call_impl, backend=case.backend, fullgraph=True, dynamic=False, **arguments)
+            for block in blocks
         ]
 
     def run(self, name: str) -> Tensor:
         """One forward pass as ``name``."""
-        swapped = self._replaced.get(name)
-        for block, own, call in zip(self.blocks, swapped or self.blocks, self._calls[name], strict=True):
-            block._compiled_call_impl = call if own is block else own  # type: ignore[assignment]
-            if own is not block:
-                own._compiled_call_impl = call
+        for block, call in zip(self.blocks, self._calls[name], strict=True):
+            block._compiled_call_impl = call  # bound to a copy of the block, where torchao has its own
+        if self.device == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # else one block's recording frees the previous block's result
         with torch.no_grad(), _attention(self.attention, self.device):
             return output(self.model(**self.inputs))
 
@@ -293,54 +296,95 @@ def sqnr(expected: Tensor, got: Tensor) -> float:
     return float(10 * torch.log10(expected.double().square().sum() / noise)) if noise > 0 else float("inf")
 
 
-def run_part(runner: Runner, cases: dict[str, Case], rounds: int, budget_s: float) -> dict[str, Any]:
-    """Compile and time ``cases`` in turn; one that fails is reported with its error, never left out in silence."""
-    import fp8_compile
+def run_part(
+    runner: Runner, cases: dict[str, Case], rounds: int, budget_s: float, store: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Compile and time ``cases`` in turn; one that fails is reported with its error, never left out in silence.
 
+    Args:
+        budget_s: seconds after which no further case is compiled, and no further round begun.
+        store: is given what is known so far after each case and round, since a machine may be taken away.
+    """
     timer, found, failed = Timer(runner.device), {}, {}
+    samples: dict[str, list[float]] = {}
+    result = {"cases": found, "failed": failed, "attention": runner.attention}
     reference = None
     started = time.perf_counter()
+
+    def attempt(name: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as error:  # whatever one case raises, the others are measured, and the report shows it
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            found.pop(name, None)
+            samples.pop(name, None)
+            print(f"{name}: {failed[name]}", file=sys.stderr)
+            return None
+
     for name, case in cases.items():
         if time.perf_counter() - started > budget_s:
             failed[name] = f"not started: {budget_s:.0f} s had passed"
             continue
-        begin = time.perf_counter()
-        try:
-            runner.prepare(name, case)
-            result = runner.run(name).clone()
-            _synchronize(runner.device)
-        except Exception as error:  # whatever one case raises, the others are measured, and the report shows it
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            print(f"{name}: {failed[name]}", file=sys.stderr)
-            continue
-        first = time.perf_counter() - begin
-        if reference is None:
-            reference = result
-        for _ in range(2):  # the second run settles constants, the third records CUDA graphs
-            runner.run(name)
-        _synchronize(runner.device)
-        extra = fp8_compile.report(runner.model).extra_bytes if case.backend == "fp8_diffusion" else 0
-        found[name] = {
-            "first_run_s": first,
-            "sqnr_db": sqnr(reference, result),
-            "weight_bytes": runner.weight_bytes(name),
-            "fp8_bytes_of_all_cases_so_far": extra,
-            "activation_peak_bytes": _peak(runner, name),
-        }
-        print(f"{name}: first run {first:.1f} s", file=sys.stderr)
-    measured = interleave({name: lambda name=name: timer(lambda: runner.run(name)) for name in found}, rounds)
-    base = measured.get(BASELINE)
+        made = attempt(name, partial(_first_runs, runner, name, case, reference))
+        if made is not None:
+            out, found[name] = made
+            reference = out if reference is None else reference
+            samples[name] = []
+            print(f"{name}: first run {found[name]['first_run_s']:.1f} s", file=sys.stderr)
+        store(result)
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - started > budget_s:
+            break
+        for name in list(samples):
+            seconds = attempt(name, lambda name=name: timer(lambda: runner.run(name)))
+            if seconds is not None:
+                samples[name].append(seconds)
+        _summarize(runner, cases, found, samples)
+        store(result)
+    return result
+
+
+def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+    """Compile ``case``, run it until it has settled, and say what that took."""
+    import fp8_compile
+
+    begin = time.perf_counter()
+    runner.prepare(name, case)
+    out = runner.run(name).clone()
+    _synchronize(runner.device)
+    first = time.perf_counter() - begin
+    for _ in range(2):  # the second run settles constants, the third records CUDA graphs
+        runner.run(name)
+    _synchronize(runner.device)
+    quality = None if reference is None else sqnr(reference, out)
+    if quality is not None and not 10 < quality < (60 if case.torchao or case.backend == "fp8_diffusion" else 200):
+        raise RuntimeError(f"SQNR of {quality:.1f} dB: not what was meant to run")
+    layers = fp8_compile.report(runner.model).layers if case.backend == "fp8_diffusion" else ()
+    return out, {
+        "first_run_s": first,
+        "sqnr_db": quality,
+        "weight_bytes": runner.weight_bytes(name),
+        "activation_peak_bytes": _peak(runner, name),
+        # Of all cases of this part so far: the report does not tell compilations apart.
+        "schemes_so_far": Counter(f"{row.scheme or 'kept'}; {row.reason}" for row in layers),
+    }
+
+
+def _summarize(runner: Runner, cases: dict[str, Case], found: dict[str, Any], samples: dict[str, list[float]]) -> None:
+    base = samples.get(BASELINE)
     gpu = next((g for g in GPUS.values() if runner.device == "cuda" and g.name in torch.cuda.get_device_name()), None)
-    for name, samples in measured.items():
-        case, entry = cases[name], found[name]
-        median = statistics.median(samples)
-        entry["seconds"] = Spread.of(samples)
-        entry["speedup"] = statistics.median(base) / median if base else None
+    for name, seconds in samples.items():
+        if not seconds:
+            continue
+        case, median = cases[name], statistics.median(seconds)
         all_fp8 = (case.backend == "fp8_diffusion" or case.torchao) and not case.options.get("ignored_layers")
+        found[name] |= {
+            "seconds": Spread.of(seconds),
+            "speedup": statistics.median(base) / median if base else None,
+            "samples": list(seconds),
+        }
         if gpu is not None and (all_fp8 or case.backend != "fp8_diffusion"):
-            entry["share_of_roofline"] = runner.roofline(gpu, fp8=bool(all_fp8)) / median
-        entry["samples"] = samples
-    return {"cases": found, "failed": failed, "attention": runner.attention}
+            found[name]["share_of_roofline"] = runner.roofline(gpu, fp8=bool(all_fp8)) / median
 
 
 def _peak(runner: Runner, name: str) -> int | None:
@@ -384,7 +428,7 @@ def run_gemms(runner: Runner, repeats: int) -> dict[str, Any]:
         for name, call in list(work.items()):
             try:
                 call()
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 entry["failed"][name] = str(error).splitlines()[0][:200]
                 del work[name]
         burst = 10 if runner.device == "cuda" else 1
@@ -414,7 +458,9 @@ def show(model: str, part: str, result: dict[str, Any]) -> str:
     header = [f"{model}, {part}", "ms, median [quartiles]", "speedup", "first run s", "SQNR dB", "of roofline"]
     rows = []
     for name, entry in result["cases"].items():
-        seconds = entry["seconds"]
+        seconds = entry.get("seconds")
+        if seconds is None:  # the time was up before the first round
+            continue
         spread = seconds if isinstance(seconds, Spread) else Spread(**seconds)
         share = entry.get("share_of_roofline")
         rows.append(
@@ -423,7 +469,7 @@ def show(model: str, part: str, result: dict[str, Any]) -> str:
                 spread.text(1e3),
                 f"{entry['speedup']:.3f}" if entry["speedup"] else "-",
                 f"{entry['first_run_s']:.0f}",
-                f"{entry['sqnr_db']:.1f}",
+                "-" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f}",
                 f"{share:.0%}" if share else "-",
             ]
         )
@@ -445,7 +491,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--part", nargs="+", choices=[*PARTS, "gemm"], default=[*PARTS, "gemm"])
     p.add_argument("--again", action="store_true", help="also run parts that the output already holds")
     p.add_argument("--rounds", type=int, default=20)
-    p.add_argument("--budget", type=float, default=420, help="seconds after which a part starts no further case")
+    p.add_argument(
+        "--budget", type=float, default=360, help="seconds after which a part starts no further case or round"
+    )
     p.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     p.add_argument("--tiny", action="store_true", help="tiny models, to try the program")
     given = p.parse_args(arguments)
@@ -468,20 +516,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             torch.compiler.reset()
             runner = Runner(name, given.tiny, given.device)
+            about = {"environment": {**environment(), "driver": _driver()}}
+
+            def store(result: dict[str, Any], key: str = key, about: dict[str, Any] = about) -> None:
+                stored["results"][key] = {**about, **result}
+                if given.output is not None:
+                    _store(given.output, stored)
+
             if part == "gemm":
                 result = run_gemms(runner, given.rounds)
             else:
-                result = run_part(runner, PARTS[part], given.rounds, given.budget)
+                result = run_part(runner, PARTS[part], given.rounds, given.budget, partial(_store_unfinished, store))
+            store(result)
             del runner
             gc.collect()
             if given.device == "cuda":
                 torch.cuda.empty_cache()
             print(show(name, part, result), flush=True)
-            stored["results"][key] = {"environment": {**environment(), "driver": _driver()}, **result}
-            if given.output is not None:
-                _store(given.output, stored)
             complete &= not result.get("failed")
     return 0 if complete else 1
+
+
+def _store_unfinished(store: Callable[[dict[str, Any]], None], result: dict[str, Any]) -> None:
+    store({**result, "failed": {**result["failed"], "": "the part was not finished"}})  # so that it is run again
 
 
 def _store(path: Path, stored: dict[str, Any]) -> None:
