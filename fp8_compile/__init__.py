@@ -2,6 +2,7 @@
 
 from .errors import (
     Fp8Error,
+    Fp8WeightError,
     GradientError,
     NonFiniteWeightError,
     NothingConvertedError,
@@ -11,6 +12,7 @@ from .errors import (
     UnmatchedPatternWarning,
     UnsupportedDeviceError,
 )
+from .fp8_weight import Fp8Weight
 from .options import Fp8Options
 from .report import report
 from .schemes import Scheme, register_method
@@ -21,6 +23,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Fp8Error",
     "Fp8Options",
+    "Fp8Weight",
+    "Fp8WeightError",
     "GradientError",
     "NonFiniteWeightError",
     "NothingConvertedError",

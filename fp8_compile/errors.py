@@ -48,6 +48,10 @@ class NonFiniteWeightError(Fp8Error, ValueError):
         self.layers = tuple(layers)
 
 
+class Fp8WeightError(Fp8Error, ValueError):
+    """Something that an `Fp8Weight` cannot be made of, or cannot do."""
+
+
 class NothingConvertedError(Fp8Error, RuntimeError):
     """Linears were found, and none of them became FP8 (raised under ``strict=True`` and by the command line)."""
 
