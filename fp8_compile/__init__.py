@@ -13,6 +13,7 @@ from .errors import (
     UnsupportedDeviceError,
 )
 from .fp8_weight import Fp8Weight
+from .load import quantize_
 from .options import Fp8Options
 from .report import report
 from .schemes import Scheme, register_method
@@ -34,6 +35,7 @@ __all__ = [
     "Scheme",
     "UnmatchedPatternWarning",
     "UnsupportedDeviceError",
+    "quantize_",
     "refresh",
     "register_method",
     "report",
