@@ -98,14 +98,15 @@ class Choice:
         pattern: the entry of ``ignored_layers`` that names it.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     modules: list[nn.Module]
     paths: list[str]
     reason: str | None
     pattern: str | None
 
     def put(self, parameter: Tensor) -> None:
-        """Make ``parameter`` the weight of these linears."""
+        """Make ``parameter`` the weight of these linears. The old one is free then, before the next is quantized."""
+        self.weight = parameter
         for module in self.modules:
             module._parameters["weight"] = parameter  # type: ignore[assignment]
 
