@@ -1,6 +1,10 @@
 """FP8 inference for diffusion transformers, as a ``torch.compile`` backend named "fp8_diffusion"."""
 
+from typing import TYPE_CHECKING, Any
+
+from . import integrations
 from .errors import (
+    CheckpointError,
     Fp8Error,
     Fp8WeightError,
     GradientError,
@@ -19,9 +23,14 @@ from .report import report
 from .schemes import Scheme, register_method
 from .weights import refresh
 
+if TYPE_CHECKING:
+    from .diffusers_quantizer import Fp8DiffusionConfig
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
+    "Fp8DiffusionConfig",
     "Fp8Error",
     "Fp8Options",
     "Fp8Weight",
@@ -40,3 +49,13 @@ __all__ = [
     "register_method",
     "report",
 ]
+
+integrations.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Fp8DiffusionConfig":  # imports diffusers
+        from .diffusers_quantizer import Fp8DiffusionConfig
+
+        return Fp8DiffusionConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -73,6 +74,7 @@ def quantize_(
     if target is not None:
         model.to(target)
     remember(model, choices, options)
+    _attach_to_diffusers(model, options)
     if broken:
         raise NonFiniteWeightError(broken)
 
@@ -199,6 +201,14 @@ def keep_others(model: nn.Module, choices: Sequence[Choice]) -> None:
                 reason = reasons.get(key, "no nn.Linear's weight when the model was quantized")
                 made[key] = KeptWeight(parameter.data, parameter.requires_grad, reason)
             module._parameters[name] = made[key]
+
+
+def _attach_to_diffusers(model: nn.Module, options: Fp8Options) -> None:
+    modeling = sys.modules.get("diffusers.models.modeling_utils")
+    if modeling is not None and isinstance(model, modeling.ModelMixin) and not hasattr(model, "hf_quantizer"):
+        from .diffusers_quantizer import attach
+
+        attach(model, options)
 
 
 _unmatched: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
