@@ -86,9 +86,8 @@ def fp8_weight(
     """
     scale_name = scale_name or f"{name}_scale"
     if qdata.dim() != 2:
-        raise CheckpointError(
-            f"tensor {name!r}: FP8 values of shape {list(qdata.shape)} are no matrix", holding(name, files), name
-        )
+        problem = f"tensor {name!r}: FP8 values of shape {list(qdata.shape)} are no matrix"
+        raise CheckpointError(problem, holding(name, files), name)
     rows = qdata.shape[0]
     if scale.numel() == 1 and rows != 1:
         fitting = scale.reshape(())
