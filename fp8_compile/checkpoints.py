@@ -102,7 +102,6 @@ def fp8_weight(
         )
     fitting = fitting.float()
     if fitting.device.type != "meta" and not (fitting.isfinite() & (fitting > 0)).all():
-        raise CheckpointError(
-            f"tensor {scale_name!r} holds a scale that is NaN, infinite, zero or negative", files, scale_name
-        )
+        problem = f"tensor {scale_name!r} holds a scale that is NaN, infinite, zero or negative"
+        raise CheckpointError(problem, holding(scale_name, files), scale_name)
     return Fp8Weight(qdata.contiguous(), fitting.contiguous(), dtype)

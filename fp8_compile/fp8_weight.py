@@ -99,6 +99,10 @@ class Fp8Weight(Tensor):
         """What it takes in memory."""
         return self.qdata.nbytes + self.scale.nbytes
 
+    def data_ptr(self) -> int:
+        """Where its FP8 values are; a wrapper subclass has no address, and accelerate finds tied weights by theirs."""
+        return self.qdata.data_ptr()
+
     def dequantize(self) -> Tensor:
         """The values that it stands for, in its dtype: ``[N, K]``."""
         return numerics.dequantize(self.qdata, self.scale, self.dtype)
