@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import lora
 from .device import check_device
 from .errors import (
     NonFiniteWeightError,
@@ -215,7 +216,8 @@ _unmatched: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.Weak
 
 
 def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -> None:
-    """Keep for the report which patterns matched nothing."""
+    """Keep for the report which patterns matched nothing, and watch what PEFT will do to the model."""
+    lora.watch_merges()
     _unmatched[model] = unmatched_patterns(choices, options)
 
 
