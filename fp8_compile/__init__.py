@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import integrations
+from .checkpoints import load_fp8_checkpoint, save_fp8_checkpoint
 from .errors import (
     CheckpointError,
     Fp8Error,
@@ -44,10 +45,12 @@ __all__ = [
     "Scheme",
     "UnmatchedPatternWarning",
     "UnsupportedDeviceError",
+    "load_fp8_checkpoint",
     "quantize_",
     "refresh",
     "register_method",
     "report",
+    "save_fp8_checkpoint",
 ]
 
 integrations.register()

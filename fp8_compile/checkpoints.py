@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .fp8_weight import Fp8Weight
+from .fp8_weight import WEIGHT_DTYPES, Fp8Weight
+from .load import choose, keep_others, remember
 from .numerics import FP8_DTYPE
+from .options import Fp8Options
 
 SCALE_SUFFIX = ".weight_scale"
 
@@ -105,3 +110,171 @@ def fp8_weight(
         problem = f"tensor {scale_name!r} holds a scale that is NaN, infinite, zero or negative"
         raise CheckpointError(problem, holding(scale_name, files), scale_name)
     return Fp8Weight(qdata.contiguous(), fitting.contiguous(), dtype)
+
+
+# Under which names others store the scale of ``PATH.weight``: compressed-tensors and ModelOpt, ComfyUI.
+# https://github.com/vllm-project/compressed-tensors, https://github.com/NVIDIA/TensorRT-Model-Optimizer,
+# https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/ops.py
+_SCALES = ("weight_scale", "scale_weight")
+
+# What such files hold besides: scales of activations, which are computed from their values here, and a mark.
+_UNUSED = ("input_scale", "scale_input", "scaled_fp8")
+
+
+@torch.no_grad()
+def load_fp8_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    rename: Callable[[str], str] | None = None,
+) -> None:
+    """Fill ``model`` from safetensors files whose linears are in FP8, in place; the FP8 bytes are taken as they are.
+
+    These layouts are read, with one scale for each output channel or one in all:
+
+    - compressed-tensors and ModelOpt: ``PATH.weight``, ``PATH.weight_scale``, ``PATH.input_scale``;
+    - ComfyUI's scaled FP8: ``PATH.weight``, ``PATH.scale_weight``, ``PATH.scale_input``, ``scaled_fp8``;
+    - files that `save_fp8_checkpoint`, or diffusers' ``save_pretrained``, has written.
+
+    Scales of activations are not used: activations are quantized by their own values. Everything else is copied into
+    the model's parameters and buffers, in their dtypes.
+
+    Args:
+        model: may be on the meta device; what it then gets is on the CPU.
+        path: a file, a directory of ``*.safetensors``, or several files.
+        rename: from a name in the files to one in the model, where they differ.
+
+    Raises:
+        CheckpointError: a file cannot be read, a tensor is missing, unknown, of another shape, or FP8 without a valid
+            scale. It names file and tensor. The model is as it was.
+    """
+    files = _files(path)
+    owner: dict[str, Path] = {}
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in _read(file):
+            name = name if rename is None else rename(name)
+            if name in tensors:
+                raise CheckpointError(f"tensor {name!r} is also in {owner[name]}", [file], name)
+            tensors[name], owner[name] = tensor, file
+    expected = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
+    found = _matched(tensors, expected, owner)
+    _fill(model, found)
+    choices = choose(model, Fp8Options(min_features=1))
+    for choice in choices:
+        choice.reason = "not in FP8 in the checkpoint"
+    keep_others(model, choices)
+    remember(model, choices, Fp8Options())
+
+
+def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` to one safetensors file, which `load_fp8_checkpoint` reads: FP8 weights with their scales.
+
+    The file appears under its name when it is complete; one that was there is whole until then.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    plain = {name: t.contiguous() for name, t in split(model.state_dict()).items()}
+    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    os.close(handle)
+    try:
+        save_file(_without_sharing(plain), scratch, metadata={"format": "pt"})
+        os.replace(scratch, target)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+
+
+def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights are written under each of their names."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        own[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return own
+
+
+def _files(path: Any) -> list[Path]:
+    if not isinstance(path, (str, os.PathLike)):
+        return [Path(one) for one in path]
+    one = Path(path)
+    files = sorted(one.glob("*.safetensors")) if one.is_dir() else [one]
+    if not files:
+        raise CheckpointError("no *.safetensors in this directory", [one])
+    return files
+
+
+def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    name = None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"not a readable safetensors file: {error}", [file], name) from error
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    names = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in names}
+
+
+def _matched(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: Mapping[str, Path]
+) -> dict[str, Tensor]:
+    """What each of ``expected`` is to become."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf in _UNUSED or (leaf in _SCALES and name not in expected):
+            weight = f"{layer}.weight"
+            if leaf in _SCALES and (weight not in tensors or not _is_fp8(tensors[weight])):
+                raise CheckpointError(f"tensor {name!r} is a scale without FP8 values", [owner[name]], name)
+            continue
+        if name not in expected:
+            raise CheckpointError(f"tensor {name!r} is unknown to the model", [owner[name]], name)
+        if tensor.shape != expected[name].shape:
+            problem = (
+                f"tensor {name!r} has shape {list(tensor.shape)}, and the model's has {list(expected[name].shape)}"
+            )
+            raise CheckpointError(problem, [owner[name]], name)
+        found[name] = tensor if not _is_fp8(tensor) else _with_scale(name, tensor, tensors, expected, owner)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise CheckpointError(f"tensor {missing[0]!r} is missing", list(dict.fromkeys(owner.values())), missing[0])
+    return found
+
+
+def _with_scale(
+    name: str, qdata: Tensor, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: Mapping[str, Path]
+) -> Fp8Weight:
+    layer = name.rpartition(".")[0]
+    scales = [f"{layer}.{leaf}" for leaf in _SCALES if f"{layer}.{leaf}" in tensors]
+    if not scales:
+        raise CheckpointError(f"tensor {name!r} is FP8 values without a scale", [owner[name]], name)
+    dtype = expected[name].dtype
+    dtype = dtype if dtype in WEIGHT_DTYPES else torch.bfloat16
+    return fp8_weight(qdata, tensors[scales[0]], dtype, [owner[name]], name, scales[0])
+
+
+def _fill(model: nn.Module, found: Mapping[str, Tensor]) -> None:
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            value, device = found[prefix + name], parameter.device
+            value = value.to("cpu" if device.type == "meta" else device)
+            if not isinstance(value, Fp8Weight):
+                value = value.to(parameter.dtype)
+            elif not isinstance(module, nn.Linear):
+                value = value.dequantize()
+            made = Fp8Weight(value) if isinstance(value, Fp8Weight) else nn.Parameter(value, parameter.requires_grad)
+            module._parameters[name] = made
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and prefix + name in found:
+                device = torch.device("cpu") if buffer.device.type == "meta" else buffer.device
+                module._buffers[name] = found[prefix + name].to(device, buffer.dtype)
