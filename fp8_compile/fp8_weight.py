@@ -203,8 +203,8 @@ class KeptWeight(torch.nn.Parameter):
         return KeptWeight, (self.data, self.requires_grad, self.reason)
 
 
-# Elements quantized at a time: what bounds the memory that quantizing a large weight takes, ten bytes for each.
-_CHUNK = 1 << 22
+# Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 13 bytes for each.
+_CHUNK = 1 << 21
 
 
 def quantize_in_chunks(weight: Tensor, granularity: str) -> numerics.Quantized:
@@ -221,17 +221,38 @@ def quantize_in_chunks(weight: Tensor, granularity: str) -> numerics.Quantized:
             f"{dtype} values of shape {list(weight.shape)} are no weight: a matrix of bfloat16, float16 or float32 "
             "belongs here (FP8 values with their scale are an Fp8Weight)"
         )
-    rows = max(1, _CHUNK // max(1, weight.shape[1]))
+    rows = max(1, weight.shape[0] if weight.is_meta else _CHUNK // max(1, weight.shape[1]))
+    chunks = torch.split(weight, rows)
+    qdata = torch.empty(weight.shape, dtype=numerics.FP8_DTYPE, device=weight.device)
     if granularity == "tensor":
         if weight.numel() == 0:
             return numerics.quantize_tensorwise(weight)
-        amax = torch.stack([chunk.abs().amax() for chunk in torch.split(weight, rows)]).amax()
-        parts = [numerics.quantize_with(chunk, amax) for chunk in torch.split(weight, rows)]
-        scale = parts[0][1]
-    else:
-        parts = [numerics.quantize_rowwise(chunk) for chunk in torch.split(weight, rows)]
-        scale = parts[0][1] if len(parts) == 1 else torch.cat([part[1] for part in parts])
-    return parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts]), scale
+        amax = torch.stack([chunk.abs().amax() for chunk in chunks]).amax()
+        scale = numerics.quantize_with(amax, amax)[1]
+        for made, chunk in zip(torch.split(qdata, rows), chunks, strict=True):
+            made.copy_(numerics.quantize_with(chunk, amax)[0])
+        return qdata, scale
+    scale = torch.empty(weight.shape[0], 1, device=weight.device)
+    for values, scales, chunk in zip(torch.split(qdata, rows), torch.split(scale, rows), chunks, strict=True):
+        made, made_scale = numerics.quantize_rowwise(chunk)
+        values.copy_(made)
+        scales.copy_(made_scale)
+    return qdata, scale
+
+
+def adopt(weight: Tensor) -> Fp8Weight | None:
+    """torchao's ``Float8Tensor`` as an `Fp8Weight` in the same memory; None if ``weight`` is no such thing.
+
+    Block-wise scales and other formats than E4M3 are not taken over.
+    """
+    if type(weight).__name__ != "Float8Tensor" or not type(weight).__module__.startswith("torchao."):
+        return None
+    qdata, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    if qdata.dim() != 2 or qdata.dtype != numerics.FP8_DTYPE or weight.dtype not in WEIGHT_DTYPES:
+        return None
+    if scale.numel() == 1:
+        scale = scale.reshape(())
+    return Fp8Weight(qdata, scale.float(), weight.dtype) if tuple(scale.shape) in ((), (qdata.shape[0], 1)) else None
 
 
 def _fitting_scale(qdata: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from .errors import (
     OptionError,
     UnmatchedPatternWarning,
 )
-from .fp8_weight import Fp8Weight, KeptWeight
+from .fp8_weight import Fp8Weight, KeptWeight, adopt
 from .options import Fp8Options
 from .passes.plan import weight_objection
 from .patterns import check_unmatched, first_match, is_adapter, layer_path
@@ -40,6 +40,9 @@ def quantize_(
     many rows a layer will see is not known yet. A layer that turns out to see fewer than ``min_rows`` is multiplied by
     its FP8 weight with the activation as it is (``few_rows="weight-only"``); name it in ``ignored_layers`` to keep it.
     ``torch.compile(model, backend="fp8_diffusion")`` needs no options afterwards, and converts nothing more.
+
+    A parameter that is a ``Float8Tensor`` of torchao's, with a scale per output channel or one in all, becomes an
+    `Fp8Weight` in the same memory: its bytes are used as they are.
 
     Args:
         model: a transformer or a text encoder in bfloat16 or float16.
@@ -84,7 +87,9 @@ def quantized(weight: Tensor, options: Fp8Options, device: torch.device | None =
     """The parameter that ``weight`` becomes, on ``device``; None if it holds NaN or Inf."""
     min_rows = None if options.min_rows == Fp8Options.min_rows else options.min_rows
     weight = weight.detach() if device is None else weight.detach().to(device)
-    made = Fp8Weight.quantize(weight, options.granularity, min_rows=min_rows)
+    made = adopt(weight)
+    if made is None:
+        made = Fp8Weight.quantize(weight, options.granularity, min_rows=min_rows)
     # A NaN or Inf of the weight reaches its scale through the amax.
     if made.device.type != "meta" and not made.scale.isfinite().all():
         return None
@@ -147,7 +152,7 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         reason = (
             _already_kept(weight)
             or (f"ignored_layers: {pattern}" if pattern is not None else None)
-            or weight_objection(weight, features, options)
+            or (None if adopt(weight) is not None else weight_objection(weight, features, options))
             or scheme.refuses(*features, weight.dtype)
         )
         choices[id(weight)] = Choice(weight, [module], [path], reason, pattern)

@@ -360,6 +360,26 @@ def test_a_model_on_meta() -> None:
     assert sqnr(Block.forward(m.blocks[0], x := tokens()), m(x)) > 60
 
 
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_torchao_weights_are_used_as_they_are(granularity: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    m, x = model(1), tokens()
+    kind = quantization.PerRow() if granularity == "row" else quantization.PerTensor()
+    addresses = {}
+    for name, layer in m.named_modules():
+        if isinstance(layer, nn.Linear):
+            made = quantization.Float8Tensor.from_hp(layer.weight, torch.float8_e4m3fn, kind)
+            layer.weight = nn.Parameter(made, requires_grad=False)
+            addresses[name] = made.qdata.data_ptr()
+    expected = m(x)
+    fp8_compile.quantize_(m, LOAD)
+    assert {n: p.weight.qdata.data_ptr() for n, p in m.named_modules() if isinstance(p, nn.Linear)} == addresses
+    assert sqnr(expected, m(x)) > 40
+    m.compile_whole()
+    assert sqnr(expected, m(x)) > 24
+    assert {row.scheme for row in fp8_compile.report(m).layers} == {f"fp8-{granularity}"}
+
+
 # --- real models ---
 
 
