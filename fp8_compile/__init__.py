@@ -1,7 +1,13 @@
 """FP8 inference for diffusion transformers, as a ``torch.compile`` backend named "fp8_diffusion"."""
 
+from typing import TYPE_CHECKING, Any
+
+from . import integrations
+from .checkpoints import load_fp8_checkpoint, save_fp8_checkpoint
 from .errors import (
+    CheckpointError,
     Fp8Error,
+    Fp8WeightError,
     GradientError,
     NonFiniteWeightError,
     NothingConvertedError,
@@ -11,16 +17,25 @@ from .errors import (
     UnmatchedPatternWarning,
     UnsupportedDeviceError,
 )
+from .fp8_weight import Fp8Weight
+from .load import quantize_
 from .options import Fp8Options
 from .report import report
 from .schemes import Scheme, register_method
 from .weights import refresh
 
+if TYPE_CHECKING:
+    from .diffusers_quantizer import Fp8DiffusionConfig
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
+    "Fp8DiffusionConfig",
     "Fp8Error",
     "Fp8Options",
+    "Fp8Weight",
+    "Fp8WeightError",
     "GradientError",
     "NonFiniteWeightError",
     "NothingConvertedError",
@@ -30,7 +45,20 @@ __all__ = [
     "Scheme",
     "UnmatchedPatternWarning",
     "UnsupportedDeviceError",
+    "load_fp8_checkpoint",
+    "quantize_",
     "refresh",
     "register_method",
     "report",
+    "save_fp8_checkpoint",
 ]
+
+integrations.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Fp8DiffusionConfig":  # imports diffusers
+        from .diffusers_quantizer import Fp8DiffusionConfig
+
+        return Fp8DiffusionConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from . import lora, tracing
 from .device import check_device, refusal
 from .errors import GradientError, NothingConvertedError, NothingConvertedWarning, UnmatchedPatternWarning
+from .fp8_weight import KeptWeight
 from .inner import compile_inner
 from .options import Fp8Options
 from .passes.graphs import example
@@ -54,16 +55,19 @@ def fp8_diffusion(
     lora.watch_merges()
     # Without a device behind them, as with fake weights, there is nothing to ask.
     asked = any(isinstance(x, Tensor) and x.is_cuda and not isinstance(x, FakeTensor) for x in example_inputs)
-    plan = plan_linears(gm, opts, scheme_for(opts), *([refusal] if asked else []))
+    given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs, strict=True)}
+    kept_at_load = {name: value.reason for name, value in given.items() if isinstance(value, KeptWeight)}
+    ask: dict[str, Any] = {"refusal": refusal} if asked else {}
+    plan = plan_linears(gm, opts, scheme_for(opts), kept_at_load=kept_at_load, **ask)
     tracing.trace_plan(plan, opts)
     _check_patterns(gm, plan)
-    _check_conversion(plan, opts)
+    if not kept_at_load:  # else `quantize_` has said it, of the whole model
+        _check_conversion(plan, opts)
     if plan.converted:
         _check_inputs(gm, plan, example_inputs)
 
     trace = partial(tracing.trace_graph, options=opts)
     rewritten, constants = rewrite(gm, plan, trace, opts.disabled_passes)
-    given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs, strict=True)}
     inputs = [given.get(node.name, example(node)) for node in _placeholders(rewritten)]
     compiled = compile_inner(rewritten, inputs, opts)
     if not any(d.weight is not None and d.tracked for d in plan.decisions):

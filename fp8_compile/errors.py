@@ -48,6 +48,24 @@ class NonFiniteWeightError(Fp8Error, ValueError):
         self.layers = tuple(layers)
 
 
+class Fp8WeightError(Fp8Error, ValueError):
+    """Something that an `Fp8Weight` cannot be made of, or cannot do."""
+
+
+class CheckpointError(Fp8Error, ValueError):
+    """A file does not hold what it should.
+
+    Attributes:
+        files: where the tensor was looked for; the one that holds it where that is known.
+        tensor: its name, or None.
+    """
+
+    def __init__(self, problem: str, files: Sequence[object], tensor: str | None = None) -> None:
+        super().__init__(f"{', '.join(map(str, files)) or 'checkpoint'}: {problem}")
+        self.files = tuple(map(str, files))
+        self.tensor = tensor
+
+
 class NothingConvertedError(Fp8Error, RuntimeError):
     """Linears were found, and none of them became FP8 (raised under ``strict=True`` and by the command line)."""
 

@@ -29,7 +29,8 @@ Quantized = tuple[Tensor, Tensor]
 """FP8 values and the float32 scale that multiplies them."""
 
 
-def _quantize(x: Tensor, amax: Tensor) -> Quantized:
+def quantize_with(x: Tensor, amax: Tensor) -> Quantized:
+    """Quantize ``x`` with the scale that ``amax``, broadcastable to it, calls for."""
     scale = (amax.float() / FP8_MAX).clamp(min=SCALE_FLOOR)
     # clamp passes NaN on, and e4m3fn keeps it; a value beyond 448 x scale saturates instead of becoming NaN.
     values = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX)
@@ -46,7 +47,7 @@ def quantize_rowwise(x: Tensor) -> Quantized:
     Returns:
         ``[..., K]`` float8_e4m3fn, contiguous, and ``[..., 1]`` float32.
     """
-    return _quantize(x, x.abs().amax(dim=-1, keepdim=True))
+    return quantize_with(x, x.abs().amax(dim=-1, keepdim=True))
 
 
 def quantize_tensorwise(x: Tensor) -> Quantized:
@@ -60,7 +61,7 @@ def quantize_tensorwise(x: Tensor) -> Quantized:
     """
     if statically_known_true(x.numel() == 0):
         return x.to(FP8_DTYPE), x.new_ones((), dtype=torch.float32)
-    return _quantize(x, x.abs().amax())
+    return quantize_with(x, x.abs().amax())
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

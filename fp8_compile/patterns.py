@@ -85,12 +85,13 @@ def first_match(patterns: Iterable[str], path: str) -> str | None:
     return next((text for text in patterns if Pattern(text).matches(path)), None)
 
 
-def check_unmatched(pattern: str, paths: Sequence[str]) -> None:
+def check_unmatched(pattern: str, paths: Sequence[str], whole_model: bool = False) -> None:
     """Refuse a pattern that no path of a complete compiled region matches, where the cause can be told.
 
     Args:
         pattern: matched none of ``paths``.
         paths: of all linears in the region.
+        whole_model: the region is a model, so that nothing is outside of it.
 
     Raises:
         PatternError: the pattern is a misspelt segment of a path, or names something outside the region by an index.
@@ -104,7 +105,7 @@ def check_unmatched(pattern: str, paths: Sequence[str]) -> None:
         near = _near_name(segment, known)
         if near is not None:
             raise PatternError(pattern, f"no layer has a segment {segment!r}; did you mean {near!r}?")
-    if segments[0] not in known and any(s.isdigit() or set(s) & set("*?") for s in segments[1:]):
+    if not whole_model and segments[0] not in known and any(s.isdigit() or set(s) & set("*?") for s in segments[1:]):
         raise PatternError(
             pattern,
             f"names layers outside the compiled region, whose layers are {', '.join(paths)}. When every block is "

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fp8_weight import Fp8Weight, KeptWeight
+from .load import unmatched_at_load
 from .passes.plan import Decision
 from .patterns import is_adapter, layer_path
+from .schemes import scheme_of
 from .weights import GraphRecord, WeightState, state_of
 
 NOT_COMPILED = "in no graph that the backend compiled"
@@ -122,14 +125,37 @@ def report(model: torch.nn.Module) -> Report:
             path = layer_path(owner if leaf == "weight" else name)
             rows.append(_row(path, parameter, state))
         elif owner in linear_weights and leaf == "weight":
-            reason = "low-rank adapter" if is_adapter(owner) else NOT_COMPILED
-            size = parameter.nbytes
-            out_features, in_features = parameter.shape
-            rows.append(LayerReport(layer_path(owner), in_features, out_features, "kept", reason, "", size, size))
+            rows.append(_uncompiled(owner, parameter))
     ordered = sorted(records, key=lambda record: record.serial)
     for row in _without_parameter(ordered):
         _put(rows, row)
-    return Report(tuple(rows), _unmatched(ordered), tuple(record.compile_id for record in ordered), extra)
+    unmatched = tuple(dict.fromkeys([*unmatched_at_load(model), *_unmatched(ordered)]))
+    return Report(tuple(rows), unmatched, tuple(record.compile_id for record in ordered), extra)
+
+
+def _uncompiled(path: str, weight: Tensor) -> LayerReport:
+    """A linear that no graph has told of; whose weight may have been quantized, or kept, when the model was loaded."""
+    held = isinstance(weight, Fp8Weight)
+    reason = "low-rank adapter" if is_adapter(path) else _kept_at_load(weight) or NOT_COMPILED
+    out_features, in_features = weight.shape
+    return LayerReport(
+        path=layer_path(path),
+        in_features=in_features,
+        out_features=out_features,
+        decision="fp8" if held else "kept",
+        reason=reason,
+        scheme=scheme_of(weight.granularity).name if isinstance(weight, Fp8Weight) else "",
+        bytes_before=_original_bytes(weight),
+        bytes_after=weight.nbytes,
+    )
+
+
+def _kept_at_load(weight: Tensor) -> str:
+    return weight.reason if isinstance(weight, KeptWeight) else ""
+
+
+def _original_bytes(weight: Tensor) -> int:
+    return weight.numel() * weight.dtype.itemsize
 
 
 def _put(rows: list[LayerReport], row: LayerReport) -> None:
@@ -146,7 +172,8 @@ def _row(path: str, weight: Tensor, state: WeightState) -> LayerReport:
     converted = [d for d in decisions if d.decision == "fp8"]
     kept = [d for d in decisions if d.decision == "kept"]
     first = (converted or kept)[0]
-    reasons = ", ".join(dict.fromkeys(d.reason for d in kept))
+    # A graph tells the reason that held for the first module that ran with it; the weight tells its own.
+    reasons = _kept_at_load(weight) or ", ".join(dict.fromkeys(d.reason for d in kept))
     if converted and kept:
         reasons = f"kept in {len(kept)} of {len(decisions)} graphs: {reasons}"
     schemes = [d.scheme.name for d in converted if d.scheme is not None]
@@ -157,8 +184,8 @@ def _row(path: str, weight: Tensor, state: WeightState) -> LayerReport:
         decision=first.decision,
         reason=reasons,
         scheme="+".join(dict.fromkeys(schemes)),
-        bytes_before=weight.nbytes,
-        bytes_after=state.nbytes if converted else weight.nbytes,
+        bytes_before=_original_bytes(weight),
+        bytes_after=state.nbytes if converted and not isinstance(weight, Fp8Weight) else weight.nbytes,
     )
 
 

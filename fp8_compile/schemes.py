@@ -102,8 +102,13 @@ WEIGHT_ONLY = Scheme(
 )
 
 
+def scheme_of(granularity: str) -> Scheme:
+    """The scheme whose constants an `Fp8Weight` of this granularity holds."""
+    return {"row": ROW, "tensor": TENSOR}[granularity]
+
+
 def _fp8(options: Fp8Options) -> Scheme:
-    scheme = {"row": ROW, "tensor": TENSOR}[options.granularity]
+    scheme = scheme_of(options.granularity)
     return replace(scheme, few_rows=WEIGHT_ONLY) if options.few_rows == "weight-only" else scheme
 
 

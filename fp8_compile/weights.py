@@ -7,6 +7,10 @@ Whether constants still fit their parameter is asked at every call, from what th
 device: the parameter's version counter and address. If either has changed, a fingerprint of the values decides, so
 that a weight that was offloaded and brought back is not quantized again. New values go into the same memory: a CUDA
 graph that has recorded the address reads them.
+
+An `Fp8Weight` holds its constants itself: they are read from it at every call, and there is nothing to make or to
+compare. No weak reference to it is kept, because ``torch.utils.swap_tensors``, by which such a parameter is moved to
+another device, refuses a tensor that has one. What is known of it hangs on its identity instead, which moves along.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import NonFiniteWeightError
+from .fp8_weight import Fp8Weight
 from .passes.plan import Decision, Plan
 from .passes.quantize_linears import Constant
 from .schemes import Scheme
@@ -83,13 +88,17 @@ _STATES: Any = WeakTensorKeyDictionary()
 
 def state_of(weight: Tensor) -> WeightState | None:
     """What is known of ``weight``, or None if no compiled graph has run with it."""
-    state: WeightState | None = _STATES.get(weight)
+    state: WeightState | None = _STATES.get(_key(weight))
     return state
 
 
 def _state(weight: Tensor) -> WeightState:
-    state: WeightState = _STATES.setdefault(weight, WeightState())
+    state: WeightState = _STATES.setdefault(_key(weight), WeightState())
     return state
+
+
+def _key(weight: Tensor) -> Any:
+    return weight.identity if isinstance(weight, Fp8Weight) else weight
 
 
 # Before torch 2.13 a swap of ``.data`` for its transpose changes neither version nor address, and no guard of Dynamo's.
@@ -267,7 +276,7 @@ class BoundGraph:
     ) -> None:
         """
         Args:
-            compiled: takes ``kept_arguments``, then the tensors of ``constants``.
+            compiled: takes ``kept_arguments``, then the tensors of ``constants``, those first that parameters hold.
             arguments: names of the original graph's placeholders, in order.
             kept_arguments: those of them that the rewritten graph still takes, in order.
         """
@@ -275,9 +284,14 @@ class BoundGraph:
         tracked = [d for d in record.plan.decisions if d.weight is not None and d.tracked]
         self._compiled = compiled
         self._record = record
-        self._constants = tuple(constants)
+        self._constants = tuple(c for c in constants if not c.held)
+        self._held = _getter([place[c.weight] for c in constants if c.held])
         self._tracked = [(place[d.weight], d) for d in tracked if d.weight is not None]
-        self._weights = _getter([place[c.weight] for c in constants] or sorted({i for i, _ in self._tracked}))
+        if self._constants:
+            self._weights = _getter([place[c.weight] for c in self._constants])
+        else:
+            weights = _getter(sorted({i for i, _ in self._tracked}))
+            self._weights = lambda args: tuple(map(_plain, weights(args)))
         self._kept = _getter([place[name] for name in kept_arguments])
         self._instances: dict[tuple[int, ...], _Instance] = {}
         # The same by the first weight alone: a guess that ``seen`` confirms. Few modules share it and not the rest.
@@ -293,13 +307,14 @@ class BoundGraph:
         if instance is None or not fits:
             with _LOCK:
                 instance = self._bind(args, weights)
-        return self._compiled(*self._kept(args), *instance.constants)
+        held = [tensor for weight in self._held(args) for tensor in (weight.qdata, weight.scale)]
+        return self._compiled(*self._kept(args), *held, *instance.constants)
 
     def _bind(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> _Instance:
         key = tuple(map(id, weights))
         instance = self._instances.get(key)
         fake = any(_is_fake(w) for w in weights)
-        read = _addresses if fake else _reader(weights)
+        read = _addresses if fake else _reader(weights) if self._constants else _identities
         seen = None if fake else read(weights)
         made = make_constants(weights, self._constants, verify=instance is None) if self._constants else []
         flat = tuple(tensor for tensors in made for tensor in tensors)
@@ -342,6 +357,15 @@ def _reader(weights: tuple[Tensor, ...]) -> Read:
     if not any(inference):
         return _versions_and_addresses if _STRIDES_ARE_GUARDED else _versions_addresses_and_strides
     return _addresses if all(inference) and _STRIDES_ARE_GUARDED else _stamps
+
+
+def _identities(weights: tuple[Tensor, ...]) -> list[Any]:
+    return list(map(id, weights))
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """``weight``, or the FP8 tensor in it: what may be referred to weakly."""
+    return weight.qdata if isinstance(weight, Fp8Weight) else weight
 
 
 def _versions_and_addresses(weights: tuple[Tensor, ...]) -> list[Any]:

@@ -120,6 +120,9 @@ def copy_graph(gm: GraphModule) -> Graph:
     for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
+        # Dynamo's hold on the real argument. It lets go of its own when the backend has returned; a copy would keep a
+        # weak reference to each parameter, and those that hold one cannot be moved by ``torch.utils.swap_tensors``.
+        new.meta.pop("grapharg", None)
     return graph
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch.fx import GraphModule
 
+from ..fp8_weight import Fp8Weight
 from ..options import Fp8Options
 from ..patterns import first_match, is_adapter, layer_path
-from ..schemes import Scheme
+from ..schemes import WEIGHT_ONLY, Scheme, scheme_of
 from .graphs import example, row_count, storages, written_storages
 from .linears import Linear, find_linears, module_path
 
@@ -73,17 +74,32 @@ Refusal = Callable[["Scheme", torch.device, "int | torch.SymInt", tuple[int, int
 """Why a device cannot run a scheme on so many rows and features of a dtype, with a bias or without, or None."""
 
 
-def plan_linears(gm: GraphModule, options: Fp8Options, scheme: Scheme, refusal: Refusal = lambda *asked: None) -> Plan:
-    """Decide on every linear of Dynamo's graph ``gm``; the graph stays as it is."""
+def plan_linears(
+    gm: GraphModule,
+    options: Fp8Options,
+    scheme: Scheme,
+    refusal: Refusal = lambda *asked: None,
+    kept_at_load: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide on every linear of Dynamo's graph ``gm``; the graph stays as it is.
+
+    Args:
+        scheme: for weights that are not in FP8 yet.
+        kept_at_load: placeholders of weights that `quantize_` left as they were, and its reasons.
+    """
+    kept_at_load = kept_at_load or {}
     written = set().union(*map(written_storages, gm.graph.nodes))
     decisions = []
     for linear in find_linears(gm.graph):
-        choice = _choose(linear, options, scheme)
+        kept = kept_at_load.get(linear.weight.name)
+        choice = _choose(linear, options, scheme) if kept is None else kept
         if isinstance(choice, Scheme) and storages(linear.weight) & written:
             choice = "weight is modified in the graph"
         decision = _decision(linear, options, choice)
         if decision.scheme is not None:
             decision = _decision(linear, options, _unless_refused(linear, decision.scheme, refusal))
+        if decision.scheme is None and isinstance(example(linear.weight), Fp8Weight):
+            decision = replace(decision, reason=f"{decision.reason}; its FP8 weight is dequantized")
         decisions.append(decision)
     for name, linear in _inside_higher_order_operators(gm):
         decision = _decision(linear, options, "inside a higher-order operator")
@@ -144,19 +160,50 @@ def _choose(linear: Linear, options: Fp8Options, scheme: Scheme) -> Scheme | str
     weight = example(linear.weight)
     if linear.unusual:
         return linear.unusual
-    if _subclass(weight) is not None:
-        return f"weight is a {_subclass(weight)}"
-    if weight.dtype not in (torch.bfloat16, torch.float16):
-        return f"weight is {str(weight.dtype).removeprefix('torch.')}, not bfloat16 or float16"
-    if min(linear.features) < options.min_features:
-        return f"narrower than min_features {options.min_features}"
     rows = row_count(example(linear.input).shape)
+    if isinstance(weight, Fp8Weight):
+        return _choose_for_fp8(linear, weight, rows, options)
+    objection = weight_objection(weight, linear.features, options)
+    if objection is not None:
+        return objection
     if rows == math.inf:
-        return "number of rows is known only at run time"  # the meta function of _scaled_mm compares it
+        return _UNKNOWN_ROWS
     chosen = scheme if rows >= options.min_rows else scheme.few_rows
     if chosen is None:
         return f"fewer rows than min_rows {options.min_rows}"
     return chosen.refuses(*linear.features, weight.dtype) or chosen
+
+
+_UNKNOWN_ROWS = "number of rows is known only at run time"  # the meta function of _scaled_mm compares it
+
+
+def weight_objection(weight: torch.Tensor, features: tuple[int, int], options: Fp8Options) -> str | None:
+    """Why ``weight``, of a linear with these input and output features, is not to become FP8, or None."""
+    if _subclass(weight) is not None:
+        return f"weight is a {_subclass(weight)}"
+    return _dtype_objection(weight) or (
+        f"narrower than min_features {options.min_features}" if min(features) < options.min_features else None
+    )
+
+
+def _dtype_objection(weight: torch.Tensor) -> str | None:
+    if weight.dtype in (torch.bfloat16, torch.float16):
+        return None
+    return f"weight is {str(weight.dtype).removeprefix('torch.')}, not bfloat16 or float16"
+
+
+def _choose_for_fp8(linear: Linear, weight: Fp8Weight, rows: float, options: Fp8Options) -> Scheme | str:
+    """How to multiply by a weight that is in FP8 already: whether it becomes FP8 is no question here."""
+    if linear.transposed:
+        return "used with its features exchanged"  # its scales belong to what are input features here
+    objection = _dtype_objection(weight)
+    if objection is not None:
+        return objection
+    if rows == math.inf:
+        return _UNKNOWN_ROWS
+    scheme = scheme_of(weight.granularity)
+    few = rows < (options.min_rows if weight.min_rows is None else weight.min_rows)
+    return WEIGHT_ONLY if few else scheme.refuses(*linear.features, weight.dtype) or scheme
 
 
 def _subclass(weight: torch.Tensor) -> str | None:

@@ -31,6 +31,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
+from ..fp8_weight import Fp8Weight
 from ..schemes import Scheme
 from .graphs import call, example, storages, written_storages
 from .linears import Linear, as_linear, is_relayout
@@ -47,6 +48,8 @@ class Constant:
         transposed: the parameter is stored ``[K, N]``.
         path: of the layer that needs them first, for messages.
         placeholders: their names in the rewritten graph, in the order of ``scheme.constants``.
+        held: the parameter is an `Fp8Weight`, and the constants are the tensors in it. The placeholders of these come
+            before those of the others.
     """
 
     weight: str
@@ -54,6 +57,7 @@ class Constant:
     transposed: bool
     path: str
     placeholders: tuple[str, ...]
+    held: bool = False
 
 
 def quantize_linears(graph: Graph, plan: Plan) -> list[Constant]:
@@ -64,7 +68,7 @@ def quantize_linears(graph: Graph, plan: Plan) -> list[Constant]:
         plan: made for that graph.
 
     Returns:
-        The constants that the graph now takes instead of the weights.
+        The constants that the graph now takes instead of the weights, in the order in which it takes them.
     """
     chosen = {d.node: d for d in plan.converted}
     rewriter = _Rewriter(graph)
@@ -77,18 +81,18 @@ def quantize_linears(graph: Graph, plan: Plan) -> list[Constant]:
     for weight in {weight for weight, _, _ in rewriter.constants}:
         _erase_unused(weight)
     graph.lint()
-    return [constant for constant, _ in rewriter.constants.values()]
+    return sorted((constant for constant, _ in rewriter.constants.values()), key=lambda c: not c.held)
 
 
 class _Rewriter:
     """What is known half-way through a graph: constants described, activations quantized."""
 
     def __init__(self, graph: Graph) -> None:
-        self.constants: dict[tuple[Node, Scheme, bool], tuple[Constant, list[Node]]] = {}
+        self.constants: dict[tuple[Node, Scheme | None, bool], tuple[Constant, list[Node]]] = {}
         self._graph = graph
         self._quantized: dict[tuple[Node, Any], Node] = {}
         self._layouts: dict[Any, Any] = {}
-        self._last_placeholder = graph.find_nodes(op="placeholder")[-1]
+        self._last = dict.fromkeys((True, False), graph.find_nodes(op="placeholder")[-1])  # of the held, of the others
 
     def forget_quantized(self, written: set[int]) -> None:
         """Quantize anew, when they are next needed, the activations whose memory was written into."""
@@ -99,7 +103,8 @@ class _Rewriter:
         """Put quantization and a scaled matmul in the place of ``linear``."""
         scheme, node = decision.scheme, linear.node
         assert scheme is not None
-        key = linear.weight, scheme, linear.transposed
+        held = isinstance(example(linear.weight), Fp8Weight)
+        key = linear.weight, None if held else scheme, linear.transposed  # with few rows or many, it is the same tensor
         if key not in self.constants:
             self.constants[key] = self._describe(linear, scheme, decision.path)
         operands = self.constants[key][1]
@@ -120,18 +125,22 @@ class _Rewriter:
 
     def _describe(self, linear: Linear, scheme: Scheme, path: str) -> tuple[Constant, list[Node]]:
         nodes = []
-        values = self._fake_constants(example(linear.weight), scheme, linear.transposed)
+        weight = example(linear.weight)
+        held = isinstance(weight, Fp8Weight)
+        values = [weight.qdata, weight.scale] if held else self._fake_constants(weight, scheme, linear.transposed)
         for name, value in zip(scheme.constants, values, strict=True):
-            with self._graph.inserting_after(self._last_placeholder):
+            with self._graph.inserting_after(self._last[held]):
                 new = self._graph.placeholder(re.sub(r"\W", "_", f"{path}.{name}".lstrip(".")))
             # How Dynamo marks a parameter: its address never changes, so CUDA graphs need no copy of it.
             new.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
             new.target = new.name  # one weight read in both layouts asks for the same name twice
             new._dynamo_source = None
             nodes.append(new)
-            self._last_placeholder = new
+            if self._last[False] is self._last[held]:
+                self._last[False] = new
+            self._last[held] = new
         names = tuple(node.name for node in nodes)
-        return Constant(linear.weight.name, scheme, linear.transposed, path, names), nodes
+        return Constant(linear.weight.name, scheme, linear.transposed, path, names, held), nodes
 
     def _fake_constants(self, weight: Any, scheme: Scheme, transposed: bool) -> list[Any]:
         """What the scheme makes of a fake weight. Weights of one shape are worked out once: a model has few shapes."""

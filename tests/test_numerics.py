@@ -146,7 +146,7 @@ def test_nan_reaches_the_result_of_a_linear(granularity: str) -> None:
 def test_values_beyond_the_range_are_clamped() -> None:
     """They would become NaN in e4m3fn, which knows no infinity."""
     x = torch.tensor([[1.0, -3.0, 500.0, -1e9, math.inf, math.nan]])
-    values, scale = numerics._quantize(x, torch.tensor([[448.0]]))
+    values, scale = numerics.quantize_with(x, torch.tensor([[448.0]]))
     assert scale == 1
     assert values.float()[0, :5].tolist() == [1, -3, 448, -448, 448]
     assert values.float()[0, 5].isnan()

@@ -1,0 +1,177 @@
+"""Memory of real models in FP8, beside BF16: what stays, what loading needs at its worst, and how fast it quantizes.
+
+Resident bytes are exact for the real configurations, and need no memory: the models are made and quantized on the meta
+device, in full depth. The peak is measured where memory can be counted, on a model of the same layers but fewer
+blocks, for the device that the weights are quantized on: the most bytes that were alive there while `quantize_` ran,
+BF16 weights that wait on the host not counted. A peak is made of what stays and of the layer at work, so that the same
+excess holds for any depth. Speed is that of the largest layer alone, in bytes read and written.
+
+On a GPU the peak is that of its allocator; on the CPU it is counted from the storages that operators return.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fp8_compile
+from fp8_compile import Fp8Weight
+
+from .common import Spread, parser, table, write
+
+RESIDENT_TARGET = 0.55
+"""Of BF16, at most, with all eligible layers in FP8."""
+
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
+    # name: class, configuration beside its defaults, depth of the model whose peak is measured
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}, {"num_layers": 1}),
+    "Z-Image": ("ZImageTransformer2DModel", {}, {"n_layers": 1, "n_refiner_layers": 1}),
+    "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, {"num_layers": 1, "num_single_layers": 1}),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one model; ``ratio`` is FP8 over BF16, ``excess`` the load peak minus what stays, ``layer`` BF16's."""
+
+    model: str
+    bf16: int
+    fp8: int
+    ratio: float
+    excess: int
+    layer: int
+
+    @property
+    def peak(self) -> int:
+        return self.fp8 + self.excess
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the storages that operators return inside, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {s._cdata for s in _storages((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            key = storage._cdata
+            if key not in before and key not in self._known:
+                self._known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, key, storage.nbytes()).atexit = False
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _storages(tree: Any) -> list[Any]:
+    plain = [t for t in tree_leaves(tree) if isinstance(t, Tensor) and not isinstance(t, Fp8Weight)]
+    return [t.untyped_storage() for t in plain]
+
+
+def build(name: str, device: str, small: bool) -> nn.Module:
+    import diffusers
+
+    cls, config, depth = MODELS[name]
+    with torch.device(device):
+        model: nn.Module = getattr(diffusers, cls)(**config, **(depth if small else {})).bfloat16()
+    return model
+
+
+def resident(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def measure(name: str) -> Memory:
+    """See the module."""
+    model = build(name, "meta", small=False)
+    bf16 = resident(model)
+    fp8_compile.quantize_(model)
+    fp8 = resident(model)
+    sample = build(name, "cpu", small=True)
+    layer = max(m.weight.nbytes for m in sample.modules() if isinstance(m, nn.Linear))
+    return Memory(name, bf16, fp8, fp8 / bf16, _excess(sample, layer), layer)
+
+
+def _excess(model: nn.Module, layer: int) -> int:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fp8_compile.quantize_(model, device="cuda")
+        return torch.cuda.max_memory_allocated() - before - resident(model)
+    kept = sum(p.nbytes for p in model.parameters())
+    with Alive() as alive:
+        fp8_compile.quantize_(model)
+    quantized = sum(p.nbytes for p in model.parameters() if isinstance(p, Fp8Weight))
+    assert quantized < kept
+    # Where the host and the device are two, the BF16 weight at work is on the device as well.
+    return alive.peak - quantized + layer
+
+
+def speed(rounds: int) -> dict[str, float]:
+    """GB/s, read and written, of quantizing a weight of Qwen-Image's MLP, beside those of copying it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.randn(12288, 3072, device=device).bfloat16()
+    moved = {"quantize": 3 * weight.numel(), "copy": 4 * weight.numel()}
+    works = {"quantize": lambda: Fp8Weight.quantize(weight), "copy": weight.clone}
+    found = {}
+    for name, work in works.items():
+        seconds = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        found[name] = moved[name] / Spread.of(seconds).median / 1e9
+    return found
+
+
+def show(results: Sequence[Memory]) -> str:
+    header = ("model", "BF16 GB", "FP8 GB", "ratio", "peak GB", "excess MB", "largest layer MB")
+    rows = [
+        (
+            r.model,
+            *(f"{size / 1e9:.2f}" for size in (r.bf16, r.fp8)),
+            f"{r.ratio:.3f}",
+            f"{r.peak / 1e9:.2f}",
+            *(f"{size / 1e6:.0f}" for size in (r.excess, r.layer)),
+        )
+        for r in results
+    ]
+    return table(header, rows)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    arguments.add_argument("--rounds", type=int, default=5, help="measurements of the speed")
+    given = arguments.parse_args()
+    results = [measure(name) for name in given.models]
+    found = speed(given.rounds)
+    print(show(results))
+    print(
+        f"resident target {RESIDENT_TARGET}: {'met' if all(r.ratio <= RESIDENT_TARGET for r in results) else 'missed'}"
+    )
+    print(f"quantizing {found['quantize']:.1f} GB/s, copying {found['copy']:.1f} GB/s")
+    write(given.output, {"memory": [{**asdict(r), "peak": r.peak} for r in results], "gb_per_s": found})
+
+
+if __name__ == "__main__":
+    main()

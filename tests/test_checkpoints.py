@@ -1,0 +1,171 @@
+"""FP8 checkpoints of other tools: small files made to their layouts, read as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from blocks import Model, model, tokens
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fp8_compile
+from fp8_compile import Fp8Weight, numerics
+
+FILE = "model.safetensors"
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def compressed_tensors(state: Tensors) -> Tensors:
+    """One scale per output channel, ``[N, 1]``, in bfloat16 as llm-compressor writes them."""
+    return _fp8(state, "weight_scale", lambda w: w.float().abs().amax(1, keepdim=True).bfloat16() / 448)
+
+
+def modelopt(state: Tensors) -> Tensors:
+    """One scale in all, and one for the activation."""
+    made = _fp8(state, "weight_scale", lambda w: w.float().abs().amax() / 448)
+    return {**made, **{n.replace("weight_scale", "input_scale"): torch.tensor(0.01) for n in made if "_scale" in n}}
+
+
+def comfyui(state: Tensors) -> Tensors:
+    """One scale in all, as a vector; a mark for the file."""
+    made = _fp8(state, "scale_weight", lambda w: (w.float().abs().amax() / 448).reshape(1))
+    return {**made, "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+
+
+def _fp8(state: Tensors, leaf: str, scale_of: Callable[[Tensor], Tensor]) -> Tensors:
+    made: Tensors = {}
+    for name, value in state.items():
+        if value.dim() == 2 and "to_k" not in name:
+            scale = scale_of(value)
+            made[name] = (value.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+            made[name.replace("weight", leaf)] = scale
+        else:
+            made[name] = value
+    return made
+
+
+@pytest.mark.parametrize("layout", [compressed_tensors, modelopt, comfyui])
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_the_bytes_of_others_are_used_as_they_are(
+    layout: Callable[[Tensors], Tensors], where: str, tmp_path: Path
+) -> None:
+    state = model(2).state_dict()
+    tensors = layout(state)
+    save_file(tensors, tmp_path / FILE)
+    with torch.device(where):
+        m = Model(2).bfloat16()
+    fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
+    leaf = "scale_weight" if layout is comfyui else "weight_scale"
+    for name, parameter in m.named_parameters():
+        if tensors[name].dtype != torch.float8_e4m3fn:
+            assert torch.equal(parameter, tensors[name])
+            continue
+        assert isinstance(parameter, Fp8Weight)
+        assert torch.equal(parameter.qdata.view(torch.uint8), tensors[name].view(torch.uint8))
+        assert torch.equal(parameter.scale.flatten(), tensors[name.replace("weight", leaf)].float().flatten())
+        expected = numerics.dequantize(parameter.qdata, tensors[name.replace("weight", leaf)].float(), torch.bfloat16)
+        assert torch.equal(parameter.dequantize(), expected)
+    x = tokens()
+    expected = m(x)
+    m.compile_whole(min_features=8)
+    from sqnr import sqnr
+
+    assert sqnr(expected, m(x)) > 24
+    rows = {row.path: row for row in fp8_compile.report(m).layers}
+    assert rows["blocks.0.to_q"].scheme == ("fp8-row" if layout is compressed_tensors else "fp8-tensor")
+    assert rows["blocks.0.to_k"].reason == "not in FP8 in the checkpoint"
+
+
+def test_names_may_differ_and_a_directory_may_hold_several_files(tmp_path: Path) -> None:
+    tensors = {f"model.diffusion_model.{n}": t for n, t in comfyui(model(2).state_dict()).items() if n != "scaled_fp8"}
+    names = sorted(tensors)
+    for i, part in enumerate((names[:5], names[5:])):
+        save_file({n: tensors[n] for n in part}, tmp_path / f"part-{i}.safetensors")
+    m = model(2)
+    fp8_compile.load_fp8_checkpoint(m, tmp_path, rename=lambda n: n.removeprefix("model.diffusion_model."))
+    assert sum(isinstance(p, Fp8Weight) for p in m.parameters()) == 6
+
+
+def test_saved_and_loaded_bit_by_bit(tmp_path: Path) -> None:
+    m, other = model(2), model(2)
+    fp8_compile.quantize_(m, {"min_features": 64, "ignored_layers": ["to_k"]})
+    fp8_compile.save_fp8_checkpoint(m, tmp_path / FILE)
+    assert load_file(tmp_path / FILE)["blocks.0.to_q.weight"].dtype == torch.float8_e4m3fn
+    fp8_compile.load_fp8_checkpoint(other, tmp_path / FILE)
+    x = tokens()
+    assert torch.equal(m(x), other(x))
+    assert {n: type(p) for n, p in m.named_parameters()} == {n: type(p) for n, p in other.named_parameters()}
+
+
+def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model(1)
+    fp8_compile.quantize_(m, {"min_features": 64})
+    fp8_compile.save_fp8_checkpoint(m, tmp_path / FILE)
+    before = (tmp_path / FILE).read_bytes()
+    original = safetensors.torch.save_file
+
+    def interrupted(tensors: Any, path: str, **how: Any) -> None:
+        original(tensors, path, **how)
+        with open(path, "r+b") as file:
+            file.truncate(1000)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
+    m.blocks[0].to_q.weight.mul_(2)
+    with pytest.raises(KeyboardInterrupt):
+        fp8_compile.save_fp8_checkpoint(m, tmp_path / FILE)
+    assert (tmp_path / FILE).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+NAME = "blocks.0.to_q.weight"
+SCALE = "blocks.0.to_q.weight_scale"
+
+
+@pytest.mark.parametrize(
+    ("edit", "tensor", "message"),
+    [
+        (lambda t: t.pop(SCALE), NAME, "FP8 values without a scale"),
+        (lambda t: t.pop(NAME), SCALE, "a scale without FP8 values"),
+        (lambda t: t.pop("blocks.1.to_k.bias"), "blocks.1.to_k.bias", "is missing"),
+        (lambda t: t.update({"blocks.7.x": torch.ones(1)}), "blocks.7.x", "unknown to the model"),
+        (lambda t: t.update({NAME: t[NAME][:32].clone()}), NAME, r"shape \[32, 64\]"),
+        (lambda t: t.update({SCALE: torch.ones(7)}), SCALE, r"shape \[7\]"),
+        (lambda t: t.update({SCALE: torch.full((64, 1), float("nan"))}), SCALE, "NaN"),
+        (lambda t: t.update({SCALE: torch.zeros(())}), SCALE, "zero"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_tensor_and_changes_nothing(
+    edit: Callable[[Tensors], Any], tensor: str, message: str, tmp_path: Path
+) -> None:
+    tensors = compressed_tensors(model(2).state_dict())
+    edit(tensors)
+    save_file(tensors, tmp_path / FILE)
+    m, x = model(2), tokens()
+    before = m(x)
+    with pytest.raises(fp8_compile.CheckpointError, match=message) as error:
+        fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
+    assert error.value.tensor == tensor
+    assert error.value.files == (str(tmp_path / FILE),)
+    assert torch.equal(m(x), before)
+
+
+def test_a_truncated_file_and_an_empty_directory(tmp_path: Path) -> None:
+    with pytest.raises(fp8_compile.CheckpointError, match=r"no \*\.safetensors"):
+        fp8_compile.load_fp8_checkpoint(model(1), tmp_path)
+    save_file(compressed_tensors(model(1).state_dict()), tmp_path / FILE)
+    with open(tmp_path / FILE, "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(fp8_compile.CheckpointError, match=r"model\.safetensors: not a readable safetensors file"):
+        fp8_compile.load_fp8_checkpoint(model(1), tmp_path / FILE)

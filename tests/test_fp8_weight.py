@@ -1,0 +1,248 @@
+"""A parameter of FP8 values: right in eager mode, and whole after whatever a parameter goes through."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from sqnr import sqnr
+from torch import Tensor, nn
+
+import fp8_compile
+from fp8_compile import numerics
+from fp8_compile.fp8_weight import Fp8Weight, KeptWeight, quantize_in_chunks
+
+N, K = 48, 64
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def plain() -> Tensor:
+    return torch.randn(N, K, dtype=torch.bfloat16)
+
+
+def layer(weight: Tensor | None = None, granularity: str = "row") -> nn.Linear:
+    m = nn.Linear(K, N).bfloat16()
+    m.weight = nn.Parameter(Fp8Weight.quantize(plain() if weight is None else weight, granularity), False)
+    return m
+
+
+def saved_and_loaded(value: Any, **how: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **how)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two FP8 weights hold the same bits, in memory of their own."""
+    return (
+        isinstance(a, Fp8Weight)
+        and isinstance(b, Fp8Weight)
+        and (a.dtype, a.min_rows, a.granularity) == (b.dtype, b.min_rows, b.granularity)
+        and torch.equal(a.qdata.view(torch.uint8), b.qdata.view(torch.uint8))
+        and torch.equal(a.scale, b.scale)
+        and a.qdata.data_ptr() != b.qdata.data_ptr()
+    )
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_eager_use_dequantizes(granularity: str, dtype: torch.dtype) -> None:
+    weight, x = torch.randn(N, K, dtype=dtype), torch.randn(3, K, dtype=dtype)
+    m = nn.Linear(K, N, dtype=dtype)
+    m.weight = nn.Parameter(Fp8Weight.quantize(weight, granularity), requires_grad=False)
+    quantize = numerics.quantize_rowwise if granularity == "row" else numerics.quantize_tensorwise
+    expected = nn.functional.linear(x, numerics.dequantize(*quantize(weight), dtype), m.bias)
+    assert torch.equal(m(x), expected)
+    assert sqnr(expected, x @ m.weight.t() + m.bias) > 45
+    with torch.inference_mode():
+        assert torch.equal(m(x), expected)
+    assert (m.weight.dtype, m.weight.granularity, m.weight.shape) == (dtype, granularity, weight.shape)
+    assert isinstance(m.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_chunks_change_no_bit(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp8_compile import fp8_weight
+
+    weight = plain()
+    weight[5] = 0
+    monkeypatch.setattr(fp8_weight, "_CHUNK", 7 * K)
+    quantize = numerics.quantize_rowwise if granularity == "row" else numerics.quantize_tensorwise
+    for made, expected in zip(quantize_in_chunks(weight, granularity), quantize(weight), strict=True):
+        assert torch.equal(made.float(), expected.float())
+    assert quantize_in_chunks(weight[:0], granularity)[0].shape == (0, K)
+
+
+def test_it_takes_half_the_memory() -> None:
+    weight = plain()
+    assert Fp8Weight.quantize(weight).nbytes == N * K + 4 * N
+    assert weight.nbytes == 2 * N * K
+
+
+@pytest.mark.parametrize(
+    "travel",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: saved_and_loaded(m, weights_only=False),
+    ],
+)
+def test_copies_of_a_module(travel: Callable[[nn.Module], nn.Linear]) -> None:
+    m, x = layer(), plain()[:2]
+    other = travel(m)
+    assert same(m.weight, other.weight)
+    assert isinstance(other.weight, nn.Parameter)
+    assert not other.weight.requires_grad
+    before = m(x)
+    other.weight.mul_(2)
+    assert torch.equal(m(x), before)
+
+
+def test_a_state_dict_goes_through_a_file_that_holds_no_code() -> None:
+    m = layer()
+    loaded = saved_and_loaded(m.state_dict(), weights_only=True)
+    assert same(loaded["weight"], m.weight)
+    other = layer()
+    address = other.weight.qdata.data_ptr()
+    other.load_state_dict(loaded)
+    assert same(other.weight, m.weight)
+    assert other.weight.qdata.data_ptr() == address
+    other = nn.Linear(K, N).bfloat16()
+    other.load_state_dict(loaded)  # FP8 into a plain parameter: its values
+    assert type(other.weight) is nn.Parameter
+    assert torch.equal(other.weight, m.weight.dequantize())
+    other.load_state_dict(loaded, assign=True)
+    assert torch.equal(other.weight.qdata.float(), m.weight.qdata.float())
+
+
+def test_plain_values_are_quantized_on_their_way_in() -> None:
+    m, weight = layer(granularity="tensor"), plain()
+    m.load_state_dict({"weight": weight, "bias": m.bias})
+    assert same(m.weight, Fp8Weight.quantize(weight, "tensor"))
+    m.load_state_dict({"weight": Fp8Weight.quantize(weight, "row"), "bias": m.bias})
+    assert m.weight.granularity == "tensor"
+    assert sqnr(weight, m.weight.dequantize()) > 24
+
+
+def test_moving_moves_bytes_and_keeps_the_parameter() -> None:
+    m = layer()
+    parameter, bits = m.weight, m.weight.qdata.clone()
+    watched = weakref.ref(m.weight.qdata)  # what the binder holds; a reference to the parameter would forbid the move
+    m.to("meta")
+    assert m.weight is parameter
+    assert m.weight.qdata.device.type == m.weight.device.type == "meta"
+    assert watched() is None
+    m.to_empty(device="cpu")
+    assert isinstance(m.weight, Fp8Weight)
+    assert isinstance(m.weight, nn.Parameter)
+    m.weight.copy_(Fp8Weight(bits, torch.ones(N, 1)))
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        m.to(dtype)
+        assert m.weight.dtype == dtype
+        assert m(torch.randn(2, K, dtype=dtype)).dtype == dtype
+    assert torch.equal(m.weight.qdata.float(), bits.float())
+
+
+def test_its_identity_survives_a_move_and_not_a_copy() -> None:
+    m = layer()
+    identity = m.weight.identity
+    m.to(torch.float16).to(torch.bfloat16)
+    assert m.weight.identity is identity
+    assert copy.deepcopy(m).weight.identity is not identity
+    assert m.weight.clone().identity is not identity
+
+
+def test_in_place_operators_reach_the_memory_that_compiled_code_reads() -> None:
+    m = layer()
+    weight: Any = m.weight
+    inner, before, delta = weight.qdata, weight.dequantize(), plain() * 0.1
+    weight.data += delta  # PEFT
+    assert same(weight, Fp8Weight.quantize(before + delta))
+    before = weight.dequantize()
+    assert weight.mul_(-2) is weight
+    assert torch.equal(weight, -2 * before)
+    torch._foreach_add_([weight], [before])
+    assert sqnr(-before, weight.dequantize()) > 28
+    before = weight.dequantize()
+    weight[3, 5] = 0
+    weight[7] = before[8]
+    assert weight.dequantize()[3, 5] == 0
+    assert torch.equal(weight.dequantize()[7], before[8])
+    torch.add(weight, weight, out=weight)
+    assert weight.qdata is inner
+
+
+def test_data_may_be_exchanged() -> None:
+    weight: Any = layer().weight
+    new = plain()
+    weight.data = new
+    assert same(weight, Fp8Weight.quantize(new))
+    weight.data = weight.data.half()
+    assert weight.dtype == torch.float16
+    assert torch.equal(weight.qdata.float(), Fp8Weight.quantize(new).qdata.float())
+    weight.data = Fp8Weight.quantize(new, "tensor")
+    assert weight.granularity == "tensor"
+
+
+def test_stock_torch_compile_dequantizes_too() -> None:
+    m, x = layer(), plain()[:3]
+    assert torch.equal(torch.compile(m, backend="aot_eager", fullgraph=True)(x), m(x))
+
+
+def test_gradients_pass_through_it_to_an_adapter() -> None:
+    m = layer()
+    with torch.enable_grad():
+        x = plain()[:3].requires_grad_()
+        m(x).sum().backward()
+    assert sqnr(m.weight.dequantize().float().sum(0).expand(3, K), x.grad) > 40
+
+
+def test_repr_tells_what_it_is() -> None:
+    assert repr(layer().weight) == "Fp8Weight([48, 64], dtype=torch.bfloat16, granularity='row', device=cpu)"
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        (lambda w: Fp8Weight(w.dequantize(), w.scale), r"bfloat16 .*float8_e4m3fn belongs here"),
+        (lambda w: Fp8Weight(w.qdata, w.scale[:-1]), r"scale: float32 of shape \[\] or \[48, 1\]"),
+        (lambda w: Fp8Weight(w.qdata, w.scale.half()), "not torch.float16"),
+        (lambda w: Fp8Weight(w.qdata), "not none"),
+        (lambda w: Fp8Weight(w.qdata, w.scale, torch.int8), "dtype=torch.int8"),
+        (lambda w: w.copy_(w.qdata), "float8_e4m3fn values .* are no weight"),
+        (lambda w: w.copy_(plain()[:3]), r"shape \[3, 64\] do not fit"),
+        (lambda w: setattr(w, "data", plain()[:3]), r"\.data of shape \[3, 64\]"),
+        (lambda w: w.resize_(3), "would change the shape"),
+        (lambda w: Fp8Weight.quantize(plain()[0]), r"shape \[64\]"),
+    ],
+)
+def test_what_it_cannot_do_is_an_error(attempt: Callable[[Any], Any], message: str) -> None:
+    weight = layer().weight
+    before = weight.dequantize()
+    with pytest.raises(fp8_compile.Fp8WeightError, match=message):
+        attempt(weight)
+    assert torch.equal(weight.dequantize(), before)
+
+
+def test_a_weight_that_was_kept_remembers_why() -> None:
+    weight = KeptWeight(plain(), reason="narrow")
+    assert isinstance(weight, nn.Parameter)
+    for other in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert (type(other), other.reason) == (KeptWeight, "narrow")
+        assert torch.equal(other, weight)
+    m = nn.Linear(K, N)
+    m.weight = weight
+    assert type(m.to(torch.float16).weight) is KeptWeight
+    assert type(m.state_dict()["weight"]) is Tensor

@@ -1,0 +1,140 @@
+"""LoRA on FP8 base weights: each change of the adapters takes effect in the next result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from sqnr import sqnr
+from test_lora import FLOOR, TINY, run, uncompiled
+from torch import Tensor, nn
+
+import fp8_compile
+from fp8_compile import Fp8Weight
+
+TARGETS = ["to_q", "to_out.0", "net.2"]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def add(m: Any, *names: str) -> Any:
+    """Adapters of a trained one's shape: its second matrix is not zero."""
+    for seed, name in enumerate(names, start=1):
+        m.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False), name)
+        torch.manual_seed(seed)
+        for path, p in m.named_parameters():
+            if f"lora_B.{name}" in path:
+                p.normal_(std=1.0)
+            if "lora_" in path:
+                p.data = p.data.bfloat16()
+    return m
+
+
+def quantized(m: Any) -> Any:
+    fp8_compile.quantize_(m, {"min_features": 64})
+    return m
+
+
+def compile_blocks(m: Any) -> Any:
+    m.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options={"inner_backend": "aot_eager"})
+    return m
+
+
+def base(m: nn.Module) -> list[Tensor]:
+    return [p.dequantize() for p in m.parameters() if isinstance(p, Fp8Weight)]
+
+
+@pytest.mark.parametrize("first", ["adapters", "fp8"])
+def test_every_change_of_adapters_shows_in_the_next_result(first: str) -> None:
+    m: Any = (
+        add(quantized(TINY.build()), "first", "second")
+        if first == "fp8"
+        else quantized(add(TINY.build(), "first", "second"))
+    )
+    assert len(base(m)) == 47
+    assert not any(isinstance(p, Fp8Weight) for path, p in m.named_parameters() if "lora_" in path)
+    compile_blocks(m)
+
+    def both() -> Tensor:
+        expected, out = uncompiled(m), run(m)
+        assert sqnr(expected, out) > FLOOR
+        return out
+
+    m.set_adapters(["first"])
+    unfused, before = both(), base(m)
+    m.fuse_lora(adapter_names=["first"])
+    assert sqnr(unfused, both()) > 30
+    fused = base(m)
+    assert sum(not torch.equal(a, b) for a, b in zip(before, fused, strict=True)) == 12
+    m.unfuse_lora()
+    assert torch.equal(unfused, both())
+    assert all(torch.equal(a, b) for a, b in zip(before, base(m), strict=True))
+    m.set_adapters(["second"])
+    second = both()
+    assert sqnr(unfused, second) < 30
+    m.set_adapters(["first", "second"], [0.5, 1.5])
+    mixed = both()
+    assert sqnr(second, mixed) < 30
+    m.set_adapters(["first", "second"], [0.0, 0.0])
+    m.disable_lora()
+    plain = both()
+    assert sqnr(plain, mixed) < 30
+    m.enable_lora()
+    m.delete_adapters(["first", "second"])
+    assert sqnr(plain, both()) > 40
+
+
+def test_what_was_written_into_a_merged_weight_is_not_undone() -> None:
+    m = add(quantized(TINY.build()), "first")
+    compile_blocks(m)
+    run(m)
+    layer = m.transformer_blocks[1].attn.to_q
+    m.fuse_lora()
+    layer.base_layer.weight.mul_(-1)
+    expected = layer.base_layer.weight.dequantize() - layer.get_delta_weight("first")
+    m.unfuse_lora()
+    assert sqnr(expected, layer.base_layer.weight.dequantize()) > 28
+    assert "_fp8_before_merge" not in vars(layer)
+
+
+def test_fusing_at_another_strength_needs_no_recompile() -> None:
+    m = compile_blocks(add(quantized(TINY.build()), "first"))
+    m.fuse_lora()
+    weak = [run(m) for _ in range(2)][1]
+    m.unfuse_lora()
+    m.set_adapters(["first"], [3.0])
+    m.fuse_lora()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        strong = run(m)
+    assert sqnr(uncompiled(m), strong) > 27
+    assert sqnr(weak, strong) < 20
+
+
+def test_an_adapter_can_be_swapped_for_another_without_a_recompile() -> None:
+    def state(seed: int) -> dict[str, Tensor]:
+        m: Any = add(TINY.build(), "default_0")
+        torch.manual_seed(seed)
+        for path, p in m.named_parameters():
+            if "lora_B" in path:
+                p.normal_(std=1.0)
+        return {k: v.bfloat16() for k, v in get_peft_model_state_dict(m, adapter_name="default_0").items()}
+
+    m = quantized(TINY.build())
+    m.enable_lora_hotswap(target_rank=16)
+    m.load_lora_adapter({f"transformer.{k}": v for k, v in state(1).items()}, adapter_name="default_0")
+    compile_blocks(m)
+    first = [run(m) for _ in range(2)][1]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        m.load_lora_adapter(
+            {f"transformer.{k}": v for k, v in state(2).items()}, adapter_name="default_0", hotswap=True
+        )
+        second = run(m)
+    assert sqnr(uncompiled(m), second) > FLOOR
+    assert sqnr(first, second) < 30
