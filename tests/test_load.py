@@ -178,7 +178,7 @@ def test_a_pattern_of_the_compilation_leaves_an_fp8_layer_to_dequantization() ->
     m.compile(backend="fp8_diffusion", fullgraph=True, options={**COMPILE, "ignored_layers": ["img_mlp"]})
     assert 27 < sqnr(expected, m(x)) < 60
     rows = {row.path: row.reason for row in fp8_compile.report(m).layers}
-    assert rows["blocks.0.img_mlp.0"] == "ignored_layers: img_mlp"
+    assert rows["blocks.0.img_mlp.0"] == "ignored_layers: img_mlp; its FP8 weight is dequantized"
 
 
 # --- whatever happens to the weights afterwards ---
