@@ -50,6 +50,10 @@ CORPUS = (
     "high quality, low quality, blurry, sharp, dark, light, soft, smooth, rough, bright, detailed, simple",
     "A red circle. A green square. The blue triangle. An orange star.",
     "0 1 2 3 4 5 6 7 8 9",
+    "four small crosses and two medium circles, squares, triangles",
+    # How a caption of `scenes` begins.
+    *("a", "an", "one", "two", "three", "four"),
+    "in the center of",
 )
 
 
@@ -113,10 +117,10 @@ def _text_encoder(tokenizer: Any) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _transformer() -> Any:
+def build_transformer() -> Any:
     """A `QwenImageTransformer2DModel` over packed 2x2 latent patches: (batch, patches, 64) in and out."""
     diffusers: Any = import_module("diffusers")
-    model = diffusers.QwenImageTransformer2DModel(
+    return diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=4 * LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -126,31 +130,32 @@ def _transformer() -> Any:
         joint_attention_dim=WIDTH,
         axes_dims_rope=(16, 24, 24),
     )
-    # With the usual initial weights the gates nearly close the blocks, and a prompt, or an FP8 error, would change the
-    # picture by less than one grey level.
-    for block in model.transformer_blocks:
+
+
+def _widen(transformer: Any, vae: Any) -> None:
+    """Make random weights tell: a prompt, or an FP8 error, should change the picture by more than a grey level."""
+    # With the usual initial weights the gates nearly close the blocks.
+    for block in transformer.transformer_blocks:
         block.img_mod[1].weight.data *= 16
         block.txt_mod[1].weight.data *= 16
-    model.norm_out.linear.weight.data *= 16
-    model.proj_out.weight.data *= 2
-    return model
+    transformer.norm_out.linear.weight.data *= 16
+    transformer.proj_out.weight.data *= 2
+    # Spreads the colours over most of 0..255; the usual initial weights give a nearly grey picture.
+    vae.decoder.conv_out.weight.data *= 3
 
 
-def _vae() -> Any:
+def build_vae() -> Any:
     """An `AutoencoderKLQwenImage`: (batch, 16, frames, h, w) latents, 8 times smaller than the picture on each side."""
     diffusers: Any = import_module("diffusers")
-    model = diffusers.AutoencoderKLQwenImage(
+    return diffusers.AutoencoderKLQwenImage(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 4, 4],
+        dim_mult=[1, 2, 2, 4],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
-    # Spreads the colours over most of 0..255; the usual initial weights give a nearly grey picture.
-    model.decoder.conv_out.weight.data *= 3
-    return model
 
 
 def build_qwen_image(seed: int = 0) -> QwenImagePipeline:
@@ -163,7 +168,8 @@ def build_qwen_image(seed: int = 0) -> QwenImagePipeline:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         tokenizer = _tokenizer()
-        text_encoder, transformer, vae = _text_encoder(tokenizer), _transformer(), _vae()
+        text_encoder, transformer, vae = _text_encoder(tokenizer), build_transformer(), build_vae()
+        _widen(transformer, vae)
     for model in (text_encoder, transformer, vae):
         model.eval()
         # Parameters only: the rotary frequencies of the text encoder are buffers, which stay FP32 in a loaded model.
