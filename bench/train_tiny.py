@@ -40,7 +40,7 @@ MATRICES = {
     "transformer": r"transformer_blocks.*(attn|_mlp)\..*weight$",
 }
 """Which parameters Muon trains."""
-STEPS = {"vae": 1300, "transformer": 1000}
+STEPS = {"vae": 1300, "transformer": 1100}
 BATCH = {"vae": 16, "transformer": 128}
 WARM_UP = 40
 KL_WEIGHT = 1e-4
