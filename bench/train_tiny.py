@@ -1,11 +1,12 @@
 """Train the pipeline that the package carries: a small Qwen-Image that draws what simple captions say.
 
 Everything is made here: the scenes and their captions (`fp8_compile.scenes`), the tokenizer's vocabulary, the weights.
-Three stages, each resumed from its last checkpoint:
+Stages, each resumed from its last checkpoint:
 
 * ``vae``: `AutoencoderKLQwenImage` on single frames, L1 and a small KL term;
 * ``transformer``: `QwenImageTransformer2DModel` by flow matching on the VAE's latents. The text encoder keeps its
   random weights: its hidden states tell the words of a caption apart, and the transformer learns what they mean;
+* ``decoder``: the VAE's decoder alone, a little longer;
 * ``evaluate``: how often a picture shows what a caption says that no training step has seen.
 
 One caption in ten is held out, chosen by its text alone. Takes a CPU and about an hour; the numbers depend only on
@@ -33,18 +34,19 @@ from torch import Tensor, nn
 from bench import common
 from fp8_compile import scenes, tiny
 
-ADAMW_RATE = {"vae": 1e-3, "transformer": 1e-3}
-MUON_RATE = {"vae": 0.02, "transformer": 0.02}
+ADAMW_RATE = {"vae": 1e-3, "decoder": 5e-4, "transformer": 1e-3}
+MUON_RATE = {"vae": 0.02, "decoder": 0.01, "transformer": 0.02}
 MATRICES = {
     "vae": r"(conv1|conv2|conv_out|resample\.1|to_qkv|proj)\.weight$",
+    "decoder": r"(conv1|conv2|conv_out|resample\.1|to_qkv|proj)\.weight$",
     "transformer": r"transformer_blocks.*(attn|_mlp)\..*weight$",
 }
 """Which parameters Muon trains."""
-STEPS = {"vae": 1300, "transformer": 1100}
-BATCH = {"vae": 16, "transformer": 128}
+STEPS = {"vae": 1300, "decoder": 600, "transformer": 1100}
+BATCH = {"vae": 16, "decoder": 16, "transformer": 128}
 WARM_UP = 40
 KL_WEIGHT = 1e-4
-POOL = {"vae": 8192, "transformer": 16384}
+POOL = {"vae": 8192, "decoder": 4096, "transformer": 16384}
 SAVE_EVERY = 100
 EMA = 0.99
 
@@ -226,6 +228,30 @@ def train_vae(folder: Path, seed: int, steps: int) -> list[float]:
     return losses
 
 
+def train_decoder(folder: Path, seed: int, steps: int) -> list[float]:
+    """Sharpen the trained VAE's decoder alone: the latents, and with them a trained transformer, stay valid."""
+    from diffusers import AutoencoderKLQwenImage
+
+    vae: Any = AutoencoderKLQwenImage.from_pretrained(folder / "vae").train()
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    _, pictures = draw_pool(POOL["decoder"], seed + 2)
+
+    @torch.compile
+    def objective(z: Tensor, x: Tensor) -> Tensor:
+        return (vae.decoder(vae.post_quant_conv(z)) - x).abs().mean()
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(pictures), (BATCH["decoder"],), generator=generator)
+        return objective(latents[chosen].unsqueeze(2), pictures[chosen].unsqueeze(2) / 127.5 - 1)
+
+    with single_frames():
+        latents = encode(vae, pictures, torch.Generator().manual_seed(seed))
+        losses = run_stage("decoder", folder, vae, loss_of, seed, steps)
+    vae.save_pretrained(folder / "vae")
+    return losses
+
+
 @torch.no_grad()
 def encode(vae: Any, pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Samples of the VAE's posterior, float32 (count, 16, 8, 8), under `single_frames`."""
@@ -380,11 +406,12 @@ def evaluate(pipeline: Any, folder: Path, seed: int, count: int, steps: int, bat
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("stages", nargs="+", choices=["vae", "transformer", "evaluate", "pack"])
+    parser.add_argument("stages", nargs="+", choices=["vae", "transformer", "decoder", "evaluate", "pack"])
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and everything else that a run leaves")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=STEPS["vae"])
     parser.add_argument("--transformer-steps", type=int, default=STEPS["transformer"])
+    parser.add_argument("--decoder-steps", type=int, default=STEPS["decoder"])
     parser.add_argument("--captions", type=int, default=512, help="how many held-out captions the evaluation draws")
     parser.add_argument("--inference-steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
@@ -397,6 +424,8 @@ def main() -> None:
         train_vae(folder, seed, arguments.vae_steps)
     if "transformer" in arguments.stages:
         train_transformer(folder, seed, arguments.transformer_steps)
+    if "decoder" in arguments.stages:
+        train_decoder(folder, seed, arguments.decoder_steps)
     if "evaluate" in arguments.stages:
         pipeline = assemble(folder, seed)
         results |= evaluate(pipeline, folder, seed, arguments.captions, arguments.inference_steps)

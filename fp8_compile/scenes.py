@@ -203,7 +203,9 @@ def detect(image: Image) -> Detection:
     pixels: Any = np.asarray(image.convert("RGB").resize((SIZE, SIZE)), dtype=np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     ground = np.median(border, axis=0)
-    labels, found = ndimage.label(np.linalg.norm(pixels - ground, axis=-1) > _CONTRAST)
+    contrast = np.linalg.norm(pixels - ground, axis=-1)
+    # Relative to the strongest, so that the rims of two close shapes do not join them.
+    labels, found = ndimage.label(contrast > max(_CONTRAST, 0.4 * float(contrast.max())))
     shapes, colors, sizes, centers = [], [], [], []
     for region in range(1, found + 1):
         inside = labels == region
@@ -265,33 +267,43 @@ def _position(x: float, y: float) -> str:
 
 
 def _shape(cover: np.ndarray[Any, Any], left: float, right: float, top: float, bottom: float) -> str | None:
-    """The shape whose outline, stretched to the same box, overlaps ``cover`` best; None below a half."""
+    """The shape whose outline, stretched to the same box, overlaps ``cover`` best; None below 0.6."""
     import numpy as np
 
-    ndimage: Any = import_module("scipy.ndimage")
-
-    steps = (np.arange(_TEMPLATE) + 0.5) / _TEMPLATE
-    grid = np.meshgrid(top + steps * (bottom - top) - 0.5, left + steps * (right - left) - 0.5, indexing="ij")
-    seen = ndimage.map_coordinates(cover, grid, order=1, mode="nearest")
+    seen = _stretched(cover, left, right, top, bottom)
     overlap = {
-        name: float(np.minimum(seen, template).sum() / np.maximum(seen, template).sum())
-        for name, template in _templates().items()
+        name: max(float(np.minimum(seen, t).sum() / np.maximum(seen, t).sum()) for t in templates)
+        for name, templates in _templates().items()
     }
     best = max(overlap, key=overlap.__getitem__)
     return best if overlap[best] > 0.6 else None
 
 
-_masks: dict[str, Any] = {}
-
-
-def _templates() -> dict[str, Any]:
+def _stretched(cover: np.ndarray[Any, Any], left: float, right: float, top: float, bottom: float) -> Any:
+    """A box of ``cover``, resampled to _TEMPLATE x _TEMPLATE."""
     import numpy as np
-    from PIL import Image, ImageDraw
+
+    ndimage: Any = import_module("scipy.ndimage")
+    steps = (np.arange(_TEMPLATE) + 0.5) / _TEMPLATE
+    grid = np.meshgrid(top + steps * (bottom - top) - 0.5, left + steps * (right - left) - 0.5, indexing="ij")
+    return ndimage.map_coordinates(cover, grid, order=1, mode="nearest")
+
+
+_masks: dict[str, list[Any]] = {}
+
+
+def _templates() -> dict[str, list[Any]]:
+    """Each shape sharp and, since a small one may be all rounded corners, blurred."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFilter
 
     if not _masks:
-        side = _TEMPLATE * 8
+        side = 8 * _TEMPLATE
         for name, outline in _OUTLINES.items():
-            picture = Image.new("L", (side, side))
-            ImageDraw.Draw(picture).polygon([((u + 0.5) * side, (v + 0.5) * side) for u, v in outline], fill=255)
-            _masks[name] = np.asarray(picture.resize((_TEMPLATE, _TEMPLATE), Image.Resampling.BOX)) / np.float32(255)
+            picture = Image.new("L", (2 * side, 2 * side))
+            ImageDraw.Draw(picture).polygon([((u + 1) * side, (v + 1) * side) for u, v in outline], fill=255)
+            for blur in (0, 0.06, 0.12):
+                cover = np.asarray(picture.filter(ImageFilter.GaussianBlur(blur * side)), dtype=np.float32) / 255
+                box = (*_span(cover.max(axis=0)), *_span(cover.max(axis=1)))
+                _masks.setdefault(name, []).append(_stretched(cover, *box))
     return _masks
