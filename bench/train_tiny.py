@@ -404,6 +404,24 @@ def evaluate(pipeline: Any, folder: Path, seed: int, count: int, steps: int, bat
     }
 
 
+def plot(folder: Path) -> None:
+    """Draw the loss of every stage that has a checkpoint to ``folder/losses.png``; needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print("no loss plot: matplotlib is not installed")
+        return
+    found = [stage for stage in STEPS if (folder / f"{stage}.pt").is_file()]
+    figure = Figure(figsize=(5 * len(found), 3.5), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        losses = np.array(torch.load(folder / f"{stage}.pt", weights_only=True)["losses"])
+        window = max(1, len(losses) // 50)
+        axes.plot(losses, linewidth=0.4, alpha=0.5)
+        axes.plot(np.arange(window - 1, len(losses)), np.convolve(losses, np.ones(window) / window, mode="valid"))
+        axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+    figure.savefig(folder / "losses.png", dpi=120)
+
+
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("stages", nargs="+", choices=["vae", "transformer", "decoder", "evaluate", "pack"])
@@ -431,6 +449,7 @@ def main() -> None:
         results |= evaluate(pipeline, folder, seed, arguments.captions, arguments.inference_steps)
     if "pack" in arguments.stages:
         assemble(folder, seed).save_pretrained(tiny.EMBEDDED, max_shard_size="9MB")
+    plot(folder)
     common.write(arguments.output, results)
 
 
