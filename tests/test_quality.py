@@ -110,10 +110,12 @@ def _load() -> Any:
     return pipe
 
 
-# Of the mean over 12 pictures, and of the worst.
+# Of the mean over 12 pictures, and of the worst. Measured for row: 41.0 and 28.8 dB, SSIM 0.985 and 0.938, relative L2
+# 0.046 and 0.088, cosine 0.9988 and 0.9962; for tensor: 44.3 and 32.1 dB, 0.994 and 0.971, 0.042 and 0.096, 0.9990 and
+# 0.9954. On these weights one scale per tensor is no worse than one per row.
 FLOORS: dict[str, dict[str, tuple[float, float]]] = {
-    "row": {"psnr": (0, 0), "ssim": (0, 0), "relative_l2": (9, 9), "cosine": (0, 0)},
-    "tensor": {"psnr": (0, 0), "ssim": (0, 0), "relative_l2": (9, 9), "cosine": (0, 0)},
+    "row": {"psnr": (36, 24), "ssim": (0.96, 0.89), "relative_l2": (0.08, 0.16), "cosine": (0.997, 0.99)},
+    "tensor": {"psnr": (38, 26), "ssim": (0.97, 0.92), "relative_l2": (0.08, 0.17), "cosine": (0.997, 0.988)},
 }
 
 
