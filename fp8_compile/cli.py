@@ -24,8 +24,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 # What a pipeline calls the modules that run at every step.
 DENOISERS = ("transformer", "transformer_2", "unet")
 
-# The embedded default draws small pictures; other pipelines know their own sizes.
-EMBEDDED_SIZE = 128
+# The embedded default was trained on pictures of this size; other pipelines know their own.
+EMBEDDED_SIZE = 64
 EMBEDDED_STEPS = 8
 
 

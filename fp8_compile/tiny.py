@@ -1,18 +1,15 @@
 """A small, real Qwen-Image pipeline that needs no download.
 
 The pipeline has the classes and the wiring of Qwen-Image (text encoder, tokenizer, transformer, VAE, scheduler) at
-about 12 million parameters in total. Its weights are random but seeded: a picture it draws is coloured noise that
-depends on the prompt, the seed and the number of steps.
+about 12 million parameters in total. The package carries trained weights (`default_pipeline_dir`), which draw simple
+scenes. `build_qwen_image` makes random ones: a picture they draw is coloured noise that depends on the prompt, the
+seed and the number of steps.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 import tempfile
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +18,12 @@ import torch
 if TYPE_CHECKING:
     from diffusers import QwenImagePipeline
 
+EMBEDDED = Path(__file__).parent / "embedded"
+
 # So that every attention and MLP linear has at least 256 features on both sides: narrower ones are not worth FP8.
 WIDTH = 256
 HEADS = 4
-BLOCKS = 3
+BLOCKS = 2
 LATENT_CHANNELS = 16
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -50,6 +49,10 @@ CORPUS = (
     "high quality, low quality, blurry, sharp, dark, light, soft, smooth, rough, bright, detailed, simple",
     "A red circle. A green square. The blue triangle. An orange star.",
     "0 1 2 3 4 5 6 7 8 9",
+    "four small crosses and two medium circles, squares, triangles",
+    # How a caption of `scenes` begins.
+    *("a", "an", "one", "two", "three", "four"),
+    "in the center of",
 )
 
 
@@ -113,10 +116,10 @@ def _text_encoder(tokenizer: Any) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _transformer() -> Any:
+def build_transformer() -> Any:
     """A `QwenImageTransformer2DModel` over packed 2x2 latent patches: (batch, patches, 64) in and out."""
     diffusers: Any = import_module("diffusers")
-    model = diffusers.QwenImageTransformer2DModel(
+    return diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=4 * LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -126,35 +129,36 @@ def _transformer() -> Any:
         joint_attention_dim=WIDTH,
         axes_dims_rope=(16, 24, 24),
     )
-    # With the usual initial weights the gates nearly close the blocks, and a prompt, or an FP8 error, would change the
-    # picture by less than one grey level.
-    for block in model.transformer_blocks:
+
+
+def _widen(transformer: Any, vae: Any) -> None:
+    """Make random weights tell: a prompt, or an FP8 error, should change the picture by more than a grey level."""
+    # With the usual initial weights the gates nearly close the blocks.
+    for block in transformer.transformer_blocks:
         block.img_mod[1].weight.data *= 16
         block.txt_mod[1].weight.data *= 16
-    model.norm_out.linear.weight.data *= 16
-    model.proj_out.weight.data *= 2
-    return model
+    transformer.norm_out.linear.weight.data *= 16
+    transformer.proj_out.weight.data *= 2
+    # Spreads the colours over most of 0..255; the usual initial weights give a nearly grey picture.
+    vae.decoder.conv_out.weight.data *= 3
 
 
-def _vae() -> Any:
+def build_vae() -> Any:
     """An `AutoencoderKLQwenImage`: (batch, 16, frames, h, w) latents, 8 times smaller than the picture on each side."""
     diffusers: Any = import_module("diffusers")
-    model = diffusers.AutoencoderKLQwenImage(
+    return diffusers.AutoencoderKLQwenImage(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 4, 4],
+        dim_mult=[1, 2, 2, 4],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
-    # Spreads the colours over most of 0..255; the usual initial weights give a nearly grey picture.
-    model.decoder.conv_out.weight.data *= 3
-    return model
 
 
 def build_qwen_image(seed: int = 0) -> QwenImagePipeline:
-    """Build the tiny pipeline on the CPU: BF16 parameters, eval mode, weights that depend only on `seed`.
+    """Build the tiny pipeline with random weights on the CPU: BF16 parameters that depend only on `seed`, eval mode.
 
     The random state of the caller is left as it was.
     """
@@ -163,7 +167,8 @@ def build_qwen_image(seed: int = 0) -> QwenImagePipeline:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         tokenizer = _tokenizer()
-        text_encoder, transformer, vae = _text_encoder(tokenizer), _transformer(), _vae()
+        text_encoder, transformer, vae = _text_encoder(tokenizer), build_transformer(), build_vae()
+        _widen(transformer, vae)
     for model in (text_encoder, transformer, vae):
         model.eval()
         # Parameters only: the rotary frequencies of the text encoder are buffers, which stay FP32 in a loaded model.
@@ -179,26 +184,9 @@ def build_qwen_image(seed: int = 0) -> QwenImagePipeline:
 
 
 def default_pipeline_dir() -> Path:
-    """The directory of the tiny pipeline in the user's cache, in the layout of `save_pretrained`.
+    """The directory of the embedded pipeline, in the layout of `save_pretrained`.
 
-    The first call builds it; a later call finds it there as long as neither this file nor diffusers' version changed.
+    It has the classes and the sizes of `build_qwen_image`, and was trained by ``bench/train_tiny.py`` to draw the
+    captions of `fp8_compile.scenes` at 64 x 64 pixels. Its text encoder has random weights.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    key = hashlib.sha256(Path(__file__).read_bytes() + version("diffusers").encode()).hexdigest()[:12]
-    target = cache / "fp8_compile" / f"qwen-image-tiny-{key}"
-    if (target / "model_index.json").is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, because a rename is atomic only within one file system.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        pipeline: Any = build_qwen_image()
-        pipeline.save_pretrained(scratch)
-        os.replace(scratch, target)
-    except OSError:
-        # Another process was first: a directory that is not empty cannot be replaced.
-        if not (target / "model_index.json").is_file():
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    return EMBEDDED
