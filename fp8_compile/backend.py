@@ -57,8 +57,7 @@ def fp8_diffusion(
     asked = any(isinstance(x, Tensor) and x.is_cuda and not isinstance(x, FakeTensor) for x in example_inputs)
     given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs, strict=True)}
     kept_at_load = {name: value.reason for name, value in given.items() if isinstance(value, KeptWeight)}
-    ask: dict[str, Any] = {"refusal": refusal} if asked else {}
-    plan = plan_linears(gm, opts, scheme_for(opts), kept_at_load=kept_at_load, **ask)
+    plan = plan_linears(gm, opts, scheme_for(opts), refusal if asked else None, kept_at_load)
     tracing.trace_plan(plan, opts)
     _check_patterns(gm, plan)
     if not kept_at_load:  # else `quantize_` has said it, of the whole model

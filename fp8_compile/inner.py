@@ -19,17 +19,19 @@ from .passes import pipeline
 
 def compile_inner(gm: GraphModule, inputs: Sequence[Any], options: Fp8Options) -> Callable[..., Any]:
     """Compile ``gm`` with ``options.inner_backend``."""
+    steered = options.inner_backend == "inductor" and "whole_rows" not in options.disabled_passes
+    with _whole_rows() if steered else contextlib.nullcontext():
+        return cast("Callable[..., Any]", _backend(gm, options)(gm, inputs))
+
+
+def _backend(gm: GraphModule, options: Fp8Options) -> Any:
     if options.inner_backend == "inductor":
         # torch.compile's own entrance to Inductor, for what it adds to compile_fx: modes and CUDA graph set-up.
         entrance: Any = torch._TorchCompileInductorWrapper
-        with contextlib.nullcontext() if "whole_rows" in options.disabled_passes else _whole_rows():
-            backend = entrance(options.mode, {**options.inductor, **_settings(gm, options)}, None)
-            return cast("Callable[..., Any]", backend(gm, inputs))
-    elif callable(options.inner_backend):
-        backend = options.inner_backend
-    else:
-        backend = torch._dynamo.lookup_backend(options.inner_backend)
-    return cast("Callable[..., Any]", backend(gm, inputs))
+        return entrance(options.mode, {**options.inductor, **_settings(gm, options)}, None)
+    if callable(options.inner_backend):
+        return options.inner_backend
+    return torch._dynamo.lookup_backend(options.inner_backend)
 
 
 # Inductor stores an intermediate result in memory when more than so many values are read, or operators are needed, to

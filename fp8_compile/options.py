@@ -92,10 +92,11 @@ class Fp8Options:
         if isinstance(self.disabled_passes, str) or not isinstance(self.disabled_passes, Iterable):
             raise OptionError(f"disabled_passes={self.disabled_passes!r}: a list of names belongs here")
         object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
-        for name in self.disabled_passes:
+        if self.disabled_passes:
             from .passes.pipeline import HEURISTICS, POST_GRAD, PRE_GRAD
 
-            _one_of("disabled_passes", name, [*PRE_GRAD, *POST_GRAD, *HEURISTICS])
+            for name in self.disabled_passes:
+                _one_of("disabled_passes", name, [*PRE_GRAD, *POST_GRAD, *HEURISTICS])
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor={self.inductor!r}: a dict of settings belongs here")
         self._check_inner()

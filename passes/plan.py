@@ -70,7 +70,7 @@ class Plan:
         return Counter(d.reason for d in self.decisions if d.decision == "kept")
 
 
-Refusal = Callable[["Scheme", torch.device, "int | torch.SymInt", tuple[int, int], torch.dtype, bool], "str | None"]
+Refusal = Callable[[Scheme, torch.device, int | torch.SymInt, tuple[int, int], torch.dtype, bool], str | None]
 """Why a device cannot run a scheme on so many rows and features of a dtype, with a bias or without, or None."""
 
 
@@ -78,13 +78,14 @@ def plan_linears(
     gm: GraphModule,
     options: Fp8Options,
     scheme: Scheme,
-    refusal: Refusal = lambda *asked: None,
+    refusal: Refusal | None = None,
     kept_at_load: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide on every linear of Dynamo's graph ``gm``; the graph stays as it is.
 
     Args:
         scheme: for weights that are not in FP8 yet.
+        refusal: asked of each linear that is to become FP8; None where there is no device to ask.
         kept_at_load: placeholders of weights that `quantize_` left as they were, and its reasons.
     """
     kept_at_load = kept_at_load or {}
@@ -96,7 +97,7 @@ def plan_linears(
         if isinstance(choice, Scheme) and storages(linear.weight) & written:
             choice = "weight is modified in the graph"
         decision = _decision(linear, options, choice)
-        if decision.scheme is not None:
+        if decision.scheme is not None and refusal is not None:
             decision = _decision(linear, options, _unless_refused(linear, decision.scheme, refusal))
         if decision.scheme is None and isinstance(example(linear.weight), Fp8Weight):
             decision = replace(decision, reason=f"{decision.reason}; its FP8 weight is dequantized")
