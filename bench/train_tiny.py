@@ -42,7 +42,7 @@ MATRICES = {
     "transformer": r"transformer_blocks.*(attn|_mlp)\..*weight$",
 }
 """Which parameters Muon trains."""
-STEPS = {"vae": 1300, "decoder": 600, "transformer": 1100}
+STEPS = {"vae": 2000, "decoder": 600, "transformer": 1100}
 BATCH = {"vae": 16, "decoder": 16, "transformer": 128}
 WARM_UP = 40
 KL_WEIGHT = 1e-4

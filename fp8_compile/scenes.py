@@ -27,18 +27,18 @@ SIZE = 64
 """Height and width of a scene in pixels; every length below is in pixels of such a picture."""
 
 COLORS = {
-    "red": (215, 30, 40),
+    "red": (205, 20, 40),
     "green": (30, 150, 60),
     "blue": (40, 80, 220),
-    "yellow": (250, 220, 50),
-    "orange": (250, 140, 20),
+    "yellow": (250, 225, 60),
+    "orange": (240, 115, 20),
     "purple": (140, 50, 180),
     "white": (250, 250, 250),
     "black": (15, 15, 15),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 COUNTS = ("one", "two", "three", "four")
-EXTENTS = {"small": (12.0, 14.0), "medium": (18.0, 21.0), "large": (25.0, 27.0)}
+EXTENTS = {"small": (14.0, 16.0), "medium": (20.0, 22.0), "large": (26.0, 28.0)}
 """Least and greatest width, which is also the height, of a shape of each size. A caption does not say "medium"."""
 POSITIONS = {
     "center": ("in the center of", 0, 0),
@@ -189,8 +189,8 @@ class Detection:
         return verdict
 
 
-_LEAST_AREA = 16  # in pixels; the smallest shape has about 70
-_CONTRAST = 45.0  # distance in RGB between background and shape; the nearest two of COLORS are 84 apart
+_LEAST_AREA = 16  # in pixels; the smallest shape has about 105
+_CONTRAST = 45.0  # distance in RGB between background and shape; the nearest two of COLORS are 103 apart
 _TEMPLATE = 16
 
 
