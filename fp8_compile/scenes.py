@@ -189,7 +189,7 @@ class Detection:
         return verdict
 
 
-_LEAST_AREA = 16  # in pixels; the smallest shape has about 105
+_LEAST_AREA = 16  # in pixels; the smallest shape has about 100
 _CONTRAST = 45.0  # distance in RGB between background and shape; the nearest two of COLORS are 103 apart
 _TEMPLATE = 16
 
