@@ -21,6 +21,8 @@ class QwenImage:
     no_caption = " "
     """Encoded in place of a caption, and the negative prompt for guidance; the model's own examples use it."""
 
+    compile_vae = True
+    """Whether that pays: many small elementwise kernels between convolutions of few channels."""
     matrices: ClassVar = {
         "text": r"layers.*(self_attn|mlp)\..*weight$",
         "vae": r"(conv1|conv2|conv_out|resample\.1|to_qkv|proj)\.weight$",
@@ -43,13 +45,8 @@ class QwenImage:
         return states, torch.ones(states.shape[:2], dtype=torch.bool) if masks is None else masks.bool()
 
     def initialise_vae(self, vae: Any) -> None:
-        """Start with signals that neither fade nor drown: from the usual weights, hundreds of steps teach nothing."""
-        for name, module in vae.named_modules():
-            if isinstance(module, nn.Conv3d | nn.Conv2d):
-                # The usual deviation is 1 / sqrt(3 * inputs), and counts the taps in time that a single frame lacks.
-                module.weight.data *= (3 * (module.kernel_size[0] if isinstance(module, nn.Conv3d) else 1)) ** 0.5
-                if name.endswith(("conv2", "decoder.conv_out")):
-                    module.weight.data *= 0.2
+        """Start with a posterior narrow enough to learn from."""
+        _initialise_convolutions(vae)
         vae.quant_conv.weight.data[tiny.LATENT_CHANNELS :] = 0
         vae.quant_conv.bias.data[tiny.LATENT_CHANNELS :] = -5
 
@@ -125,6 +122,16 @@ class QwenImage:
         return {"negative_prompt": self.no_caption, "true_cfg_scale": scale} if scale > 1 else {}
 
 
+def _initialise_convolutions(vae: nn.Module) -> None:
+    """Start with signals that neither fade nor drown: from the usual weights, hundreds of steps teach nothing."""
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv3d | nn.Conv2d):
+            # The usual deviation is 1 / sqrt(3 * inputs), and counts the taps in time that a single frame lacks.
+            module.weight.data *= (3 * (module.kernel_size[0] if isinstance(module, nn.Conv3d) else 1)) ** 0.5
+            if name.endswith(("conv2", "decoder.conv_out")):
+                module.weight.data *= 0.2
+
+
 class ZImage:
     """`ZImagePipeline`.
 
@@ -135,6 +142,7 @@ class ZImage:
     name = "z-image"
     no_caption = ""
     padded = 0.85
+    compile_vae = False
 
     matrices: ClassVar = {
         "text": r"layers.*(self_attn|mlp)\..*weight$",
@@ -157,6 +165,7 @@ class ZImage:
         return padded(states, batch_first=True), padded(masks, batch_first=True)
 
     def initialise_vae(self, vae: Any) -> None:
+        _initialise_convolutions(vae)
         nn.init.zeros_(vae.encoder.conv_out.weight[tiny.LATENT_CHANNELS :].data)
         vae.encoder.conv_out.bias.data[tiny.LATENT_CHANNELS :] = -5
         vae.to(memory_format=torch.channels_last)

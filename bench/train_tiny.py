@@ -43,7 +43,7 @@ STEPS = {
     "z-image": {"text": 250, "vae": 2000, "transformer": 2000},
 }
 BATCH = {
-    "qwen-image": {"text": 64, "vae": 16, "transformer": 192},
+    "qwen-image": {"text": 64, "vae": 16, "transformer": 128},
     "z-image": {"text": 64, "vae": 16, "transformer": 64},
 }
 WARM_UP = 40
@@ -66,13 +66,13 @@ def choose(rng: random.Random) -> scenes.Scene:
             return scene
 
 
-def draw_pool(count: int, seed: int) -> tuple[list[scenes.Scene], Tensor]:
-    """``count`` training scenes and their pictures, uint8 (count, 3, 64, 64)."""
+def draw_pool(count: int, seed: int, loose: bool) -> tuple[list[scenes.Scene], Tensor]:
+    """``count`` training scenes and their pictures, uint8 (count, 3, 64, 64); ``loose`` as in `scenes.Scene.draw`."""
     rng = random.Random(seed)
     chosen = [choose(rng) for _ in range(count)]
     pictures = torch.empty(count, 3, scenes.SIZE, scenes.SIZE, dtype=torch.uint8)
     for i, scene in enumerate(chosen):
-        pictures[i] = torch.from_numpy(np.asarray(scene.draw(rng)).copy()).permute(2, 0, 1)
+        pictures[i] = torch.from_numpy(np.asarray(scene.draw(rng, loose)).copy()).permute(2, 0, 1)
     return chosen, pictures
 
 
@@ -209,16 +209,18 @@ def train_vae(recipe: Any, folder: Path, seed: int, steps: int) -> list[float]:
     torch.manual_seed(seed)
     vae = recipe.build_vae()
     recipe.initialise_vae(vae)
-    _, pictures = draw_pool(POOL["vae"], seed)
+    _, pictures = draw_pool(POOL["vae"], seed, loose=True)
     batch = BATCH[recipe.name]["vae"]
 
-    @torch.compile
     def objective(x: Tensor, noise: Tensor) -> Tensor:
         mean, logvar = recipe.moments(vae, x)
         logvar = logvar.clamp(-30, 20)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         seen = recipe.decode(vae, mean + (0.5 * logvar).exp() * noise)
         return (seen - x).abs().mean() + KL_WEIGHT * kl
+
+    if recipe.compile_vae:
+        objective = torch.compile(objective)
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(pictures), (batch,), generator=generator)
@@ -278,7 +280,7 @@ def train_transformer(recipe: Any, folder: Path, seed: int, steps: int) -> list[
     pipeline = trained(recipe, folder, seed)
     vae = pipeline.vae.float()
     torch.manual_seed(seed)
-    chosen, pictures = draw_pool(POOL["transformer"], seed + 1)
+    chosen, pictures = draw_pool(POOL["transformer"], seed + 1, loose=False)
     with recipe.vae_at_work():
         latents = recipe.normalise(vae, encode(recipe, vae, pictures, torch.Generator().manual_seed(seed)))
     captions = [recipe.no_caption, *sorted({scene.caption for scene in chosen})]

@@ -89,22 +89,35 @@ class Scene:
         """Whether the embedded pipeline was trained without this caption: one in ten, chosen by its text alone."""
         return hashlib.sha256(self.caption.encode()).digest()[0] % 10 == 0
 
-    def draw(self, rng: random.Random) -> Image:
-        """An RGB picture of SIZE x SIZE; extents, places and which quarters are used come from ``rng``."""
+    def draw(self, rng: random.Random, loose: bool = False) -> Image:
+        """An RGB picture of SIZE x SIZE; which places the caption leaves open are taken comes from ``rng``.
+
+        Args:
+            loose: extents and places vary, too, within what the caption says.
+        """
         from PIL import Image, ImageDraw
 
         side = SIZE * _OVERSAMPLING
         picture = Image.new("RGB", (side, side), COLORS[self.background])
         pen = ImageDraw.Draw(picture)
-        extent = rng.uniform(*EXTENTS[self.size])
-        for x, y in self._places(rng, extent):
+        low, high = EXTENTS[self.size]
+        extent = rng.uniform(low, high) if loose else (low + high) / 2
+        for x, y in self._loose_places(rng, extent) if loose else self._places(rng):
             corners = [
                 ((x + extent * u) * _OVERSAMPLING, (y + extent * v) * _OVERSAMPLING) for u, v in _OUTLINES[self.shape]
             ]
             pen.polygon(corners, fill=COLORS[self.color])
         return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
-    def _places(self, rng: random.Random, extent: float) -> list[tuple[float, float]]:
+    def _places(self, rng: random.Random) -> list[tuple[float, float]]:
+        middle = SIZE / 2
+        if self.count > 1:
+            quarters = rng.sample([(u, v) for v in (-1, 1) for u in (-1, 1)], self.count)
+            return [(middle + u * SIZE / 4, middle + v * SIZE / 4) for u, v in quarters]
+        _, right, down = POSITIONS[rng.choice(list(POSITIONS)) if self.position is None else self.position]
+        return [(middle + right * SIZE / 4, middle + down * SIZE / 4)]
+
+    def _loose_places(self, rng: random.Random, extent: float) -> list[tuple[float, float]]:
         middle = SIZE / 2
         if self.count == 1:
             if self.position is None:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import OptionError
+
 if TYPE_CHECKING:
     from diffusers import QwenImagePipeline, ZImagePipeline
 
@@ -273,10 +275,19 @@ def _in_bfloat16(pipeline: Any) -> Any:
     return pipeline
 
 
-def default_pipeline_dir() -> Path:
-    """The directory of the embedded pipeline, in the layout of `save_pretrained`.
+def default_pipeline_dir(pipeline: str = "qwen-image") -> Path:
+    """The directory of an embedded pipeline, in the layout of `save_pretrained`.
 
-    It has the classes and the sizes of `build_qwen_image`, and was trained by ``bench/train_tiny.py`` to draw the
-    captions of `fp8_compile.scenes` at 64 x 64 pixels. Its text encoder has random weights.
+    It has the classes and the sizes of `build_qwen_image` or `build_z_image`, and was trained by
+    ``bench/train_tiny.py`` to draw the captions of `fp8_compile.scenes` at 64 x 64 pixels.
+
+    Args:
+        pipeline: "qwen-image" or "z-image".
+
+    Raises:
+        OptionError: there is no embedded pipeline of that name.
     """
-    return EMBEDDED
+    valid = sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
+    if pipeline not in valid:
+        raise OptionError(f"no embedded pipeline is called {pipeline!r}; there are {', '.join(valid)}")
+    return EMBEDDED / pipeline
