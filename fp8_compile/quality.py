@@ -192,8 +192,9 @@ def following(drawings: Sequence[Drawing]) -> dict[str, tuple[int, int]]:
         SceneError: a prompt is no caption of `scenes`.
     """
     counts: dict[str, tuple[int, int]] = {}
-    for drawing in drawings:
-        verdict = detect(drawing.image).follows(parse(drawing.prompt))
+    wanted = [parse(drawing.prompt) for drawing in drawings]
+    for drawing, scene in zip(drawings, wanted, strict=True):
+        verdict = detect(drawing.image).follows(scene)
         for name, right in {"all": all(verdict.values()), **verdict}.items():
             before, of = counts.get(name, (0, 0))
             counts[name] = (before + right, of + 1)

@@ -24,7 +24,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = nn.functional.layer_norm(x, x.shape[-1:])
-        return x + self.mlp(self.to_q(normed).sigmoid() * self.to_v(normed))
+        return x + 2 * self.mlp(8 * self.to_q(normed).tanh() * self.to_v(normed))
 
 
 class Transformer(nn.Module):

@@ -88,3 +88,10 @@ def test_shapes_that_differ_have_no_common_attribute() -> None:
 def test_an_empty_picture_shows_nothing() -> None:
     found = detect(Image.new("RGB", (SIZE, SIZE), COLORS["black"]))
     assert (found.count, found.shape, found.background) == (0, None, "black")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_is_judged_and_shows_no_scene(seed: int) -> None:
+    noise = Image.frombytes("RGB", (SIZE, SIZE), random.Random(seed).randbytes(3 * SIZE * SIZE))
+    smooth = noise.filter(ImageFilter.GaussianBlur(seed / 2))
+    assert not all(detect(smooth).follows(TWO).values())
