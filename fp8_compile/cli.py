@@ -96,6 +96,7 @@ def text_to_image(
     import torch
 
     from . import NothingConvertedError, report
+    from .models import RECOMMENDED
     from .variants import StepClock, denoisers_of
 
     patterns = [p.strip() for item in ignored_layers or [] for p in item.split(",") if p.strip()]
@@ -108,6 +109,11 @@ def text_to_image(
     with _errors():
         denoisers = denoisers_of(pipe)
         for module in denoisers.values():
+            advice = RECOMMENDED.get(type(module).__name__)
+            if advice and not patterns and not no_quantization and model is not None:
+                _tell(
+                    f"{type(module).__name__}: others keep {', '.join(advice)} (--ignored-layers; see docs/models.md)"
+                )
             if no_quantization:
                 _compile(module, whole, mode=compile_mode)
             else:
