@@ -245,16 +245,12 @@ def ablate(
     choices: dict[str, Patterns] = {BASELINE: BF16, **groups}
     drawings: dict[str, tuple[Drawing, ...]] = {}
     weights: dict[str, tuple[int, int]] = {}
-    graphs: dict[Patterns, set[str]] = {}
     reasons: set[str] = set()
     for number, (name, patterns) in enumerate(choices.items(), start=1):
         progress(f"{number}/{len(choices)} {name}: compiling and drawing")
-        known = variants.graphs()
         variants.use_everywhere(patterns)
         drawings[name] = variants.draw(prompts, seeds, **call)
-        # A choice that is there twice has been compiled once.
-        new = graphs.setdefault(patterns, variants.graphs() - known)
-        told = variants.reports(new).values()
+        told = variants.reports(patterns).values()
         totals = [r.totals for r in told]
         before = "bytes_before" if patterns is BF16 else "bytes_after"
         weights[name] = sum(t["fp8"] for t in totals), sum(t[before] for t in totals)

@@ -298,9 +298,8 @@ class Search:
     def _convertible(self) -> dict[str, dict[str, list[str]]]:
         """The layers that become FP8 if none is kept, by denoiser and block."""
         self._progress("compiling and drawing in FP8")
-        known = self.variants.graphs()
         self._in_fp8 = self._draw(lambda region: ())
-        reports = self.variants.reports(self.variants.graphs() - known)
+        reports = self.variants.reports(())
         found: dict[str, dict[str, list[str]]] = {}
         for region in self.variants.regions:
             prefix = f"{region.path}."

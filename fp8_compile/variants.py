@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backend import fp8_diffusion
 from .errors import Fp8Error, NothingConvertedWarning, OptionError
 from .fp8_weight import Fp8Weight
 from .options import Fp8Options
@@ -60,6 +61,20 @@ Patterns = tuple[str, ...] | None
 """The ``ignored_layers`` of a region, or `BF16`."""
 
 
+class _Backend:
+    """``fp8_diffusion`` with the options of one variant; notes the graphs that it compiles."""
+
+    reset = staticmethod(fp8_diffusion.reset)  # type: ignore[attr-defined]  # for torch.compiler.reset
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
+        self.graphs: set[str] = set()
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs.add(str(torch._guards.CompileContext.current_compile_id()))
+        return fp8_diffusion(gm, example_inputs, options=self._options)
+
+
 class Variants:
     """A pipeline whose denoisers run as one of several compiled variants, switched without compiling again.
 
@@ -93,6 +108,7 @@ class Variants:
         self.regions = [r for name, model in self.denoisers.items() for r in _regions(name, model, whole)]
         self._before = {region: region.module._compiled_call_impl for region in self.regions}
         self._calls: dict[tuple[Region, Patterns], Any] = {}
+        self._backends: dict[tuple[str, ...], _Backend] = {}
 
     @property
     def by_block(self) -> bool:
@@ -115,7 +131,8 @@ class Variants:
 
     def _arguments(self, patterns: Patterns) -> dict[str, Any]:
         if patterns is not BF16:
-            return {"backend": "fp8_diffusion", "options": {**self.options, "ignored_layers": list(patterns)}}
+            options = {**self.options, "ignored_layers": list(patterns)}
+            return {"backend": self._backends.setdefault(patterns, _Backend(options))}
         arguments: dict[str, Any] = {"backend": self._parsed.inner_backend}
         if self._parsed.mode is not None:
             arguments["mode"] = self._parsed.mode
@@ -135,13 +152,14 @@ class Variants:
             self.pipeline(prompt, generator=generator, callback_on_step_end=clock.step, output_type="latent", **call)
         return clock.seconds
 
-    def reports(self, graphs: set[str] | None = None) -> dict[str, Report]:
-        """`report` of every denoiser."""
-        return {name: report(model, graphs) for name, model in self.denoisers.items()}
+    def graphs(self, patterns: Patterns) -> frozenset[str]:
+        """The graphs that were compiled so far for regions with these ``ignored_layers``, as in `Report.graphs`."""
+        known = None if patterns is BF16 else self._backends.get(patterns)
+        return frozenset() if known is None else frozenset(known.graphs)
 
-    def graphs(self) -> set[str]:
-        """Of all quantized variants that have run."""
-        return {graph for told in self.reports().values() for graph in told.graphs}
+    def reports(self, patterns: Patterns) -> dict[str, Report]:
+        """`report` of every denoiser, with what these ``ignored_layers`` did to it."""
+        return {name: report(model, self.graphs(patterns)) for name, model in self.denoisers.items()}
 
     def close(self) -> None:
         """Let the pipeline run as it did before."""

@@ -92,12 +92,12 @@ def test_variants_take_turns_and_are_what_compiling_alone_gives() -> None:
         again = variants.draw(PROMPTS, [0])
         before = drawn.setdefault(patterns, again)
         assert all(torch.equal(a.latents, b.latents) for a, b in zip(again, before, strict=True))
-    graphs = variants.graphs()
-    assert len(graphs) == 2  # each of the two FP8 variants was compiled once, for all blocks
+    assert [len(variants.graphs(patterns)) for patterns in (BF16, (), ("mlp",))] == [0, 1, 1]  # one for all blocks
     variants.close()
     again = draw(pipe, PROMPTS, [0])
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(again, eager, strict=True))
-    assert variants.graphs() == graphs
+    assert fp8_compile.report(pipe.transformer).graphs == (*variants.graphs(()), *variants.graphs(("mlp",)))
+    assert [row.decision for row in variants.reports(("mlp",))["transformer"].layers].count("fp8") == 6
 
     alone = Pipeline()
     for block in alone.transformer.blocks:
@@ -105,6 +105,13 @@ def test_variants_take_turns_and_are_what_compiling_alone_gives() -> None:
         block.compile(backend="fp8_diffusion", fullgraph=True, dynamic=False, options=options)
     expected = draw(alone, PROMPTS, [0])
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(expected, drawn["mlp",], strict=True))
+
+
+def test_a_second_user_of_a_pipeline_sees_its_own_graphs() -> None:
+    pipe = Pipeline()
+    for _ in range(2):
+        found = ablate(Variants(pipe, OPTIONS), {"all": ()}, PROMPTS, (0,), rounds=1)
+        assert [row.fp8_layers for row in found.rows] == [0, 12]
 
 
 def test_what_has_no_variants_is_refused() -> None:
