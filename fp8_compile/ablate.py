@@ -31,11 +31,20 @@ from .errors import Fp8Error, NothingConvertedError
 from .models import Groups
 from .pages import LOSSLESS_SIDE, Plot, Point, amplification, data_uri, difference, render
 from .patterns import check_unmatched, first_match, layer_path
-from .quality import Comparison, Drawing, compare, following
+from .quality import Comparison, Drawing, compare, following, require_lpips
 from .scenes import SceneError
 from .variants import BF16, Patterns, Variants
 
 BASELINE = "compiled BF16"
+
+# What they are called in a table, and digits after the point.
+_METRICS = {
+    "psnr": ("PSNR, dB", 1),
+    "ssim": ("SSIM", 3),
+    "relative_l2": ("relative L2", 3),
+    "cosine": ("cosine", 4),
+    "lpips": ("LPIPS", 3),
+}
 
 
 class AblationError(Fp8Error, ValueError):
@@ -178,7 +187,8 @@ class Ablation:
         header = ["#", "configuration", "kept in BF16", "FP8 layers", "weights, MB"]
         header += ["peak, MB"] if peaks else []
         header += ["ms per step [quartiles]", "speedup"]
-        header += [f"{name}: mean / worst" for name in ("PSNR, dB", "SSIM", "relative L2", "cosine")]
+        measured = next(row.quality.metrics for row in self.rows if row.quality is not None)
+        header += [f"{_METRICS[metric][0]}: mean / worst" for metric in measured]
         header += ["follows the prompt"] if follows else []
         rows = []
         for number, row in enumerate(self.rows, start=1):
@@ -188,8 +198,8 @@ class Ablation:
             cells += [str(row.fp8_layers), f"{row.weight_bytes / 1e6:.1f}"]
             cells += [f"{row.peak_bytes / 1e6:.0f}"] if row.peak_bytes is not None else []
             cells += [f"{median:.1f} [{low:.1f}, {high:.1f}]", f"{self.speedup(row):.2f}"]
-            for metric, digits in (("psnr", 1), ("ssim", 3), ("relative_l2", 3), ("cosine", 4)):
-                q = row.quality
+            for metric in measured:
+                q, digits = row.quality, _METRICS[metric][1]
                 values = [] if q is None else [number_text(of[metric], digits) for of in (q.mean, q.worst)]
                 cells.append(" / ".join(values) or "-")
             cells += ["{} of {}".format(*row.following["all"])] if row.following is not None else []
@@ -222,6 +232,7 @@ def ablate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     rounds: int = 3,
+    perceptual: bool = False,
     progress: Callable[[str], None] = lambda line: None,
     **call: Any,
 ) -> Ablation:
@@ -233,6 +244,7 @@ def ablate(
         prompts: a picture of each for every seed, for quality. The first is timed.
         seeds: of the initial noise.
         rounds: pictures that are timed per row.
+        perceptual: measure LPIPS too.
         progress: is told what is being done.
         **call: for the pipeline's call, for example ``num_inference_steps``.
 
@@ -240,8 +252,11 @@ def ablate(
         AblationError: a pattern matches no linear of the compiled regions, a name is that of the baseline, or there is
             only one step, whose time cannot be told.
         NothingConvertedError: no layer of the model becomes FP8 in any row.
+        QualityError: LPIPS is asked for and cannot be measured.
     """
     _check(variants, groups)
+    if perceptual:
+        require_lpips()
     choices: dict[str, Patterns] = {BASELINE: BF16, **groups}
     drawings: dict[str, tuple[Drawing, ...]] = {}
     weights: dict[str, tuple[int, int]] = {}
@@ -277,7 +292,7 @@ def ablate(
             tuple(seconds[name]),
             peaks[name],
             drawings[name],
-            None if patterns is BF16 else compare(drawings[BASELINE], drawings[name]),
+            None if patterns is BF16 else compare(drawings[BASELINE], drawings[name], perceptual),
             _following(drawings[name]),
         )
         for name, patterns in choices.items()
@@ -286,6 +301,7 @@ def ablate(
         "prompts": list(prompts),
         "seeds": list(seeds),
         "rounds": rounds,
+        "lpips": perceptual,
         "call": call,
         "options": {name: plain(value) for name, value in variants.options.items()},
     }

@@ -150,6 +150,7 @@ def ablate(
     width: Width = None,
     rounds: Annotated[int, typer.Option(min=1, help="Pictures that are timed for each choice, in turn.")] = 3,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures of each choice on the page.")] = 2,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; its weights must be there.")] = False,
     quantization: Quantization = "fp8",
     granularity: Granularity = "row",
     few_rows: FewRows = "keep",
@@ -180,7 +181,7 @@ def ablate(
         variants = Variants(pipe, options, whole)
         if chosen is None:
             chosen = groups_for(next(iter(variants.denoisers.values())))
-        found = measure(variants, chosen, prompt or PROMPTS, seed or SEEDS, rounds, progress=_tell, **call)
+        found = measure(variants, chosen, prompt or PROMPTS, seed or SEEDS, rounds, lpips, progress=_tell, **call)
     written = {"md": found.markdown(), "json": found.json(), "html": found.html(pictures)}
     output.mkdir(parents=True, exist_ok=True)
     for kind, text in written.items():
@@ -193,14 +194,14 @@ def ablate(
 def search(
     model: Model = None,
     max_loss: Annotated[
-        float | None, typer.Option(help="Bound for a metric that is 0 for equal pictures: relative_l2.")
+        float | None, typer.Option(help="Bound for a metric that is 0 for equal pictures: relative_l2, lpips.")
     ] = None,
     min_quality: Annotated[
         float | None,
         typer.Option(help="Bound for a metric that grows with quality: psnr (in dB), ssim, cosine (1 for equal ones)."),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="relative_l2 and cosine of the last latents, psnr, ssim.")
+        str, typer.Option(help="relative_l2 and cosine of the last latents, psnr, ssim, lpips.")
     ] = "relative_l2",
     statistic: Annotated[str, typer.Option(help="The bound is for the worst picture, or for the mean.")] = "worst",
     by: Annotated[
@@ -269,7 +270,7 @@ def _bound(metric: str, max_loss: float | None, min_quality: float | None, stati
     from .search import Bound, SearchError
 
     if (max_loss is None) == (min_quality is None):
-        _fail("give --max-loss (for relative_l2) or --min-quality (for psnr, ssim, cosine), one of the two")
+        _fail("give --max-loss (for relative_l2, lpips) or --min-quality (for psnr, ssim, cosine), one of the two")
     value = max_loss if max_loss is not None else min_quality
     assert value is not None
     try:

@@ -29,7 +29,7 @@ from .ablate import environment, number_text, plain, quality_to_dict
 from .errors import Fp8Error, NothingConvertedError
 from .pages import Plot, Point, render
 from .patterns import Pattern, layer_path
-from .quality import METRICS, Drawing, compare
+from .quality import METRICS, Drawing, compare, require_lpips
 from .variants import BF16, Patterns, Region, Variants
 from .weights import fingerprint
 
@@ -47,8 +47,8 @@ class Bound:
 
     Attributes:
         metric: one of `quality.METRICS`.
-        value: the greatest that is good enough where less is better (relative L2), else the least (PSNR in dB, SSIM,
-            cosine).
+        value: the greatest that is good enough where less is better (relative L2, LPIPS), else the least (PSNR in dB,
+            SSIM, cosine).
         statistic: of all pictures, "worst" or "mean".
 
     Raises:
@@ -174,7 +174,8 @@ class Search:
 
     Args:
         variants: the pipeline, compiled block by block.
-        bound: what is good enough. A state made for another bound is resumed: its measurements are as true.
+        bound: what is good enough. A state made for another bound is resumed, since every measurement holds all
+            metrics; but for LPIPS, which is measured only where the bound is for it.
         prompts: a picture of each for every seed.
         seeds: of the initial noise.
         state: a file that every measurement is written to, and read from if it is there.
@@ -184,6 +185,7 @@ class Search:
     Raises:
         SearchError: the pipeline's model names no repeated blocks, or the state belongs to other settings.
         NothingConvertedError: no layer of the model becomes FP8.
+        QualityError: the bound is for LPIPS, which cannot be measured.
     """
 
     def __init__(
@@ -201,6 +203,8 @@ class Search:
                 f"{', '.join(type(m).__name__ for m in variants.denoisers.values())}: a search needs models that name "
                 "their repeated blocks, and compiles those"
             )
+        if bound.metric == "lpips":
+            require_lpips()
         self.variants, self.bound, self.prompts, self.seeds = variants, bound, list(prompts), list(seeds)
         self._call, self._path, self._progress = call, state, progress
         self._reference: tuple[Drawing, ...] | None = None
@@ -210,6 +214,7 @@ class Search:
             "pipeline": type(variants.pipeline).__name__,
             "weights": {name: _fingerprint(model) for name, model in variants.denoisers.items()},
             "options": {name: plain(value) for name, value in variants.options.items()},
+            "lpips": bound.metric == "lpips",
             "prompts": self.prompts,
             "seeds": self.seeds,
             "call": {name: plain(value) for name, value in call.items()},
@@ -265,7 +270,7 @@ class Search:
             if self._reference is None:
                 self._progress("compiling and drawing in BF16")
                 self._reference = self._draw(lambda region: BF16)
-            quality = quality_to_dict(compare(self._reference, self._draw_with(kept)))
+            quality = quality_to_dict(compare(self._reference, self._draw_with(kept), self.settings["lpips"]))
             self._known[kept] = quality
             self._state["measurements"].append({"kept": self._names(kept), "quality": quality})
             self._write()

@@ -231,7 +231,7 @@ def test_the_command_searches_and_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --max-loss (for relative_l2) or --min-quality (for psnr, ssim, cosine), one of the two"),
+        ([], "give --max-loss (for relative_l2, lpips) or --min-quality (for psnr, ssim, cosine), one of the two"),
         (["--max-loss", "1", "--min-quality", "1"], "one of the two"),
         (["--max-loss", "30", "--metric", "psnr"], "psnr is greater for better pictures; use --min-quality"),
         (["--min-quality", "0.1"], "relative_l2 is less for better pictures; use --max-loss"),
