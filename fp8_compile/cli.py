@@ -78,6 +78,7 @@ def text_to_image(
     negative_prompt: Annotated[str | None, typer.Option(help="What the picture should not show.")] = None,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    inner_backend: InnerBackend = "inductor",
     compile_mode: CompileMode = None,
     whole: Whole = False,
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
@@ -101,7 +102,12 @@ def text_to_image(
 
     patterns = [p.strip() for item in ignored_layers or [] for p in item.split(",") if p.strip()]
     options = _options(
-        method=quantization, ignored_layers=patterns, granularity=granularity, few_rows=few_rows, mode=compile_mode
+        method=quantization,
+        ignored_layers=patterns,
+        granularity=granularity,
+        few_rows=few_rows,
+        inner_backend=inner_backend,
+        mode=compile_mode,
     )
     pipe = _load(model, torch_dtype, device)
     call = _sizes(model, steps, height, width)
@@ -115,7 +121,7 @@ def text_to_image(
                     f"{type(module).__name__}: others keep {', '.join(advice)} (--ignored-layers; see docs/models.md)"
                 )
             if no_quantization:
-                _compile(module, whole, mode=compile_mode)
+                _compile(module, whole, backend=inner_backend, mode=compile_mode)
             else:
                 _compile(module, whole, backend="fp8_diffusion", options=options)
         with StepClock(device) as clock:
@@ -185,7 +191,7 @@ def ablate(
     written = {"md": found.markdown(), "json": found.json(), "html": found.html(pictures)}
     output.mkdir(parents=True, exist_ok=True)
     for kind, text in written.items():
-        (output / f"ablation.{kind}").write_text(text)
+        (output / f"ablation.{kind}").write_text(text, encoding="utf-8")
     typer.echo(written["md"])
     typer.echo(f"wrote {output / 'ablation'}.{{{','.join(written)}}}")
 
@@ -255,7 +261,7 @@ def search(
             **call,
         )
         result = made.run(by)
-    (output / "search.html").write_text(made.html(result))
+    (output / "search.html").write_text(made.html(result), encoding="utf-8")
     typer.echo(
         f"{len(result.kept)} of {len(made.layers)} layers to keep, after {result.measurements} measurements; "
         f"{bound.metric} {bound.of(result.quality):.4f}"

@@ -79,7 +79,7 @@ def read_groups(path: Path) -> Groups:
     if path.suffix not in parsers:
         raise GroupsError(f"{str(path)!r}: groups are read from {' and '.join(parsers)} files")
     try:
-        groups = parsers[path.suffix].loads(path.read_text())
+        groups = parsers[path.suffix].loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # both parsers raise kinds of ValueError
         raise GroupsError(f"{str(path)!r}: {error}") from error
     if not isinstance(groups, dict) or not groups:

@@ -93,7 +93,7 @@ class Axis:
         low, high = min(values), max(values)
         margin = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
         low, high = low - margin, high + margin
-        rough = (high - low) / 5
+        rough = (high - low) / 7
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
         digits = max(0, -math.floor(math.log10(step)))

@@ -114,6 +114,12 @@ def test_a_second_user_of_a_pipeline_sees_its_own_graphs() -> None:
         assert [row.fp8_layers for row in found.rows] == [0, 12]
 
 
+def test_compiled_whole_a_block_is_named_by_its_index() -> None:
+    variants = Variants(Pipeline(), OPTIONS, whole=True)
+    found = ablate(variants, {"all": (), "first": ("blocks.0",)}, PROMPTS, (0,), rounds=1)
+    assert [row.fp8_layers for row in found.rows] == [0, 13, 9]  # proj_out is in the graph too
+
+
 def test_what_has_no_variants_is_refused() -> None:
     pipe = Pipeline()
     with pytest.raises(fp8_compile.OptionError, match="each variant has its own"):
