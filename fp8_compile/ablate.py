@@ -361,13 +361,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def number_text(value: float, digits: int) -> str:
     """``value`` with so many digits after the point."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "equal"
+    return f"{value:.{digits}f}" if math.isfinite(value) else "NaN" if math.isnan(value) else "infinite"
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it; an infinite number becomes None."""
+    """``value`` as JSON can hold it; an infinite number becomes None, and NaN the text "NaN"."""
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return "NaN" if math.isnan(value) else None
     return value if isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))) else str(value)
 
 

@@ -13,6 +13,7 @@ they will be used. PSNR and SSIM are scikit-image's, LPIPS is the `lpips` packag
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,11 +179,13 @@ class Comparison:
 
     @property
     def worst(self) -> dict[str, float]:
-        """Of each of `metrics` over the finished pictures; not all of one picture."""
-        return {
-            metric: (min if METRICS[metric] is max else max)(row.last(metric) for row in self.rows)
-            for metric in self.metrics
-        }
+        """Of each of `metrics` over the finished pictures; not all of one picture. Nothing is worse than NaN."""
+        worst = {}
+        for metric in self.metrics:
+            values = [row.last(metric) for row in self.rows]
+            sign = 1 if METRICS[metric] is max else -1
+            worst[metric] = min(values, key=lambda value, sign=sign: (not math.isnan(value), sign * value))  # type: ignore[misc]
+        return worst
 
     def __str__(self) -> str:
         mean, worst = self.mean, self.worst

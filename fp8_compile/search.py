@@ -80,7 +80,9 @@ class Bound:
         return math.inf if value is None else float(value)
 
     def loss(self, value: float) -> float:
-        """``value`` turned so that less is better."""
+        """``value`` turned so that less is better; NaN is worst."""
+        if math.isnan(value):
+            return math.inf
         return value if self.less_is_better else -value
 
     def __str__(self) -> str:
@@ -233,9 +235,12 @@ class Search:
         for layer in self.layers:
             for name in (self._kind(layer), self._block(layer), self._single(layer)):
                 self._named[name] = self._named.get(name, frozenset()) | {layer}
-        self._known: dict[frozenset[Layer], dict[str, Any]] = {
-            self._expand(measured["kept"]): measured["quality"] for measured in self._state["measurements"]
-        }
+        try:
+            self._known: dict[frozenset[Layer], dict[str, Any]] = {
+                self._expand(measured["kept"]): measured["quality"] for measured in self._state["measurements"]
+            }
+        except (KeyError, TypeError) as error:
+            raise SearchError(f"{str(state)!r} is no state of a search: {error!r}; remove it") from error
 
     def run(self, by: str = "layers") -> Result:
         """Search, measuring what is not known yet.

@@ -69,6 +69,15 @@ def test_a_comparison_holds_the_trajectory_the_mean_and_the_worst() -> None:
     assert all(metric in str(found) for metric in found.metrics)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_nothing_is_worse_than_a_picture_of_nan(order: tuple[int, int]) -> None:
+    bad = replace(drawing(), latents=torch.full((2, 2), math.nan))
+    pictures = [drawing(), bad]
+    found = compare([drawing(), drawing()], [pictures[i] for i in order])
+    assert all(math.isnan(found.worst[metric]) for metric in ("relative_l2", "cosine"))
+    assert found.worst["psnr"] == math.inf
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [

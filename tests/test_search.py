@@ -17,6 +17,7 @@ from pipelines import OPTIONS, Pipeline, qwen_image_with_outliers, with_outlier
 from typer.testing import CliRunner
 
 import fp8_compile
+from fp8_compile.ablate import plain
 from fp8_compile.cli import app
 from fp8_compile.search import Bound, Search, SearchError, how_to_use, paste, smallest
 from fp8_compile.variants import Variants
@@ -95,6 +96,9 @@ def test_a_bound_knows_which_way_is_better() -> None:
     assert (psnr.of(quality), psnr.loss(31.0) < psnr.loss(30.0)) == (31.0, True)
     assert Bound("psnr", 30, "mean").of(quality) == math.inf
     assert (l2.of(quality), l2.loss(0.1) < l2.loss(0.2)) == (0.1, True)
+    broken = json.loads(json.dumps({"worst": {"psnr": plain(math.nan), "relative_l2": plain(math.nan)}}))
+    assert Bound("psnr", 30).loss(Bound("psnr", 30).of(broken)) == math.inf
+    assert Bound("relative_l2", 0.2).loss(Bound("relative_l2", 0.2).of(broken)) == math.inf
     assert str(psnr) == "psnr of the worst picture at least 30"
     assert str(l2) == "relative_l2 in the mean of all pictures at most 0.2"
 
@@ -164,6 +168,11 @@ def test_a_state_of_other_settings_or_none_at_all_is_refused(tmp_path: Path) -> 
         searched(Pipeline(), state, bound, granularity="row")
     with pytest.raises(SearchError, match=r"other settings \(weights: "):
         searched(with_outlier(Pipeline(), block=0), state, bound)
+    good = json.loads(state.read_text())
+    for measured in ({}, {"kept": ["blocks.9"], "quality": {}}):
+        state.write_text(json.dumps({**good, "measurements": [measured]}))
+        with pytest.raises(SearchError, match="is no state of a search"):
+            searched(Pipeline(), state, bound)
     for text in ("{", "[]", '{"settings": {}}', '{"settings": {}, "layers": [], "measurements": []}'):
         state.write_text(text)
         with pytest.raises(SearchError, match="is no state of a search"):
