@@ -54,6 +54,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8_compile.models import QWEN_IMAGE_GROUPS
+
 from .common import Spread, environment, interleave, parser, table
 from .fake_gpu import GPUS, Gpu
 from .models import MODELS, Model, output, quantize_with_torchao
@@ -89,7 +91,6 @@ def _keep(*patterns: str) -> Case:
 
 
 _BF16 = {BASELINE: Case("inductor")}
-_TEXT_KV, _TEXT_OUT, _QKV, _OUT = "add_kv_proj", "to_add_out", "to_qkv", "attn.to_out"
 PARTS: dict[str, dict[str, Case]] = {
     "main": {
         "eager BF16": Case("eager"),
@@ -131,19 +132,7 @@ PARTS: dict[str, dict[str, Case]] = {
     },
     "layers": {
         **_BF16,
-        "all FP8": _keep(),
-        "skip text KV": _keep(_TEXT_KV),
-        "skip text out": _keep(_TEXT_OUT),
-        "skip text KV + out": _keep(_TEXT_KV, _TEXT_OUT),
-        "skip image QKV": _keep(_QKV),
-        "skip image out": _keep(_OUT),
-        "skip image QKV + out": _keep(_QKV, _OUT),
-        "skip img_mlp": _keep("img_mlp"),
-        "skip txt_mlp": _keep("txt_mlp"),
-        "skip both MLPs": _keep("img_mlp", "txt_mlp"),
-        "skip all attention": _keep(_QKV, _TEXT_KV, _OUT, _TEXT_OUT),
-        "skip text stream": _keep(_TEXT_KV, _TEXT_OUT, "txt_mlp"),
-        "skip attention + txt_mlp": _keep(_QKV, _TEXT_KV, _OUT, _TEXT_OUT, "txt_mlp"),
+        **{name: _keep(*patterns) for name, patterns in QWEN_IMAGE_GROUPS.items()},
     },
 }
 ONLY = {"layers": ("qwen-image",)}
