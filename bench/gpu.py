@@ -36,6 +36,7 @@ Parts (``--part``), each below nine minutes on an H200; those that ``--output`` 
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import statistics
@@ -53,9 +54,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8_compile.models import QWEN_IMAGE_GROUPS
+
 from .common import Spread, environment, interleave, parser, table
 from .fake_gpu import GPUS, Gpu
-from .models import MODELS, Model, output
+from .models import MODELS, Model, output, quantize_with_torchao
 
 BASELINE = "compiled BF16"
 ATTENTION = ("flash", "cudnn", "efficient")
@@ -88,7 +91,6 @@ def _keep(*patterns: str) -> Case:
 
 
 _BF16 = {BASELINE: Case("inductor")}
-_TEXT_KV, _TEXT_OUT, _QKV, _OUT = "add_kv_proj", "to_add_out", "to_qkv", "attn.to_out"
 PARTS: dict[str, dict[str, Case]] = {
     "main": {
         "eager BF16": Case("eager"),
@@ -130,19 +132,7 @@ PARTS: dict[str, dict[str, Case]] = {
     },
     "layers": {
         **_BF16,
-        "all FP8": _keep(),
-        "skip text KV": _keep(_TEXT_KV),
-        "skip text out": _keep(_TEXT_OUT),
-        "skip text KV + out": _keep(_TEXT_KV, _TEXT_OUT),
-        "skip image QKV": _keep(_QKV),
-        "skip image out": _keep(_OUT),
-        "skip image QKV + out": _keep(_QKV, _OUT),
-        "skip img_mlp": _keep("img_mlp"),
-        "skip txt_mlp": _keep("txt_mlp"),
-        "skip both MLPs": _keep("img_mlp", "txt_mlp"),
-        "skip all attention": _keep(_QKV, _TEXT_KV, _OUT, _TEXT_OUT),
-        "skip text stream": _keep(_TEXT_KV, _TEXT_OUT, "txt_mlp"),
-        "skip attention + txt_mlp": _keep(_QKV, _TEXT_KV, _OUT, _TEXT_OUT, "txt_mlp"),
+        **{name: _keep(*patterns) for name, patterns in QWEN_IMAGE_GROUPS.items()},
     },
 }
 ONLY = {"layers": ("qwen-image",)}
@@ -187,7 +177,9 @@ class Runner:
         """Make ready what ``run(name)`` needs; compilation itself happens in the first run."""
         blocks = self.blocks
         if case.torchao is not None:
-            blocks = [_torchao_copy(block, case.torchao) for block in blocks]
+            blocks = [copy.deepcopy(block) for block in blocks]
+            for block in blocks:
+                quantize_with_torchao(block, case.torchao)
             self._replaced[name] = blocks
         if case.backend == "eager":
             self._calls[name] = [None] * len(blocks)
@@ -261,22 +253,6 @@ class Runner:
 def _nbytes(parameter: Tensor) -> int:
     names, _ = parameter.__tensor_flatten__() if hasattr(parameter, "__tensor_flatten__") else ([], None)
     return sum(getattr(parameter, name).nbytes for name in names) or parameter.nbytes
-
-
-def _torchao_copy(block: nn.Module, granularity: str) -> nn.Module:
-    """A copy of ``block`` quantized by torchao: the linears that ``fp8_diffusion`` converts, modulation left alone."""
-    import copy
-
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
-
-    def chosen(module: nn.Module, path: str) -> bool:
-        modulation = any(part in path for part in ("_mod", "adaLN", "norm"))
-        return isinstance(module, nn.Linear) and not modulation and min(module.weight.shape) >= 256
-
-    made = copy.deepcopy(block)
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow() if granularity == "row" else PerTensor())
-    quantize_(made, config, filter_fn=chosen)
-    return made
 
 
 @contextlib.contextmanager
@@ -357,7 +333,8 @@ def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None)
         runner.run(name)
     _synchronize(runner.device)
     quality = None if reference is None else sqnr(reference, out)
-    if quality is not None and not 10 < quality < (60 if case.torchao or case.backend == "fp8_diffusion" else 200):
+    quantized = case.torchao is not None or case.backend == "fp8_diffusion"
+    if quality is not None and (quality < 10 or (quantized and quality > 60)):
         raise RuntimeError(f"SQNR of {quality:.1f} dB: not what was meant to run")
     layers = fp8_compile.report(runner.model).layers if case.backend == "fp8_diffusion" else ()
     return out, {

@@ -44,6 +44,7 @@ from torch.fx import Node
 from .blocks import BLOCKS, make
 from .common import parser, table, write
 from .fake_gpu import GPUS, FakeGpuError, Gpu, fake_gpu, lower_to_code
+from .models import quantize_with_torchao
 
 BACKENDS = ("fp8_diffusion", "inductor", "torchao-row", "torchao-tensor")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -185,28 +186,11 @@ def _compile(block: torch.nn.Module, backend: str, options: dict[str, Any]) -> A
 
         return torch.compile(block, backend=fp8_diffusion, fullgraph=True, dynamic=False, options=options)
     if backend.startswith("torchao-"):
-        _quantize_with_torchao(block, backend.removeprefix("torchao-"))
+        try:
+            quantize_with_torchao(block, backend.removeprefix("torchao-"))
+        except ImportError as error:
+            raise FakeGpuError(f"torchao is not installed (pip install torchao): {error}") from error
     return torch.compile(block, backend="inductor", fullgraph=True, dynamic=False, options=options)
-
-
-def _quantize_with_torchao(block: torch.nn.Module, granularity: str) -> None:
-    """Convert the linears that ``fp8_diffusion`` converts by default: the modulation, with its one row, stays."""
-    try:
-        from torchao.quantization import (
-            Float8DynamicActivationFloat8WeightConfig,
-            PerRow,
-            PerTensor,
-            quantize_,
-        )
-    except ImportError as error:
-        raise FakeGpuError(f"torchao is not installed (pip install torchao): {error}") from error
-
-    def chosen(module: torch.nn.Module, path: str) -> bool:
-        modulation = any(part in path for part in ("_mod", "adaLN", "norm"))
-        return isinstance(module, torch.nn.Linear) and not modulation and min(module.weight.shape) >= 256
-
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow() if granularity == "row" else PerTensor())
-    quantize_(block, config, filter_fn=chosen)
 
 
 def _read(graph: Any, code: str, gpu: Gpu) -> dict[str, Any]:

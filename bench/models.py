@@ -70,6 +70,24 @@ def output(result: Any) -> Tensor:
     return first if isinstance(first, Tensor) else torch.stack(list(first))
 
 
+def quantize_with_torchao(block: nn.Module, granularity: str) -> None:
+    """Convert in place, with torchao's dynamic FP8, the linears that ``fp8_diffusion`` runs as FP8 matmuls.
+
+    The modulation, with its one row, is left alone: torchao has no weight-only scheme in the same call.
+
+    Args:
+        granularity: "row" or "tensor".
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
+
+    def chosen(module: nn.Module, path: str) -> bool:
+        modulation = any(part in path for part in ("_mod", "adaLN", "norm"))
+        return isinstance(module, nn.Linear) and not modulation and min(module.weight.shape) >= 256
+
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow() if granularity == "row" else PerTensor())
+    quantize_(block, config, filter_fn=chosen)
+
+
 def _normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.bfloat16)
 

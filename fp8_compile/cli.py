@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import statistics
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from .report import Report
+    from .search import Bound
+    from .variants import StepClock
 
 try:
     import typer
@@ -21,12 +23,32 @@ except ModuleNotFoundError as error:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-# What a pipeline calls the modules that run at every step.
-DENOISERS = ("transformer", "transformer_2", "unet")
-
 # The embedded default was trained on pictures of this size; other pipelines know their own.
 EMBEDDED_SIZE = 64
 EMBEDDED_STEPS = 8
+
+# What is measured by default. As long as each other for most tokenizers, so that one graph serves both.
+PROMPTS = ("a large red circle on a white background", "two small blue squares on a yellow background")
+SEEDS = (0, 1)
+
+Model = Annotated[
+    str | None, typer.Option(help="Directory or hub name of a diffusers pipeline. Default: a small embedded one.")
+]
+Quantization = Annotated[str, typer.Option(help="Method of quantization.")]
+Granularity = Annotated[str, typer.Option(help="Scales: one per row, or one per tensor.")]
+FewRows = Annotated[str, typer.Option(help="Layers that see few rows: keep, or weight-only.")]
+InnerBackend = Annotated[str, typer.Option(help="What compiles the rewritten graph, and the BF16 twin.")]
+CompileMode = Annotated[str | None, typer.Option(help="The mode of torch.compile, for example max-autotune.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+Height = Annotated[int | None, typer.Option(min=8, help="In pixels.")]
+Width = Annotated[int | None, typer.Option(min=8, help="In pixels.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
+Whole = Annotated[
+    bool, typer.Option("--whole", help="Compile the whole transformer at once instead of block by block.")
+]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What the pictures show; repeat it.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Of the initial noise; repeat it.")]
 
 
 @app.callback()
@@ -39,30 +61,26 @@ def text_to_image(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out.png"),
-    model: Annotated[
-        str | None, typer.Option(help="Directory or hub name of a diffusers pipeline. Default: a small embedded one.")
-    ] = None,
-    quantization: Annotated[str, typer.Option(help="Method of quantization.")] = "fp8",
+    model: Model = None,
+    quantization: Quantization = "fp8",
     no_quantization: Annotated[
         bool, typer.Option("--no-quantization", help="The unquantized twin: same compilation, weights as they are.")
     ] = False,
     ignored_layers: Annotated[
         list[str] | None, typer.Option(help="Layers that stay as they are; repeat it, or separate patterns by commas.")
     ] = None,
-    granularity: Annotated[str, typer.Option(help="Scales: one per row, or one per tensor.")] = "row",
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    granularity: Granularity = "row",
+    few_rows: FewRows = "keep",
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    height: Annotated[int | None, typer.Option(min=8, help="In pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="In pixels.")] = None,
+    height: Height = None,
+    width: Width = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the picture should not show.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
-    compile_mode: Annotated[
-        str | None, typer.Option(help="The mode of torch.compile, for example max-autotune.")
-    ] = None,
-    whole: Annotated[
-        bool, typer.Option("--whole", help="Compile the whole transformer at once instead of block by block.")
-    ] = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    inner_backend: InnerBackend = "inductor",
+    compile_mode: CompileMode = None,
+    whole: Whole = False,
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
 ) -> None:
     """Draw one picture from a text."""
@@ -71,48 +89,42 @@ def text_to_image(
         _fail("--quantization and --no-quantization exclude each other; leave one out")
     _check_output(output)
 
+    device = _device(device)
+    torch_dtype = _dtype(dtype)
+    if dtype == "float32" and not no_quantization:
+        _fail("--dtype float32: FP8 takes the place of bfloat16 and float16 weights; use one of those")
+
     import torch
 
-    torch_dtype = getattr(torch, dtype, None)
-    if torch_dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        _fail(f"--dtype {dtype!r} is not valid; valid: bfloat16, float16, float32")
-    if torch_dtype == torch.float32 and not no_quantization:
-        _fail("--dtype float32: FP8 takes the place of bfloat16 and float16 weights; use one of those")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-
     from . import NothingConvertedError, report
-    from .errors import Fp8Error
-    from .options import Fp8Options
+    from .models import RECOMMENDED
+    from .variants import StepClock, denoisers_of
 
     patterns = [p.strip() for item in ignored_layers or [] for p in item.split(",") if p.strip()]
-    try:
-        options = {"method": quantization, "ignored_layers": patterns, "granularity": granularity, "mode": compile_mode}
-        Fp8Options.parse(options)
-    except Fp8Error as error:
-        _fail(str(error))
-
-    pipe = _load(model, torch_dtype, device)
-    arguments = _call_arguments(
-        pipe,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        num_inference_steps=steps or (EMBEDDED_STEPS if model is None else None),
-        height=height or (EMBEDDED_SIZE if model is None else None),
-        width=width or (EMBEDDED_SIZE if model is None else None),
+    options = _options(
+        method=quantization,
+        ignored_layers=patterns,
+        granularity=granularity,
+        few_rows=few_rows,
+        inner_backend=inner_backend,
+        mode=compile_mode,
     )
-    denoisers = {name: module for name in DENOISERS if (module := getattr(pipe, name, None)) is not None}
-    if not denoisers:
-        _fail(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: nothing to compile")
-    for module in denoisers.values():
-        if no_quantization:
-            _compile(module, whole, mode=compile_mode)
-        else:
-            _compile(module, whole, backend="fp8_diffusion", options=options)
-
-    clock = _StepClock(device)
-    try:
-        with clock:
+    pipe = _load(model, torch_dtype, device)
+    call = _sizes(model, steps, height, width)
+    arguments = _call_arguments(pipe, prompt=prompt, negative_prompt=negative_prompt, **call)
+    with _errors():
+        denoisers = denoisers_of(pipe)
+        for module in denoisers.values():
+            advice = RECOMMENDED.get(type(module).__name__)
+            if advice and not patterns and not no_quantization and model is not None:
+                _tell(
+                    f"{type(module).__name__}: others keep {', '.join(advice)} (--ignored-layers; see docs/models.md)"
+                )
+            if no_quantization:
+                _compile(module, whole, backend=inner_backend, mode=compile_mode)
+            else:
+                _compile(module, whole, backend="fp8_diffusion", options=options)
+        with StepClock(device) as clock:
             image = pipe(
                 **arguments,
                 generator=torch.Generator("cpu").manual_seed(seed),
@@ -122,19 +134,237 @@ def text_to_image(
         if reports and not any(r.totals["fp8"] for r in reports.values()):
             reasons = sorted({row.reason for r in reports.values() for row in r.layers})
             raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(reasons)}")
+    image.save(output)
+    _summarize(output, reports, clock, show_layers)
+
+
+@app.command()
+def ablate(
+    model: Model = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON or TOML file: names, and lists of layers that stay in BF16. Default: 13 choices for Qwen-Image; "
+            "for other models, each part of a block in turn."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for ablation.md, .json and .html.")] = Path("ablation"),
+    prompt: Prompts = None,
+    seed: Seeds = None,
+    steps: Steps = None,
+    height: Height = None,
+    width: Width = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Pictures that are timed for each choice, in turn.")] = 3,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures of each choice on the page.")] = 2,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; its weights must be there.")] = False,
+    quantization: Quantization = "fp8",
+    granularity: Granularity = "row",
+    few_rows: FewRows = "keep",
+    inner_backend: InnerBackend = "inductor",
+    compile_mode: CompileMode = None,
+    whole: Whole = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+) -> None:
+    """Compare choices of layers that stay in BF16: time, memory, and quality against compiled BF16."""
+    from .ablate import ablate as measure
+    from .models import groups_for, read_groups
+    from .variants import Variants
+
+    device, torch_dtype = _device(device), _quantizable(dtype)
+    options = _options(
+        method=quantization,
+        granularity=granularity,
+        few_rows=few_rows,
+        inner_backend=inner_backend,
+        mode=compile_mode,
+    )
+    with _errors():
+        chosen = None if groups is None else read_groups(groups)
+    pipe = _measured(model, torch_dtype, device)
+    call = _call_arguments(pipe, **_sizes(model, steps, height, width))
+    with _errors():
+        variants = Variants(pipe, options, whole)
+        if chosen is None:
+            chosen = groups_for(next(iter(variants.denoisers.values())))
+        found = measure(variants, chosen, prompt or PROMPTS, seed or SEEDS, rounds, lpips, progress=_tell, **call)
+    written = {"md": found.markdown(), "json": found.json(), "html": found.html(pictures)}
+    output.mkdir(parents=True, exist_ok=True)
+    for kind, text in written.items():
+        (output / f"ablation.{kind}").write_text(text, encoding="utf-8")
+    typer.echo(written["md"])
+    typer.echo(f"wrote {output / 'ablation'}.{{{','.join(written)}}}")
+
+
+@app.command()
+def search(
+    model: Model = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Bound for a metric that is 0 for equal pictures: relative_l2, lpips.")
+    ] = None,
+    min_quality: Annotated[
+        float | None,
+        typer.Option(help="Bound for a metric that grows with quality: psnr (in dB), ssim, cosine (1 for equal ones)."),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="relative_l2 and cosine of the last latents, psnr, ssim, lpips.")
+    ] = "relative_l2",
+    statistic: Annotated[str, typer.Option(help="The bound is for the worst picture, or for the mean.")] = "worst",
+    by: Annotated[
+        str,
+        typer.Option(
+            help="Keep layers, the same in all blocks; blocks; or blocks-then-layers: single layers of these."
+        ),
+    ] = "layers",
+    output: Annotated[
+        Path, typer.Option(help="Folder for search.json and search.html. A search that is there goes on.")
+    ] = Path("search"),
+    prompt: Prompts = None,
+    seed: Seeds = None,
+    steps: Steps = None,
+    height: Height = None,
+    width: Width = None,
+    quantization: Quantization = "fp8",
+    granularity: Granularity = "row",
+    few_rows: FewRows = "keep",
+    inner_backend: InnerBackend = "inductor",
+    compile_mode: CompileMode = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+) -> None:
+    """Find a small set of layers to keep in BF16 that meets a bound on quality, by measuring pictures."""
+    from .search import BY, Search, how_to_use, paste
+    from .variants import Variants
+
+    bound = _bound(metric, max_loss, min_quality, statistic)
+    if by not in BY:
+        _fail(f"--by {by!r} is not valid; valid: {', '.join(BY)}")
+    device, torch_dtype = _device(device), _quantizable(dtype)
+    options = _options(
+        method=quantization,
+        granularity=granularity,
+        few_rows=few_rows,
+        inner_backend=inner_backend,
+        mode=compile_mode,
+    )
+    pipe = _measured(model, torch_dtype, device)
+    call = _call_arguments(pipe, **_sizes(model, steps, height, width))
+    typer.echo(f"asked for: {bound}")
+    with _errors():
+        made = Search(
+            Variants(pipe, options),
+            bound,
+            prompt or PROMPTS,
+            seed or SEEDS,
+            output / "search.json",
+            progress=_tell,
+            **call,
+        )
+        result = made.run(by)
+    (output / "search.html").write_text(made.html(result), encoding="utf-8")
+    typer.echo(
+        f"{len(result.kept)} of {len(made.layers)} layers to keep, after {result.measurements} measurements; "
+        f"{bound.metric} {bound.of(result.quality):.4f}"
+    )
+    typer.echo(paste(result))
+    typer.echo(how_to_use(result))
+    typer.echo(f"wrote {output / 'search'}.{{json,html}}")
+
+
+def _bound(metric: str, max_loss: float | None, min_quality: float | None, statistic: str) -> Bound:
+    """The bound, given by the option that says in which direction the metric is better."""
+    from .search import Bound, SearchError
+
+    if (max_loss is None) == (min_quality is None):
+        _fail("give --max-loss (for relative_l2, lpips) or --min-quality (for psnr, ssim, cosine), one of the two")
+    value = max_loss if max_loss is not None else min_quality
+    assert value is not None
+    try:
+        bound = Bound(metric, value, statistic)
+    except SearchError as error:
+        _fail(str(error))
+    if bound.less_is_better and max_loss is None:
+        _fail(f"--min-quality {value:g}: {metric} is less for better pictures; use --max-loss")
+    if not bound.less_is_better and min_quality is None:
+        _fail(f"--max-loss {value:g}: {metric} is greater for better pictures; use --min-quality")
+    return bound
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """End with the message of an error of this package, also of one that arose while a graph was compiled."""
+    import torch
+
+    from .errors import Fp8Error
+
+    try:
+        yield
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if not isinstance(error.inner_exception, Fp8Error):
             raise
         _fail(str(error.inner_exception))
     except Fp8Error as error:
         _fail(str(error))
-    image.save(output)
-    _summarize(output, reports, clock, show_layers)
 
 
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"error: {message}", fg="red", err=True)
-    raise typer.Exit(1)
+def _options(**options: Any) -> dict[str, Any]:
+    """``options``, of which none is invalid."""
+    from .options import Fp8Options
+
+    with _errors():
+        Fp8Options.parse(options)
+    return options
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(dtype: str) -> torch.dtype:
+    import torch
+
+    valid = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype not in valid:
+        _fail(f"--dtype {dtype!r} is not valid; valid: {', '.join(valid)}")
+    return valid[dtype]
+
+
+def _quantizable(dtype: str) -> torch.dtype:
+    if dtype == "float32":
+        _fail("--dtype float32: FP8 takes the place of bfloat16 and float16 weights; use one of those")
+    return _dtype(dtype)
+
+
+def _measured(model: str | None, dtype: torch.dtype, device: str) -> Any:
+    """A pipeline to be measured, which tells of no steps. What measuring needs is asked for first."""
+    try:
+        import scipy  # type: ignore[import-untyped] # noqa: F401
+        import skimage  # noqa: F401
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed; measuring needs: pip install 'fp8-compile[cli,quality]'")
+    pipe = _load(model, dtype, device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _sizes(model: str | None, steps: int | None, height: int | None, width: int | None) -> dict[str, int | None]:
+    """Steps and size as given; the embedded pipeline's own where it is drawn with and they are not."""
+    return {
+        "num_inference_steps": steps or (EMBEDDED_STEPS if model is None else None),
+        "height": height or (EMBEDDED_SIZE if model is None else None),
+        "width": width or (EMBEDDED_SIZE if model is None else None),
+    }
 
 
 def _check_output(output: Path) -> None:
@@ -179,52 +409,7 @@ def _compile(module: Any, whole: bool, **arguments: Any) -> None:
         module.compile_repeated_blocks(fullgraph=True, **arguments)
 
 
-class _StepClock:
-    """Times the steps of a pipeline, and apart from them what torch.compile took."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._step_ends: list[tuple[float, float]] = []
-        self.compile_seconds = 0.0
-        self._compile_start = 0.0
-
-    def __enter__(self) -> _StepClock:
-        from torch._dynamo.callback import callback_handler
-
-        callback_handler.register_start_callback(self._compile_started)
-        callback_handler.register_end_callback(self._compile_ended)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        from torch._dynamo.callback import callback_handler
-
-        callback_handler.remove_start_callback(self._compile_started)
-        callback_handler.remove_end_callback(self._compile_ended)
-
-    def _compile_started(self, _: Any) -> None:
-        self._compile_start = time.perf_counter()
-
-    def _compile_ended(self, _: Any) -> None:
-        self.compile_seconds += time.perf_counter() - self._compile_start
-
-    def step(self, pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A pipeline's ``callback_on_step_end``."""
-        if self._device.startswith("cuda"):
-            import torch
-
-            torch.cuda.synchronize()
-        self._step_ends.append((time.perf_counter(), self.compile_seconds))
-        return kwargs
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Median over all steps but the first, whose start is unknown; compilation is not counted."""
-        pairs = list(zip(self._step_ends, self._step_ends[1:], strict=False))
-        times = [(end - compiled) - (start - before) for (start, before), (end, compiled) in pairs]
-        return statistics.median(times) if times else None
-
-
-def _summarize(output: Path, reports: dict[str, Report], clock: _StepClock, show_layers: bool) -> None:
+def _summarize(output: Path, reports: dict[str, Report], clock: StepClock, show_layers: bool) -> None:
     for name, found in reports.items():
         totals = found.totals
         if show_layers:

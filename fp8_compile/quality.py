@@ -1,8 +1,9 @@
 """How far the pictures of a quantized pipeline are from those of its unquantized twin.
 
 Every number is measured end to end: the same prompts and the same initial noise through both pipelines, compiled as
-they will be used. PSNR and SSIM are scikit-image's; prompt-following is judged by `scenes.detect`, so only for captions
-of `scenes`. Needs ``pip install 'fp8-compile[quality]'``.
+they will be used. PSNR and SSIM are scikit-image's, LPIPS is the `lpips` package's; prompt-following is judged by
+`scenes.detect`, so only for captions of `scenes`. Needs ``pip install 'fp8-compile[quality]'``, LPIPS
+``'fp8-compile[quality,lpips]'``.
 
     plain = draw(pipe, prompts, seeds, height=64, width=64)
     pipe.transformer.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True)
@@ -11,10 +12,13 @@ of `scenes`. Needs ``pip install 'fp8-compile[quality]'``.
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +30,12 @@ from .scenes import detect, parse
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-METRICS = {"psnr": max, "ssim": max, "relative_l2": min, "cosine": max}
-"""What `Comparison` holds of each picture, and which of two values is the better one."""
+METRICS = {"psnr": max, "ssim": max, "relative_l2": min, "cosine": max, "lpips": min}
+"""What `Comparison` holds of each picture, LPIPS only if asked for, and which of two values is the better one."""
 
 
 class QualityError(Fp8Error, ValueError):
-    """What should be compared does not belong together."""
+    """What should be compared does not belong together, or what compares it is not there."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,34 @@ def ssim(reference: Image, image: Image) -> float:
     return float(metrics.structural_similarity(*_pixels(reference, image), data_range=255, channel_axis=-1))
 
 
+def lpips(reference: Image, image: Image) -> float:
+    """Learned perceptual distance, version 0.1 with AlexNet (https://arxiv.org/abs/1801.03924): 0 for equal pictures.
+
+    Raises:
+        QualityError: the package, or the weights of AlexNet that torchvision keeps, are not there. Nothing is fetched.
+    """
+    model = require_lpips()
+    both = [torch.from_numpy(p.copy()).permute(2, 0, 1)[None] / 127.5 - 1 for p in _pixels(reference, image)]
+    with torch.no_grad():
+        return float(model(*both))
+
+
+@functools.cache
+def require_lpips() -> Any:
+    """The model that `lpips` measures with; asks for it before anything is drawn. Raises as `lpips` does."""
+    try:
+        package, models = import_module("lpips"), import_module("torchvision.models")
+    except ModuleNotFoundError as error:
+        raise QualityError(f"{error.name} is not installed; LPIPS needs: pip install 'fp8-compile[lpips]'") from error
+    url = models.AlexNet_Weights.IMAGENET1K_V1.url
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not weights.exists():  # else torchvision would fetch them
+        raise QualityError(
+            f"LPIPS needs the weights of AlexNet in {str(weights)!r}; they are not there. Get them: {url}"
+        )
+    return package.LPIPS(net="alex", verbose=False)
+
+
 def _pixels(reference: Image, image: Image) -> tuple[Any, Any]:
     import numpy as np
 
@@ -112,6 +144,7 @@ class Row:
 
     Attributes:
         relative_l2, cosine: of the latents after each step; the last are those that were decoded.
+        lpips: None unless it was asked for.
     """
 
     prompt: str
@@ -120,6 +153,7 @@ class Row:
     ssim: float
     relative_l2: tuple[float, ...]
     cosine: tuple[float, ...]
+    lpips: float | None = None
 
     def last(self, metric: str) -> float:
         """``metric`` of the finished picture."""
@@ -134,30 +168,40 @@ class Comparison:
     rows: tuple[Row, ...]
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of `METRICS` that were measured."""
+        return tuple(metric for metric in METRICS if getattr(self.rows[0], metric) is not None)
+
+    @property
     def mean(self) -> dict[str, float]:
-        """Of each of `METRICS` over the finished pictures."""
-        return {metric: statistics.fmean(row.last(metric) for row in self.rows) for metric in METRICS}
+        """Of each of `metrics` over the finished pictures."""
+        return {metric: statistics.fmean(row.last(metric) for row in self.rows) for metric in self.metrics}
 
     @property
     def worst(self) -> dict[str, float]:
-        """Of each of `METRICS` over the finished pictures; not all of one picture."""
-        return {
-            metric: (min if better is max else max)(row.last(metric) for row in self.rows)
-            for metric, better in METRICS.items()
-        }
+        """Of each of `metrics` over the finished pictures; not all of one picture. Nothing is worse than NaN."""
+        worst = {}
+        for metric in self.metrics:
+            values = [row.last(metric) for row in self.rows]
+            sign = 1 if METRICS[metric] is max else -1
+            worst[metric] = min(values, key=lambda value, sign=sign: (not math.isnan(value), sign * value))  # type: ignore[misc]
+        return worst
 
     def __str__(self) -> str:
         mean, worst = self.mean, self.worst
         lines = [f"{'':12}{'mean':>10}{'worst':>10}   ({len(self.rows)} pictures)"]
-        lines += [f"{metric:12}{mean[metric]:10.4f}{worst[metric]:10.4f}" for metric in METRICS]
+        lines += [f"{metric:12}{mean[metric]:10.4f}{worst[metric]:10.4f}" for metric in self.metrics]
         return "\n".join(lines)
 
 
-def compare(reference: Sequence[Drawing], drawings: Sequence[Drawing]) -> Comparison:
+def compare(reference: Sequence[Drawing], drawings: Sequence[Drawing], perceptual: bool = False) -> Comparison:
     """Compare pictures of the same prompts and seeds, in the same order.
 
+    Args:
+        perceptual: by `lpips` too.
+
     Raises:
-        QualityError: they are none, or of different prompts, seeds, sizes or numbers of steps.
+        QualityError: they are none, or of different prompts, seeds, sizes or numbers of steps; or see `lpips`.
     """
     if not reference or len(reference) != len(drawings):
         raise QualityError(f"{len(reference)} pictures cannot be compared with {len(drawings)}")
@@ -180,6 +224,7 @@ def compare(reference: Sequence[Drawing], drawings: Sequence[Drawing]) -> Compar
                 ssim(mine.image, theirs.image),
                 tuple(relative_l2(a, b) for a, b in steps),
                 tuple(cosine(a, b) for a, b in steps),
+                lpips(mine.image, theirs.image) if perceptual else None,
             )
         )
     return Comparison(tuple(rows))
@@ -192,8 +237,9 @@ def following(drawings: Sequence[Drawing]) -> dict[str, tuple[int, int]]:
         SceneError: a prompt is no caption of `scenes`.
     """
     counts: dict[str, tuple[int, int]] = {}
-    for drawing in drawings:
-        verdict = detect(drawing.image).follows(parse(drawing.prompt))
+    wanted = [parse(drawing.prompt) for drawing in drawings]
+    for drawing, scene in zip(drawings, wanted, strict=True):
+        verdict = detect(drawing.image).follows(scene)
         for name, right in {"all": all(verdict.values()), **verdict}.items():
             before, of = counts.get(name, (0, 0))
             counts[name] = (before + right, of + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -97,11 +97,13 @@ class Report:
         return "\n".join(lines)
 
 
-def report(model: torch.nn.Module) -> Report:
+def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Report:
     """What the backend did to ``model``, after it has run.
 
     Args:
         model: the module itself, or what ``torch.compile`` returned for it.
+        graphs: tell of these compilations only (see `Report.graphs`), where a model was compiled in several ways. None:
+            of all.
 
     Raises:
         TypeError: ``model`` is no module (a pipeline's transformer is one, the pipeline is not).
@@ -116,14 +118,17 @@ def report(model: torch.nn.Module) -> Report:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         state = state_of(parameter)
+        decisions: dict[GraphRecord, list[Decision]] = {}
         if state is not None:
-            records.update(dict.fromkeys(state.decisions))
+            told = state.decisions
+            decisions = {r: told[r] for r in told if graphs is None or r.compile_id in graphs}
+            records.update(dict.fromkeys(decisions))
             if id(parameter) not in seen:
                 extra += state.nbytes
             seen.add(id(parameter))
-        if state is not None and state.decisions:
+        if state is not None and decisions:
             path = layer_path(owner if leaf == "weight" else name)
-            rows.append(_row(path, parameter, state))
+            rows.append(_row(path, parameter, state, list(decisions.values())))
         elif owner in linear_weights and leaf == "weight":
             rows.append(_uncompiled(owner, parameter))
     ordered = sorted(records, key=lambda record: record.serial)
@@ -167,8 +172,8 @@ def _put(rows: list[LayerReport], row: LayerReport) -> None:
     rows.append(row)
 
 
-def _row(path: str, weight: Tensor, state: WeightState) -> LayerReport:
-    decisions = [_of_path(decisions, path) for decisions in state.decisions.values()]
+def _row(path: str, weight: Tensor, state: WeightState, told: Sequence[Sequence[Decision]]) -> LayerReport:
+    decisions = [_of_path(decisions, path) for decisions in told]
     converted = [d for d in decisions if d.decision == "fp8"]
     kept = [d for d in decisions if d.decision == "kept"]
     first = (converted or kept)[0]

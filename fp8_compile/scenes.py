@@ -230,6 +230,8 @@ def detect(image: Image) -> Detection:
         axis = fill - ground
         cover = np.clip((pixels - ground) @ axis / max(float(axis @ axis), 1.0), 0, 1)
         cover[~ndimage.binary_dilation(inside, iterations=2)] = 0
+        if not (cover > 0.5).any():  # of no colour of its own, as noise is
+            continue
         left, right, top, bottom = *_span(cover.max(axis=0)), *_span(cover.max(axis=1))
         shapes.append(_shape(cover, left, right, top, bottom))
         colors.append(_nearest(fill))

@@ -64,6 +64,27 @@ def test_a_pipeline_of_the_users_own_compiled_whole_with_a_table_of_layers(cache
     assert "not measured" in told
 
 
+def test_options_reach_the_backend_and_what_others_keep_is_named(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fp8_compile.cli import app
+    from fp8_compile.tiny import build_qwen_image
+
+    build_qwen_image().save_pretrained(tmp_path / "own")
+    arguments = ["text-to-image", PROMPT, "--model", tmp_path / "own", "--steps", 1, "--height", 64, "--width", 64]
+    arguments += ["--inner-backend", "eager", "--output", tmp_path / "own.png"]
+    told = []
+    for more in ([], ["--few-rows", "weight-only", "--ignored-layers", "txt_mlp"]):
+        done = CliRunner().invoke(app, [str(a) for a in [*arguments, *more]])
+        assert done.exit_code == 0, done.output
+        told.append(done.output)
+    assert "QwenImageTransformer2DModel: others keep img_mlp" in told[0]
+    assert "24 layers in FP8, 10 kept" in told[0]
+    # Without the four of txt_mlp, with the four of modulation.
+    assert "24 layers in FP8, 10 kept" in told[1]
+    assert "others keep" not in told[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

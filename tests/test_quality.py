@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +23,10 @@ from fp8_compile.quality import (
     cosine,
     draw,
     following,
+    lpips,
     psnr,
     relative_l2,
+    require_lpips,
     ssim,
 )
 from fp8_compile.scenes import Scene, SceneError, scenes
@@ -60,7 +66,16 @@ def test_a_comparison_holds_the_trajectory_the_mean_and_the_worst() -> None:
     assert found.worst["relative_l2"] == pytest.approx(0.5)
     assert found.worst["psnr"] == pytest.approx(20 * math.log10(255 / 16))
     assert found.mean["psnr"] == pytest.approx(20 * math.log10(255 / 8))
-    assert all(metric in str(found) for metric in METRICS)
+    assert all(metric in str(found) for metric in found.metrics)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_nothing_is_worse_than_a_picture_of_nan(order: tuple[int, int]) -> None:
+    bad = replace(drawing(), latents=torch.full((2, 2), math.nan))
+    pictures = [drawing(), bad]
+    found = compare([drawing(), drawing()], [pictures[i] for i in order])
+    assert all(math.isnan(found.worst[metric]) for metric in ("relative_l2", "cosine"))
+    assert found.worst["psnr"] == math.inf
 
 
 @pytest.mark.parametrize(
@@ -87,6 +102,46 @@ def test_following_counts_what_pictures_show() -> None:
     assert "position" not in counts
     with pytest.raises(SceneError, match="'a cat' describes no scene"):
         following([drawing(prompt="a cat")])
+
+
+def test_lpips_is_measured_only_if_asked_for() -> None:
+    plain = compare([drawing()], [drawing()])
+    assert plain.metrics == tuple(metric for metric in METRICS if metric != "lpips")
+    assert plain.rows[0].lpips is None
+
+
+def test_lpips_fetches_nothing_and_tells_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    # As little of the two packages as is asked before anything is loaded.
+    weights = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url="https://example.org/alexnet.pth"))
+    models = SimpleNamespace(AlexNet_Weights=weights)
+    for name, module in (("lpips", SimpleNamespace()), ("torchvision.models", models)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+    require_lpips.cache_clear()
+    with pytest.raises(QualityError, match=re.escape(str(tmp_path / "checkpoints" / "alexnet.pth"))):
+        lpips(GREY, RAMP)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(QualityError, match=r"lpips.* not installed; LPIPS needs: pip install 'fp8-compile\[lpips\]'"):
+        compare([drawing()], [drawing()], perceptual=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lpips_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for package in ("lpips", "torchvision"):
+        pytest.importorskip(package, reason=f"{package} is an optional extra", exc_type=(ImportError, RuntimeError))
+    from torchvision.models import AlexNet_Weights, alexnet
+
+    # Random weights instead of the released ones, found where torchvision looks for those.
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    name = AlexNet_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    torch.save(alexnet().state_dict(), tmp_path / "checkpoints" / name)
+    require_lpips.cache_clear()
+    assert lpips(GREY, GREY) == 0
+    found = compare([drawing()], [replace(drawing(), image=RAMP.transpose(Image.Transpose.FLIP_TOP_BOTTOM))], True)
+    assert found.worst["lpips"] > 0
+    require_lpips.cache_clear()
 
 
 HELD_OUT = [scene.caption for scene in random.Random(0).sample([s for s in scenes() if s.held_out], 6)]

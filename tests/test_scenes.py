@@ -88,3 +88,8 @@ def test_shapes_that_differ_have_no_common_attribute() -> None:
 def test_an_empty_picture_shows_nothing() -> None:
     found = detect(Image.new("RGB", (SIZE, SIZE), COLORS["black"]))
     assert (found.count, found.shape, found.background) == (0, None, "black")
+
+
+def test_noise_with_a_region_of_no_colour_of_its_own_shows_no_scene() -> None:
+    noise = Image.frombytes("L", (SIZE, SIZE), random.Random(14).randbytes(SIZE * SIZE))
+    assert not all(detect(noise.convert("RGB")).follows(TWO).values())

@@ -1,0 +1,395 @@
+"""What each choice of layers that stay in BF16 costs in time and memory, and gains in quality: measured end to end.
+
+    variants = Variants(pipe, {"granularity": "row"})
+    found = ablate(variants, groups_for(pipe.transformer), prompts, seeds, num_inference_steps=30)
+    print(found.markdown())
+
+Every row is compiled as it would be used. Its reference is the same pipeline in BF16, compiled by the same inner
+backend, with the same initial noise. Times are of denoising steps, of the variants in turn (A B C A B C ...), so
+that a slow moment of the machine meets all of them alike; compared are medians.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+import fp8_compile
+
+from .errors import Fp8Error, NothingConvertedError
+from .models import Groups
+from .pages import LOSSLESS_SIDE, Plot, Point, amplification, data_uri, difference, render
+from .patterns import check_unmatched, first_match, layer_path
+from .quality import Comparison, Drawing, compare, following, require_lpips
+from .scenes import SceneError
+from .variants import BF16, Patterns, Variants
+
+BASELINE = "compiled BF16"
+
+# What they are called in a table, and digits after the point.
+_METRICS = {
+    "psnr": ("PSNR, dB", 1),
+    "ssim": ("SSIM", 3),
+    "relative_l2": ("relative L2", 3),
+    "cosine": ("cosine", 4),
+    "lpips": ("LPIPS", 3),
+}
+
+
+class AblationError(Fp8Error, ValueError):
+    """A choice of layers, or a call, that cannot be measured."""
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """One configuration.
+
+    Attributes:
+        ignored_layers: its patterns; None for `BASELINE`.
+        fp8_layers: how many linears are in FP8.
+        weight_bytes: what compiled code reads of all linear weights of the denoisers, FP8 and others.
+        step_seconds: of every timed step.
+        peak_bytes: of GPU memory above what was taken before a picture was drawn; None on other devices.
+        drawings: its pictures.
+        quality: against `BASELINE`; None for itself.
+        following: per attribute (right, of), where all prompts are captions of `scenes`; else None.
+    """
+
+    name: str
+    ignored_layers: tuple[str, ...] | None
+    fp8_layers: int
+    weight_bytes: int
+    step_seconds: tuple[float, ...]
+    peak_bytes: int | None
+    drawings: tuple[Drawing, ...]
+    quality: Comparison | None
+    following: dict[str, tuple[int, int]] | None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What `ablate` found; the first row is `BASELINE`.
+
+    Attributes:
+        model: class of the pipeline.
+        settings: what was asked for.
+        environment: where it was measured.
+    """
+
+    model: str
+    rows: tuple[AblationRow, ...]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+    def speedup(self, row: AblationRow) -> float:
+        """``median(baseline) / median(row)`` of the seconds of a step."""
+        return statistics.median(self.rows[0].step_seconds) / statistics.median(row.step_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the pictures, as plain data. A PSNR of None is infinite: the pictures are equal."""
+        return {
+            "model": self.model,
+            "settings": self.settings,
+            "environment": self.environment,
+            "rows": [
+                {
+                    "name": row.name,
+                    "ignored_layers": None if row.ignored_layers is None else list(row.ignored_layers),
+                    "fp8_layers": row.fp8_layers,
+                    "weight_bytes": row.weight_bytes,
+                    "step_seconds": dict(zip(("low", "median", "high"), quartiles(row.step_seconds), strict=True)),
+                    "step_seconds_samples": list(row.step_seconds),
+                    "speedup": self.speedup(row),
+                    "peak_bytes": row.peak_bytes,
+                    "quality": None if row.quality is None else quality_to_dict(row.quality),
+                    "following": row.following,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    def markdown(self) -> str:
+        """The table, with what it was measured on."""
+        header, rows = self._table()
+        lines = [f"# Which layers to keep in BF16: {self.model}", "", *(f"{line}\n" for line in self._about())]
+        lines.append("| " + " | ".join(header) + " |")
+        lines.append("|" + "|".join("---" if i in (1, 2) else "---:" for i in range(len(header))) + "|")
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        return "\n".join([*lines, "", *(f"{line}\n" for line in self._notes())])
+
+    def html(self, pictures: int = 2) -> str:
+        """One page with the table, a plot, and the first ``pictures`` pictures of every row; it needs no other file."""
+        header, rows = self._table()
+        shown = range(min(pictures, len(self.rows[0].drawings)))
+        references = [self.rows[0].drawings[i].image for i in shown]
+        largest = max(
+            (_bright(difference(references[i], row.drawings[i].image)) for row in self.rows[1:] for i in shown),
+            default=0,
+        )
+        factor = amplification(largest)
+        points = [
+            Point(self.speedup(row), row.quality.mean["psnr"], str(number), f"{row.name}: {_told(row)}")
+            for number, row in enumerate(self.rows, start=1)
+            if row.quality is not None and math.isfinite(row.quality.mean["psnr"])
+        ]
+        return render(
+            "ablation.html.j2",
+            model=self.model,
+            about=self._about(),
+            notes=self._notes(),
+            header=header,
+            rows=rows,
+            plot=Plot.of(points, f"speedup over compiled BF16 ({self.environment['device']})", "mean PSNR, dB")
+            if points
+            else None,
+            amplification=factor,
+            hidden=len(self.rows[0].drawings) - len(shown),
+            small=max(max(image.size) for image in references) <= LOSSLESS_SIDE,
+            lossy=max(max(image.size) for image in references) > LOSSLESS_SIDE,
+            drawings=[
+                {
+                    "prompt": self.rows[0].drawings[i].prompt,
+                    "seed": self.rows[0].drawings[i].seed,
+                    "shown": [
+                        {
+                            "number": number,
+                            "name": row.name,
+                            "image": data_uri(row.drawings[i].image),
+                            "difference": data_uri(difference(references[i], row.drawings[i].image, factor))
+                            if row.quality is not None
+                            else None,
+                            "told": f"PSNR {number_text(row.quality.rows[i].psnr, 1)} dB" if row.quality else "",
+                        }
+                        for number, row in enumerate(self.rows, start=1)
+                    ],
+                }
+                for i in shown
+            ],
+        )
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        follows, peaks = self.rows[0].following is not None, self.rows[0].peak_bytes is not None
+        header = ["#", "configuration", "kept in BF16", "FP8 layers", "weights, MB"]
+        header += ["peak, MB"] if peaks else []
+        header += ["ms per step [quartiles]", "speedup"]
+        measured = next(row.quality.metrics for row in self.rows if row.quality is not None)
+        header += [f"{_METRICS[metric][0]}: mean / worst" for metric in measured]
+        header += ["follows the prompt"] if follows else []
+        rows = []
+        for number, row in enumerate(self.rows, start=1):
+            low, median, high = (1e3 * seconds for seconds in quartiles(row.step_seconds))
+            cells = [str(number), row.name]
+            cells += ["everything" if row.ignored_layers is None else ", ".join(row.ignored_layers) or "nothing"]
+            cells += [str(row.fp8_layers), f"{row.weight_bytes / 1e6:.1f}"]
+            cells += [f"{row.peak_bytes / 1e6:.0f}"] if row.peak_bytes is not None else []
+            cells += [f"{median:.1f} [{low:.1f}, {high:.1f}]", f"{self.speedup(row):.2f}"]
+            for metric in measured:
+                q, digits = row.quality, _METRICS[metric][1]
+                values = [] if q is None else [number_text(of[metric], digits) for of in (q.mean, q.worst)]
+                cells.append(" / ".join(values) or "-")
+            cells += ["{} of {}".format(*row.following["all"])] if row.following is not None else []
+            rows.append(cells)
+        return header, rows
+
+    def _about(self) -> list[str]:
+        e, s = self.environment, self.settings
+        call = ", ".join(f"{name} {value}" for name, value in s["call"].items())
+        options = ", ".join(f"{name} {value}" for name, value in s["options"].items() if value is not None)
+        return [
+            f"Measured on {e['device']} ({e['threads']} CPU threads, load {e['load_average']}), torch {e['torch']}, "
+            f"diffusers {e['diffusers']}, fp8-compile {e['fp8-compile']}, {e['date']}.",
+            f"{len(s['prompts'])} prompts x {len(s['seeds'])} seeds; {call}; {options}.",
+            *(["FP8 is slower than BF16 on a CPU: these times say nothing of a GPU."] if e["device"] == "cpu" else []),
+        ]
+
+    def _notes(self) -> list[str]:
+        return [
+            "Every row is compiled. Quality is against compiled BF16 with the same noise, mean and worst of all "
+            "pictures; relative L2 and cosine are of the last latents.",
+            f"Times: {len(self.rows[0].step_seconds)} denoising steps per row, of all rows in turn; the speedup is "
+            "median over median. Weights: of all linear layers, as compiled code reads them.",
+        ]
+
+
+def ablate(
+    variants: Variants,
+    groups: Groups,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    rounds: int = 3,
+    perceptual: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+    **call: Any,
+) -> Ablation:
+    """Measure every group of layers that stay in BF16, and BF16 itself.
+
+    Args:
+        variants: the pipeline. It is left with the last group in use; see `Variants.close`.
+        groups: ``ignored_layers`` by the name of the row.
+        prompts: a picture of each for every seed, for quality. The first is timed.
+        seeds: of the initial noise.
+        rounds: pictures that are timed per row.
+        perceptual: measure LPIPS too.
+        progress: is told what is being done.
+        **call: for the pipeline's call, for example ``num_inference_steps``.
+
+    Raises:
+        AblationError: a pattern matches no linear of the compiled regions, a name is that of the baseline, or there is
+            only one step, whose time cannot be told.
+        NothingConvertedError: no layer of the model becomes FP8 in any row.
+        QualityError: LPIPS is asked for and cannot be measured.
+    """
+    _check(variants, groups)
+    if perceptual:
+        require_lpips()
+    choices: dict[str, Patterns] = {BASELINE: BF16, **groups}
+    drawings: dict[str, tuple[Drawing, ...]] = {}
+    weights: dict[str, tuple[int, int]] = {}
+    reasons: set[str] = set()
+    for number, (name, patterns) in enumerate(choices.items(), start=1):
+        progress(f"{number}/{len(choices)} {name}: compiling and drawing")
+        variants.use_everywhere(patterns)
+        drawings[name] = variants.draw(prompts, seeds, **call)
+        told = variants.reports(patterns).values()
+        totals = [r.totals for r in told]
+        before = "bytes_before" if patterns is BF16 else "bytes_after"
+        weights[name] = sum(t["fp8"] for t in totals), sum(t[before] for t in totals)
+        if patterns is not BF16:
+            reasons |= {row.reason for r in told for row in r.layers}
+    if not any(count for count, _ in weights.values()):
+        raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(sorted(reasons))}")
+    if len(drawings[BASELINE][0].latents) < 2:
+        raise AblationError("one step cannot be timed, since only its end is known; take two or more")
+    seconds: dict[str, list[float]] = {name: [] for name in choices}
+    peaks: dict[str, int | None] = {}
+    for done in range(rounds):
+        progress(f"timing, round {done + 1} of {rounds}")
+        for name, patterns in choices.items():
+            variants.use_everywhere(patterns)
+            taken = _start_of_peak(variants)
+            seconds[name] += variants.step_seconds(prompts[0], seeds[0], **call)
+            peaks[name] = None if taken is None else torch.cuda.max_memory_allocated() - taken
+    rows = tuple(
+        AblationRow(
+            name,
+            patterns,
+            *weights[name],
+            tuple(seconds[name]),
+            peaks[name],
+            drawings[name],
+            None if patterns is BF16 else compare(drawings[BASELINE], drawings[name], perceptual),
+            _following(drawings[name]),
+        )
+        for name, patterns in choices.items()
+    )
+    settings = {
+        "prompts": list(prompts),
+        "seeds": list(seeds),
+        "rounds": rounds,
+        "lpips": perceptual,
+        "call": call,
+        "options": {name: plain(value) for name, value in variants.options.items()},
+    }
+    return Ablation(type(variants.pipeline).__name__, rows, settings, environment(variants.pipeline))
+
+
+def _check(variants: Variants, groups: Groups) -> None:
+    """Refuse before any work what could only be found out in the middle of it."""
+    if BASELINE in groups:
+        raise AblationError(f"{BASELINE!r} is the name of the unquantized row; name the group otherwise")
+    paths = [
+        layer_path(path)
+        for region in variants.regions
+        for path, module in region.module.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    known = list(dict.fromkeys(paths))
+    for name, patterns in groups.items():
+        for pattern in patterns:
+            if not any(first_match([pattern], path) for path in known):
+                check_unmatched(pattern, known, whole_model=not variants.by_block)
+                raise AblationError(f"{name!r}: {pattern!r} matches none of the layers {', '.join(known)}")
+
+
+def _start_of_peak(variants: Variants) -> int | None:
+    if str(variants.pipeline.device).partition(":")[0] != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _following(drawings: Sequence[Drawing]) -> dict[str, tuple[int, int]] | None:
+    try:
+        return following(drawings)
+    except SceneError:
+        return None
+
+
+def _bright(image: Any) -> int:
+    """The level that all but a hundredth of the values of ``image`` stay below; the few sharpest edges lie above."""
+    import numpy as np
+
+    return math.ceil(float(np.quantile(np.asarray(image), 0.99)))
+
+
+def _told(row: AblationRow) -> str:
+    return f"keeps {', '.join(row.ignored_layers or ()) or 'nothing'}"
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def number_text(value: float, digits: int) -> str:
+    """``value`` with so many digits after the point."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "NaN" if math.isnan(value) else "infinite"
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it; an infinite number becomes None, and NaN the text "NaN"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else None
+    return value if isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))) else str(value)
+
+
+def quality_to_dict(quality: Comparison) -> dict[str, Any]:
+    """The mean, the worst, and every picture, as plain data."""
+    return {
+        "mean": {metric: plain(value) for metric, value in quality.mean.items()},
+        "worst": {metric: plain(value) for metric, value in quality.worst.items()},
+        "pictures": [{name: plain(value) for name, value in asdict(row).items()} for row in quality.rows],
+    }
+
+
+def environment(pipeline: Any) -> dict[str, Any]:
+    """On what, with what and when this process measures."""
+    kind = str(pipeline.device).partition(":")[0]
+    return {
+        "device": torch.cuda.get_device_name(pipeline.device) if kind == "cuda" else kind,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "fp8-compile": fp8_compile.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

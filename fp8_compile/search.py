@@ -1,0 +1,462 @@
+"""Find a small set of layers to keep in BF16 that meets a bound on quality, by measuring pictures.
+
+    variants = Variants(pipe, {"granularity": "tensor"})
+    search = Search(variants, Bound("relative_l2", 0.05), prompts, seeds, state=Path("search.json"), **call)
+    print(search.run("blocks").patterns)
+
+Every measurement draws all pictures by the compiled pipeline, and compares them with compiled BF16. What was measured
+is written to a file at once, so that an interrupted search goes on where it stopped.
+
+One graph is compiled for each choice of layers within one kind of block, and blocks of that kind share it. So a search
+among whole blocks compiles two graphs (all in FP8, nothing in FP8) however many blocks there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ablate import environment, number_text, plain, quality_to_dict
+from .errors import Fp8Error, NothingConvertedError
+from .pages import Plot, Point, render
+from .patterns import Pattern, layer_path
+from .quality import METRICS, Drawing, compare, require_lpips
+from .variants import BF16, Patterns, Region, Variants
+from .weights import fingerprint
+
+BY = ("layers", "blocks", "blocks-then-layers")
+STATISTICS = ("worst", "mean")
+
+
+class SearchError(Fp8Error, ValueError):
+    """A search that cannot be made, or cannot be resumed with these settings."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The quality that is asked for.
+
+    Attributes:
+        metric: one of `quality.METRICS`.
+        value: the greatest that is good enough where less is better (relative L2, LPIPS), else the least (PSNR in dB,
+            SSIM, cosine).
+        statistic: of all pictures, "worst" or "mean".
+
+    Raises:
+        SearchError: the metric or the statistic is not valid, or the value is none that the metric can have.
+    """
+
+    metric: str
+    value: float
+    statistic: str = "worst"
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise SearchError(f"metric={self.metric!r} is not valid; valid: {', '.join(METRICS)}")
+        if self.statistic not in STATISTICS:
+            raise SearchError(f"statistic={self.statistic!r} is not valid; valid: {', '.join(STATISTICS)}")
+        highest = 1.0 if self.metric in ("ssim", "cosine") else math.inf
+        if not 0 < self.value <= highest or math.isinf(self.value):
+            valid = "above 0" + (" and at most 1" if highest == 1 else "")
+            raise SearchError(f"{self.metric} of {self.value!r}: no bound for it; a number {valid} belongs here")
+
+    @property
+    def less_is_better(self) -> bool:
+        """Whether a picture is the nearer to its reference, the less the metric is."""
+        return METRICS[self.metric] is min
+
+    def of(self, quality: Mapping[str, Any]) -> float:
+        """The value that the bound is for, from what `quality_to_dict` made; an infinite PSNR is None there."""
+        value = quality[self.statistic][self.metric]
+        return math.inf if value is None else float(value)
+
+    def loss(self, value: float) -> float:
+        """``value`` turned so that less is better; NaN is worst."""
+        if math.isnan(value):
+            return math.inf
+        return value if self.less_is_better else -value
+
+    def __str__(self) -> str:
+        which = "of the worst picture" if self.statistic == "worst" else "in the mean of all pictures"
+        return f"{self.metric} {which} {'at most' if self.less_is_better else 'at least'} {self.value:g}"
+
+
+def smallest(units: Sequence[str], loss: Callable[[frozenset[str]], float], limit: float) -> frozenset[str]:
+    """A small part of ``units`` to keep so that the loss is within the limit.
+
+    1. Nothing kept: if that is good enough, nothing needs to be. All kept: if that is not, nothing helps.
+    2. Each unit is measured as the only one that is not kept. The greater its loss, the earlier it shall be kept.
+    3. Bisection finds how many of that order have to be kept.
+    4. Each of those is tried without, the least first, until none can be left out.
+
+    That takes about ``2 + n + log2(n)`` measurements and one for each unit that is kept; a set that is asked for
+    again should not be measured again. The result has been measured to be good enough, and without any one of its
+    members it has been measured not to be. It need not be the smallest of all: losses of units do not simply add up.
+
+    Args:
+        loss: of the model that keeps these units.
+        limit: greatest loss that is good enough.
+
+    Raises:
+        SearchError: keeping everything is not good enough.
+    """
+    everything = frozenset(units)
+    if loss(frozenset()) <= limit:
+        return frozenset()
+    if loss(everything) > limit:
+        raise SearchError("even with everything kept that can be, the bound is not met; ask for less")
+    alone = {unit: loss(everything - {unit}) for unit in units}
+    ranked = sorted(units, key=alone.__getitem__, reverse=True)
+    few, enough = 0, len(ranked)
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        if loss(frozenset(ranked[:middle])) <= limit:
+            enough = middle
+        else:
+            few = middle
+    kept = frozenset(ranked[:enough])
+    while True:
+        before = kept
+        for unit in reversed(ranked):
+            if unit in kept and loss(kept - {unit}) <= limit:
+                kept -= {unit}
+        if kept == before:
+            return kept
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear that can be in FP8.
+
+    Attributes:
+        block: the path of the compiled block that it is in.
+        path: in that block.
+    """
+
+    denoiser: str
+    block: str
+    path: str
+
+    @property
+    def full(self) -> str:
+        """The path in the denoiser."""
+        return f"{self.block}.{self.path}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `Search.run` found.
+
+    Attributes:
+        by: what was searched among.
+        patterns: ``ignored_layers`` for each denoiser.
+        kept: the layers that they name.
+        quality: with those kept, as `quality_to_dict` gives it.
+        measurements: how many were made, those of earlier runs included.
+    """
+
+    by: str
+    patterns: dict[str, tuple[str, ...]]
+    kept: frozenset[Layer]
+    quality: dict[str, Any]
+    measurements: int
+
+
+class Search:
+    """Measurements of a pipeline with some layers kept in BF16, each made once.
+
+    Args:
+        variants: the pipeline, compiled block by block.
+        bound: what is good enough. A state made for another bound is resumed, since every measurement holds all
+            metrics; but for LPIPS, which is measured only where the bound is for it.
+        prompts: a picture of each for every seed.
+        seeds: of the initial noise.
+        state: a file that every measurement is written to, and read from if it is there.
+        progress: is told of every measurement.
+        **call: for the pipeline's call.
+
+    Raises:
+        SearchError: the pipeline's model names no repeated blocks, or the state belongs to other settings.
+        NothingConvertedError: no layer of the model becomes FP8.
+        QualityError: the bound is for LPIPS, which cannot be measured.
+    """
+
+    def __init__(
+        self,
+        variants: Variants,
+        bound: Bound,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        state: Path,
+        progress: Callable[[str], None] = lambda line: None,
+        **call: Any,
+    ) -> None:
+        if not variants.by_block:
+            raise SearchError(
+                f"{', '.join(type(m).__name__ for m in variants.denoisers.values())}: a search needs models that name "
+                "their repeated blocks, and compiles those"
+            )
+        if bound.metric == "lpips":
+            require_lpips()
+        self.variants, self.bound, self.prompts, self.seeds = variants, bound, list(prompts), list(seeds)
+        self._call, self._path, self._progress = call, state, progress
+        self._reference: tuple[Drawing, ...] | None = None
+        self._in_fp8: tuple[Drawing, ...] | None = None
+        self._prefix = len(variants.denoisers) > 1
+        self.settings = {
+            "pipeline": type(variants.pipeline).__name__,
+            "weights": {name: _fingerprint(model) for name, model in variants.denoisers.items()},
+            "options": {name: plain(value) for name, value in variants.options.items()},
+            "lpips": bound.metric == "lpips",
+            "prompts": self.prompts,
+            "seeds": self.seeds,
+            "call": {name: plain(value) for name, value in call.items()},
+            **{name: environment(variants.pipeline)[name] for name in ("device", "torch", "diffusers", "fp8-compile")},
+        }
+        self._state = self._read()
+        if not self._state["layers"]:
+            self._state["layers"] = self._convertible()
+        self.layers = tuple(
+            Layer(denoiser, block, path)
+            for denoiser, blocks in self._state["layers"].items()
+            for block, paths in blocks.items()
+            for path in paths
+        )
+        self._named: dict[str, frozenset[Layer]] = {}
+        for layer in self.layers:
+            for name in (self._kind(layer), self._block(layer), self._single(layer)):
+                self._named[name] = self._named.get(name, frozenset()) | {layer}
+        try:
+            self._known: dict[frozenset[Layer], dict[str, Any]] = {
+                self._expand(measured["kept"]): measured["quality"] for measured in self._state["measurements"]
+            }
+        except (KeyError, TypeError) as error:
+            raise SearchError(f"{str(state)!r} is no state of a search: {error!r}; remove it") from error
+
+    def run(self, by: str = "layers") -> Result:
+        """Search, measuring what is not known yet.
+
+        Args:
+            by: "layers" keeps or converts a layer in all blocks alike, so that the patterns serve any way of compiling.
+                "blocks" keeps whole blocks. "blocks-then-layers" goes on to single layers of those.
+
+        Raises:
+            SearchError: ``by`` is not valid, or the bound cannot be met.
+        """
+        if by not in BY:
+            raise SearchError(f"by={by!r} is not valid; valid: {', '.join(BY)}")
+        limit = self.bound.loss(self.bound.value)
+
+        def loss(units: frozenset[str]) -> float:
+            return self.bound.loss(self.bound.of(self.measure(self._expand(units))))
+
+        name = self._kind if by == "layers" else self._block
+        kept = smallest(list(dict.fromkeys(name(layer) for layer in self.layers)), loss, limit)
+        if by == "blocks-then-layers" and kept:
+            inside = self._expand(kept)
+            kept = smallest([self._single(layer) for layer in self.layers if layer in inside], loss, limit)
+        layers = self._expand(kept)
+        result = Result(by, self._patterns(kept, by), layers, self.measure(layers), len(self._known))
+        self._write()
+        return result
+
+    def measure(self, kept: frozenset[Layer]) -> dict[str, Any]:
+        """The quality with ``kept`` in BF16, as `quality_to_dict` gives it; drawn only if it is not known."""
+        if kept not in self._known:
+            if self._reference is None:
+                self._progress("compiling and drawing in BF16")
+                self._reference = self._draw(lambda region: BF16)
+            quality = quality_to_dict(compare(self._reference, self._draw_with(kept), self.settings["lpips"]))
+            self._known[kept] = quality
+            self._state["measurements"].append({"kept": self._names(kept), "quality": quality})
+            self._write()
+            value = self.bound.of(quality)
+            met = "met" if self.bound.loss(value) <= self.bound.loss(self.bound.value) else "not met"
+            self._progress(
+                f"{len(self._known)}: {len(kept)} of {len(self.layers)} layers kept, "
+                f"{self.bound.metric} {number_text(value, 4)}: {met}"
+            )
+        return self._known[kept]
+
+    def _draw_with(self, kept: frozenset[Layer]) -> tuple[Drawing, ...]:
+        if not kept and self._in_fp8 is not None:  # drawn to see which layers become FP8
+            return self._in_fp8
+        inside: dict[tuple[str, str], list[str]] = {}
+        for layer in kept:
+            inside.setdefault((layer.denoiser, layer.block), []).append(layer.path)
+        return self._draw(lambda region: self._kept_in(region, inside.get((region.denoiser, region.path), [])))
+
+    def _draw(self, patterns_of: Callable[[Region], Patterns]) -> tuple[Drawing, ...]:
+        self.variants.use(patterns_of)
+        return self.variants.draw(self.prompts, self.seeds, **self._call)
+
+    def _kept_in(self, region: Region, paths: Sequence[str]) -> tuple[str, ...]:
+        convertible = self._state["layers"][region.denoiser].get(region.path, [])
+        if paths and len(paths) == len(convertible):
+            return ("*",)
+        return tuple(sorted(_exactly(path, _linears(region.module)) for path in paths))
+
+    def _convertible(self) -> dict[str, dict[str, list[str]]]:
+        """The layers that become FP8 if none is kept, by denoiser and block."""
+        self._progress("compiling and drawing in FP8")
+        self._in_fp8 = self._draw(lambda region: ())
+        reports = self.variants.reports(())
+        found: dict[str, dict[str, list[str]]] = {}
+        for region in self.variants.regions:
+            prefix = f"{region.path}."
+            rows = [row for row in reports[region.denoiser].layers if row.path.startswith(prefix)]
+            paths = [row.path.removeprefix(prefix) for row in rows if row.decision == "fp8"]
+            found.setdefault(region.denoiser, {})[region.path] = paths
+        if not any(paths for blocks in found.values() for paths in blocks.values()):
+            reasons = sorted({row.reason for told in reports.values() for row in told.layers})
+            raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(reasons)}")
+        return found
+
+    def _kind(self, layer: Layer) -> str:
+        return layer.path
+
+    def _block(self, layer: Layer) -> str:
+        return f"{layer.denoiser}:{layer.block}" if self._prefix else layer.block
+
+    def _single(self, layer: Layer) -> str:
+        return f"{layer.denoiser}:{layer.full}" if self._prefix else layer.full
+
+    def _expand(self, names: Iterable[str]) -> frozenset[Layer]:
+        return frozenset(layer for name in names for layer in self._named[name])
+
+    def _names(self, kept: frozenset[Layer]) -> list[str]:
+        """Few names that say what is kept: kinds of layers if they do, else blocks, else single layers."""
+        kinds = [name for name in dict.fromkeys(map(self._kind, self.layers)) if self._named[name] <= kept]
+        if self._expand(kinds) == kept:
+            return kinds
+        blocks = [name for name in dict.fromkeys(map(self._block, self.layers)) if self._named[name] <= kept]
+        rest = kept - self._expand(blocks)
+        return [*blocks, *(self._single(layer) for layer in self.layers if layer in rest)]
+
+    def _patterns(self, kept: frozenset[str], by: str) -> dict[str, tuple[str, ...]]:
+        found = {}
+        for denoiser, model in self.variants.denoisers.items():
+            chosen: dict[str, None] = {}
+            for layer in self.layers:
+                if layer.denoiser != denoiser:
+                    continue
+                if by == "layers" and self._kind(layer) in kept:
+                    chosen[_exactly(layer.path, _linears(model), anywhere=True)] = None
+                elif self._block(layer) in kept:
+                    chosen[_exactly(layer.block, _linears(model))] = None
+                elif self._single(layer) in kept:
+                    chosen[_exactly(layer.full, _linears(model))] = None
+            found[denoiser] = tuple(chosen)
+        return found
+
+    def _read(self) -> dict[str, Any]:
+        if not self._path.exists():
+            return {"settings": self.settings, "layers": {}, "measurements": []}
+        try:
+            state = json.loads(self._path.read_text())
+            there = state["settings"]
+            differ = sorted(name for name in {*self.settings, *there} if self.settings.get(name) != there.get(name))
+            valid = isinstance(state["layers"], dict) and isinstance(state["measurements"], list)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SearchError(f"{str(self._path)!r} is no state of a search: {error}; remove it") from error
+        if not valid:
+            raise SearchError(f"{str(self._path)!r} is no state of a search; remove it")
+        if differ:
+            told = "; ".join(f"{name}: {there.get(name)!r}, now {self.settings.get(name)!r}" for name in differ)
+            raise SearchError(
+                f"{str(self._path)!r} belongs to a search with other settings ({told}); ask for the same, or begin a "
+                "new search elsewhere"
+            )
+        result: dict[str, Any] = state
+        return result
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self._state, indent=1, allow_nan=False) + "\n")
+        unfinished.replace(self._path)
+
+    def html(self, result: Result) -> str:
+        """One page with the result and the path to it; it needs no other file."""
+        rows, points = [], []
+        metric = self.bound.metric
+        for number, measured in enumerate(self._state["measurements"], start=1):
+            kept = self._expand(measured["kept"])
+            value = self.bound.of(measured["quality"])
+            met = self.bound.loss(value) <= self.bound.loss(self.bound.value)
+            names = ", ".join(measured["kept"]) or "nothing"
+            rows.append([str(number), str(len(kept)), number_text(value, 4), "yes" if met else "no", names])
+            if math.isfinite(value):
+                points.append(Point(number, value, str(len(kept)), f"{number}: {len(kept)} kept: {names}", met))
+        e = environment(self.variants.pipeline)
+        unit = ", dB" if metric == "psnr" else ""
+        label = f"{metric}{unit} ({self.bound.statistic} of {len(self.prompts) * len(self.seeds)})"
+        return render(
+            "search.html.j2",
+            model=self.settings["pipeline"],
+            about=[
+                f"Asked for: {self.bound}. Found: {len(result.kept)} of {len(self.layers)} layers to keep, "
+                f"{metric} {number_text(self.bound.of(result.quality), 4)}, after {result.measurements} measurements.",
+                f"Measured on {e['device']}, torch {e['torch']}, {e['date']}; {len(self.prompts)} prompts x "
+                f"{len(self.seeds)} seeds, compiled, against compiled BF16 with the same noise.",
+            ],
+            notes=[
+                "Without any one of its members the set does not meet the bound. It need not be the smallest of all.",
+                how_to_use(result),
+            ],
+            result=paste(result),
+            header=["#", "layers kept", metric, "met", "kept"],
+            rows=rows,
+            plot=Plot.of(points, "measurement", label, [(self.bound.value, str(self.bound))], path=True),
+        )
+
+
+def paste(result: Result) -> str:
+    """The patterns as Python source."""
+    if len(result.patterns) == 1:
+        return f"ignored_layers = {list(*result.patterns.values())!r}"
+    return "\n".join(f"{name}: ignored_layers = {list(patterns)!r}" for name, patterns in result.patterns.items())
+
+
+def how_to_use(result: Result) -> str:
+    """Where the patterns of ``result`` are understood."""
+    if result.by == "layers":
+        return "The list is for any way of compiling."
+    return (
+        "The list names blocks by index, which a graph that serves all blocks cannot tell apart: give it to "
+        "fp8_compile.quantize_ or Fp8DiffusionConfig before compiling block by block, or compile the whole transformer."
+    )
+
+
+def _linears(module: nn.Module) -> list[str]:
+    return [layer_path(path) for path, child in module.named_modules() if isinstance(child, nn.Linear)]
+
+
+def _exactly(path: str, linears: Sequence[str], anywhere: bool = False) -> str:
+    """A pattern for the layers at ``path`` or under it: the path itself, if it names no others of ``linears``.
+
+    ``anywhere``: layers whose paths end in ``path`` are meant as well.
+    """
+
+    def meant(linear: str) -> bool:
+        return f".{linear}".endswith(f".{path}") if anywhere else f"{linear}.".startswith(f"{path}.")
+
+    if all(Pattern(path).matches(linear) == meant(linear) for linear in linears):
+        return path
+    return rf"re:(^|\.){re.escape(path)}$" if anywhere else rf"re:^{re.escape(path)}(\.|$)"
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of all weights and their names: another checkpoint, or a LoRA fused into it, has another one."""
+    with torch.no_grad():
+        parts = [f"{name} {int(fingerprint(parameter))}" for name, parameter in model.named_parameters()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,0 +1,232 @@
+"""One pipeline, compiled in several ways that take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backend import fp8_diffusion
+from .errors import Fp8Error, NothingConvertedWarning, OptionError
+from .fp8_weight import Fp8Weight
+from .options import Fp8Options
+from .quality import Drawing, draw
+from .report import Report, report
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+"""What a pipeline calls the modules that run at every step."""
+
+BF16 = None
+"""Instead of patterns: the region is compiled by the inner backend alone, unquantized."""
+
+
+class PipelineError(Fp8Error, ValueError):
+    """A pipeline that has nothing to compile."""
+
+
+def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The modules of ``pipeline`` that run at every step, by their names in it.
+
+    Raises:
+        PipelineError: it has none of `DENOISERS`.
+    """
+    found = {name: module for name in DENOISERS if (module := getattr(pipeline, name, None)) is not None}
+    if not found:
+        raise PipelineError(f"{type(pipeline).__name__} has none of {', '.join(DENOISERS)}: nothing to compile")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A module that is compiled as one graph.
+
+    Attributes:
+        denoiser: the name in the pipeline of the model that it belongs to.
+        path: of the module in that model; empty for the model itself.
+    """
+
+    denoiser: str
+    path: str
+    module: nn.Module
+
+
+Patterns = tuple[str, ...] | None
+"""The ``ignored_layers`` of a region, or `BF16`."""
+
+
+class _Backend:
+    """``fp8_diffusion`` with the options of one variant; notes the graphs that it compiles."""
+
+    reset = staticmethod(fp8_diffusion.reset)  # type: ignore[attr-defined]  # for torch.compiler.reset
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
+        self.graphs: set[str] = set()
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs.add(str(torch._guards.CompileContext.current_compile_id()))
+        return fp8_diffusion(gm, example_inputs, options=self._options)
+
+
+class Variants:
+    """A pipeline whose denoisers run as one of several compiled variants, switched without compiling again.
+
+    All variants live in one process and share the weights and their FP8 constants, so that they can be timed in turn.
+    Graphs are compiled for the exact sizes of their inputs (``dynamic=False``): else the first variant would get static
+    graphs and the later ones dynamic graphs, and their times could not be compared. What the pipeline is compiled with
+    already is put back by `close`.
+
+    Args:
+        pipeline: a diffusers pipeline, on its device.
+        options: of every quantized variant; ``ignored_layers`` belongs to `use`.
+        whole: compile each denoiser as one graph. Default: its repeated blocks, where it names any.
+
+    Raises:
+        PipelineError: the pipeline has nothing to compile, or its weights are in FP8 already.
+        OptionError: an option is invalid, or ``ignored_layers`` is among them.
+    """
+
+    def __init__(self, pipeline: Any, options: Mapping[str, Any], whole: bool = False) -> None:
+        self.pipeline = pipeline
+        self.denoisers = denoisers_of(pipeline)
+        for name, model in self.denoisers.items():
+            if any(isinstance(parameter, Fp8Weight) for parameter in model.parameters()):
+                raise PipelineError(f"{name} has FP8 weights, so it has no BF16 twin; load it in bfloat16 or float16")
+        self.options = dict(options)
+        self._parsed = Fp8Options.parse(self.options)
+        if self._parsed.ignored_layers:
+            raise OptionError(
+                f"ignored_layers={list(self._parsed.ignored_layers)}: each variant has its own; see `use`"
+            )
+        self.regions = [r for name, model in self.denoisers.items() for r in _regions(name, model, whole)]
+        self._before = {region: region.module._compiled_call_impl for region in self.regions}
+        self._calls: dict[tuple[Region, Patterns], Any] = {}
+        self._backends: dict[tuple[str, ...], _Backend] = {}
+
+    @property
+    def by_block(self) -> bool:
+        """Whether regions are blocks, so that patterns cannot name one of them by its index."""
+        return all(region.path for region in self.regions)
+
+    def use(self, patterns_of: Callable[[Region], Patterns]) -> None:
+        """Let every region run with its ``ignored_layers``, or as `BF16`. It is compiled when it first runs."""
+        for region in self.regions:
+            patterns = patterns_of(region)
+            key = (region, patterns)
+            if key not in self._calls:
+                region.module.compile(fullgraph=True, dynamic=False, **self._arguments(patterns))
+                self._calls[key] = region.module._compiled_call_impl
+            region.module._compiled_call_impl = self._calls[key]
+
+    def use_everywhere(self, patterns: Patterns) -> None:
+        """`use`, with the same in every region."""
+        self.use(lambda region: patterns)
+
+    def _arguments(self, patterns: Patterns) -> dict[str, Any]:
+        if patterns is not BF16:
+            options = {**self.options, "ignored_layers": list(patterns)}
+            return {"backend": self._backends.setdefault(patterns, _Backend(options))}
+        arguments: dict[str, Any] = {"backend": self._parsed.inner_backend}
+        if self._parsed.mode is not None:
+            arguments["mode"] = self._parsed.mode
+        elif self._parsed.inductor:
+            arguments["options"] = dict(self._parsed.inductor)
+        return arguments
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> tuple[Drawing, ...]:
+        """`quality.draw`, by the variant in use."""
+        with self._running():
+            return draw(self.pipeline, prompts, seeds, **call)
+
+    def step_seconds(self, prompt: str, seed: int, **call: Any) -> list[float]:
+        """Seconds of each step but the first, whose start is unknown, of one picture by the variant in use."""
+        with self._running(), StepClock(str(self.pipeline.device)) as clock:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            self.pipeline(prompt, generator=generator, callback_on_step_end=clock.step, output_type="latent", **call)
+        return clock.seconds
+
+    def graphs(self, patterns: Patterns) -> frozenset[str]:
+        """The graphs that were compiled so far for regions with these ``ignored_layers``, as in `Report.graphs`."""
+        known = None if patterns is BF16 else self._backends.get(patterns)
+        return frozenset() if known is None else frozenset(known.graphs)
+
+    def reports(self, patterns: Patterns) -> dict[str, Report]:
+        """`report` of every denoiser, with what these ``ignored_layers`` did to it."""
+        return {name: report(model, self.graphs(patterns)) for name, model in self.denoisers.items()}
+
+    def close(self) -> None:
+        """Let the pipeline run as it did before."""
+        for region, call in self._before.items():
+            region.module._compiled_call_impl = call
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        # Every variant is another entry for the same code, and each is wanted.
+        config: Any = torch._dynamo.config
+        with config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=NothingConvertedWarning)  # a block that is kept as a whole
+            yield
+
+
+def _regions(name: str, model: nn.Module, whole: bool) -> list[Region]:
+    repeated = getattr(model, "_repeated_blocks", None) or ()
+    blocks = [Region(name, path, module) for path, module in model.named_modules() if type(module).__name__ in repeated]
+    return blocks if blocks and not whole else [Region(name, "", model)]
+
+
+class StepClock:
+    """Times the steps of a pipeline, and apart from them what torch.compile took.
+
+    Args:
+        device: where the pipeline runs.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._step_ends: list[tuple[float, float]] = []
+        self.compile_seconds = 0.0
+        self._compile_start = 0.0
+
+    def __enter__(self) -> StepClock:
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.register_start_callback(self._compile_started)
+        callback_handler.register_end_callback(self._compile_ended)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.remove_start_callback(self._compile_started)
+        callback_handler.remove_end_callback(self._compile_ended)
+
+    def _compile_started(self, _: Any) -> None:
+        self._compile_start = time.perf_counter()
+
+    def _compile_ended(self, _: Any) -> None:
+        self.compile_seconds += time.perf_counter() - self._compile_start
+
+    def step(self, pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A pipeline's ``callback_on_step_end``."""
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize()
+        self._step_ends.append((time.perf_counter(), self.compile_seconds))
+        return kwargs
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of all steps but the first, whose start is unknown; compilation is not counted."""
+        pairs = zip(self._step_ends, self._step_ends[1:], strict=False)
+        return [(end - compiled) - (start - before) for (start, before), (end, compiled) in pairs]
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The median of ``seconds``; None where there are none."""
+        return statistics.median(self.seconds) if self.seconds else None

@@ -1,0 +1,97 @@
+"""Pipelines that are quick to compile, and small ones of real classes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+WIDTH = 64
+OPTIONS = {"inner_backend": "aot_eager", "min_features": WIDTH}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(WIDTH, WIDTH)
+        self.to_v = nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = nn.functional.layer_norm(x, x.shape[-1:])
+        return x + 2 * self.mlp(8 * self.to_q(normed).tanh() * self.to_v(normed))
+
+
+class Transformer(nn.Module):
+    _repeated_blocks = ("Block",)
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.proj_out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.proj_out(x)
+        return out
+
+
+class Pipeline:
+    """Draws 32 x 32 pixels that depend on everything that a diffusers pipeline's do."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        torch.manual_seed(0)
+        self.transformer = Transformer(blocks).bfloat16().eval()
+        self.device = torch.device("cpu")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        generator: torch.Generator,
+        callback_on_step_end: Callable[..., Any],
+        num_inference_steps: int = 3,
+        output_type: str = "pil",
+    ) -> Any:
+        x = torch.randn(1, 16, WIDTH, generator=generator) + zlib.crc32(prompt.encode()) % 7 / 10
+        x = x.bfloat16()
+        for step in range(num_inference_steps):
+            x = x - 0.3 * self.transformer(x)
+            callback_on_step_end(self, step, step, {"latents": x})
+        pixels = ((x.float().flatten() + 2) * 64).clamp(0, 255).byte().view(32, 32)
+        return SimpleNamespace(images=[Image.fromarray(pixels.numpy()).convert("RGB")])
+
+
+def with_outlier(pipeline: Pipeline, block: int, layer: str = "to_q", factor: float = 2.0**17) -> Pipeline:
+    """Make one row of a weight huge, so that one scale per tensor leaves nothing of its other rows."""
+    linear = pipeline.transformer.blocks[block].get_submodule(layer)
+    with torch.no_grad():
+        linear.weight[0] *= factor
+    return pipeline
+
+
+def qwen_image_with_outliers(blocks: int, hard: int, factor: float) -> Any:
+    """A random `QwenImagePipeline` in which block ``hard`` has outlier channels."""
+    import diffusers
+
+    from fp8_compile.outliers import add_outliers
+    from fp8_compile.tiny import build_qwen_image
+
+    pipe: Any = build_qwen_image()
+    torch.manual_seed(0)
+    config = {**pipe.transformer.config, "num_layers": blocks}
+    model: Any = diffusers.QwenImageTransformer2DModel.from_config(config).eval()
+    for block in model.transformer_blocks:  # with the usual initial weights the gates nearly close the blocks
+        for modulation in (block.img_mod[1], block.txt_mod[1]):
+            modulation.weight.data *= 16
+    model.norm_out.linear.weight.data *= 16
+    add_outliers(model, factor, blocks=[hard])
+    pipe.transformer = model.bfloat16()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,289 @@
+"""Ablations: the choices, the measurements, and what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pages import Page
+from PIL import Image
+from pipelines import OPTIONS, Pipeline
+from typer.testing import CliRunner
+
+import fp8_compile
+from fp8_compile.ablate import BASELINE, Ablation, AblationError, ablate
+from fp8_compile.cli import app
+from fp8_compile.models import QWEN_IMAGE_GROUPS, GroupsError, groups_for, read_groups
+from fp8_compile.pages import Axis, amplification, difference
+from fp8_compile.patterns import first_match
+from fp8_compile.quality import compare, draw
+from fp8_compile.variants import BF16, PipelineError, Variants
+
+GROUPS = {"all FP8": (), "skip mlp": ("mlp",), "all kept": ("*",)}
+PROMPTS = ("a <b>red</b> circle", "two blue squares")
+
+
+def test_the_choices_for_qwen_image_are_thirteen_and_all_differ() -> None:
+    from fp8_compile.tiny import build_transformer
+
+    model = build_transformer()
+    linears = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    kept = {
+        name: frozenset(path for path in linears if first_match(patterns, path))
+        for name, patterns in QWEN_IMAGE_GROUPS.items()
+    }
+    assert len(set(kept.values())) == len(kept) == 13
+    assert not kept["all FP8"]
+    assert all(any(first_match([p], path) for path in linears) for ps in QWEN_IMAGE_GROUPS.values() for p in ps)
+    assert groups_for(model) == QWEN_IMAGE_GROUPS
+
+
+def test_the_choices_for_other_models_are_the_parts_of_their_blocks() -> None:
+    assert groups_for(Pipeline().transformer) == {
+        "all FP8": (),
+        "skip to_q": ("to_q",),
+        "skip to_v": ("to_v",),
+        "skip mlp": ("mlp",),
+    }
+
+
+def test_groups_are_read_from_json_and_toml(tmp_path: Path) -> None:
+    (tmp_path / "g.json").write_text('{"all": [], "some": ["mlp", "re:to_.$"]}')
+    (tmp_path / "g.toml").write_text("all = []\nsome = [\"mlp\", 're:to_.$']\n")
+    expected = {"all": (), "some": ("mlp", "re:to_.$")}
+    assert read_groups(tmp_path / "g.json") == read_groups(tmp_path / "g.toml") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("g.yaml", "", r"groups are read from \.json and \.toml files"),
+        ("g.json", "{", "g.json': Expecting property name"),
+        ("g.toml", "a = ", "g.toml': Invalid value"),
+        ("g.json", "[]", "a table of names and lists of patterns belongs here"),
+        ("g.json", "{}", "and at least one"),
+        ("g.json", '{"a": "mlp"}', "'a' is 'mlp'; a list of patterns belongs here"),
+        ("g.json", '{"a": ["re:("]}', "'a': ignored_layers: 're:\\('"),
+        ("g.json", '{"a": [1]}', "'a': ignored_layers: 1"),
+        ("g.json", None, "No such file"),
+    ],
+)
+def test_a_file_that_holds_no_groups_is_refused(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(GroupsError, match=message):
+        read_groups(tmp_path / name)
+
+
+def test_variants_take_turns_and_are_what_compiling_alone_gives() -> None:
+    pipe = Pipeline()
+    eager = draw(pipe, PROMPTS, [0])
+    variants = Variants(pipe, OPTIONS)
+    drawn = {}
+    for patterns in (BF16, (), ("mlp",), BF16, ("mlp",), ()):
+        variants.use_everywhere(patterns)
+        again = variants.draw(PROMPTS, [0])
+        before = drawn.setdefault(patterns, again)
+        assert all(torch.equal(a.latents, b.latents) for a, b in zip(again, before, strict=True))
+    assert [len(variants.graphs(patterns)) for patterns in (BF16, (), ("mlp",))] == [0, 1, 1]  # one for all blocks
+    variants.close()
+    again = draw(pipe, PROMPTS, [0])
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(again, eager, strict=True))
+    assert fp8_compile.report(pipe.transformer).graphs == (*variants.graphs(()), *variants.graphs(("mlp",)))
+    assert [row.decision for row in variants.reports(("mlp",))["transformer"].layers].count("fp8") == 6
+
+    alone = Pipeline()
+    for block in alone.transformer.blocks:
+        options = {**OPTIONS, "ignored_layers": ["mlp"]}
+        block.compile(backend="fp8_diffusion", fullgraph=True, dynamic=False, options=options)
+    expected = draw(alone, PROMPTS, [0])
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(expected, drawn["mlp",], strict=True))
+
+
+def test_a_second_user_of_a_pipeline_sees_its_own_graphs() -> None:
+    pipe = Pipeline()
+    for _ in range(2):
+        found = ablate(Variants(pipe, OPTIONS), {"all": ()}, PROMPTS, (0,), rounds=1)
+        assert [row.fp8_layers for row in found.rows] == [0, 12]
+
+
+def test_compiled_whole_a_block_is_named_by_its_index() -> None:
+    variants = Variants(Pipeline(), OPTIONS, whole=True)
+    found = ablate(variants, {"all": (), "first": ("blocks.0",)}, PROMPTS, (0,), rounds=1)
+    assert [row.fp8_layers for row in found.rows] == [0, 13, 9]  # proj_out is in the graph too
+
+
+def test_what_has_no_variants_is_refused() -> None:
+    pipe = Pipeline()
+    with pytest.raises(fp8_compile.OptionError, match="each variant has its own"):
+        Variants(pipe, {**OPTIONS, "ignored_layers": ["mlp"]})
+    fp8_compile.quantize_(pipe.transformer, OPTIONS)
+    with pytest.raises(PipelineError, match="transformer has FP8 weights"):
+        Variants(pipe, OPTIONS)
+    with pytest.raises(PipelineError, match="Namespace has none of transformer, transformer_2, unet"):
+        Variants(type("Namespace", (), {})(), OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def found() -> Ablation:
+    torch.compiler.reset()
+    return ablate(Variants(Pipeline(), OPTIONS), GROUPS, PROMPTS, (0, 1), rounds=2, num_inference_steps=4)
+
+
+def test_every_row_is_measured_against_compiled_bf16(found: Ablation) -> None:
+    rows = {row.name: row for row in found.rows}
+    assert list(rows) == [BASELINE, *GROUPS]
+    assert rows[BASELINE].quality is None
+    assert all(len(row.step_seconds) == 2 * 3 and min(row.step_seconds) > 0 for row in rows.values())
+    assert found.speedup(rows[BASELINE]) == 1
+    row = rows["all FP8"]
+    medians = [statistics.median(r.step_seconds) for r in (rows[BASELINE], row)]
+    assert found.speedup(row) == pytest.approx(medians[0] / medians[1])
+    assert row.quality == compare(rows[BASELINE].drawings, row.drawings)
+    assert len(row.drawings) == 4
+    assert row.quality is not None
+    assert row.quality.worst["relative_l2"] > 0
+    kept = rows["all kept"].quality
+    assert kept is not None
+    assert kept.worst["relative_l2"] == 0
+
+    assert {name: row.fp8_layers for name, row in rows.items()} == {
+        BASELINE: 0, "all FP8": 12, "skip mlp": 6, "all kept": 0
+    }  # fmt: skip
+    # Three blocks with 6 * 64 * 64 weights, and proj_out; an FP8 weight has a byte each, and a float32 scale per row.
+    total = 2 * (3 * 6 + 1) * 64 * 64
+    assert rows[BASELINE].weight_bytes == rows["all kept"].weight_bytes == total
+    assert rows["all FP8"].weight_bytes == total - 3 * 6 * 64 * 64 + 4 * 3 * (64 + 64 + 128 + 64)
+    assert rows["skip mlp"].weight_bytes == total - 3 * 2 * 64 * 64 + 4 * 3 * (64 + 64)
+
+
+def test_json_and_markdown_tell_all_rows(found: Ablation) -> None:
+    told = json.loads(found.json())
+    assert [row["ignored_layers"] for row in told["rows"]] == [None, [], ["mlp"], ["*"]]
+    assert told["rows"][3]["quality"]["worst"]["psnr"] is None  # equal pictures
+    assert told["rows"][1]["quality"]["mean"]["psnr"] == found.rows[1].quality.mean["psnr"]  # type: ignore[union-attr]
+    assert told["settings"]["call"] == {"num_inference_steps": 4}
+    assert told["environment"]["device"] == "cpu"
+    table = [line for line in found.markdown().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(GROUPS) + 1
+    assert len({line.count("|") for line in table}) == 1
+    assert "Measured on cpu" in found.markdown()
+    assert "these times say nothing of a GPU" in found.markdown()
+
+
+def test_the_page_holds_everything_and_loads_nothing(found: Ablation) -> None:
+    page = Page(found.html(pictures=3))
+    assert len(page.loads) == 3 * (1 + 2 * len(GROUPS))  # pictures, and but for BF16 their differences
+    assert all(load.startswith("data:image/png;base64,") for load in page.loads)
+    assert PROMPTS[0] in page.texts  # escaped, and so not taken for a tag
+    assert "b" not in page.tags
+    assert page.tags.count("circle") == 2  # that which equals BF16 has no finite PSNR
+    assert "1 more were measured and are not shown." in " ".join(page.texts)
+
+
+def test_a_difference_map_is_amplified_as_stated() -> None:
+    grey, lighter = (Image.new("RGB", (4, 4), (level,) * 3) for level in (100, 103))
+    assert difference(grey, lighter).getpixel((0, 0)) == (3, 3, 3)
+    assert difference(lighter, grey, 64).getpixel((0, 0)) == (192, 192, 192)
+    assert difference(grey, lighter, 128).getpixel((0, 0)) == (255, 255, 255)
+    assert [amplification(largest) for largest in (0, 1, 3, 127, 128, 255)] == [1, 128, 64, 2, 1, 1]
+
+
+@pytest.mark.parametrize("values", [(0.3, 0.5), (1.0,), (0.0, 0.0), (-40.0, 1e-3), (1e-4, 2e-4), (31.2, 1e5)])
+def test_an_axis_holds_its_values_and_has_round_ticks(values: tuple[float, ...]) -> None:
+    axis = Axis.over("x", values, 64, 624)
+    assert all(64 <= axis.place(value) <= 624 for value in values)
+    assert 3 <= len(axis.ticks) <= 8
+    steps = [float(b) - float(a) for (a, _), (b, _) in zip(axis.ticks, axis.ticks[1:], strict=False)]
+    assert all(step == pytest.approx(steps[0]) for step in steps)
+    assert all(axis.place(float(text)) == pytest.approx(x, abs=0.2) for text, x in axis.ticks)
+    assert round(steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)) in (1, 2, 5, 10)
+
+
+@pytest.mark.parametrize(
+    ("groups", "call", "error", "message"),
+    [
+        ({"a": ("to_vv",)}, {}, fp8_compile.PatternError, "did you mean"),
+        ({"a": ("mlp", "img_mod")}, {}, AblationError, "'a': 'img_mod' matches none of the layers to_q, to_v, mlp.0"),
+        ({"a": ("blocks.0.*",)}, {}, fp8_compile.PatternError, "outside the compiled region"),
+        ({BASELINE: ()}, {}, AblationError, "is the name of the unquantized row"),
+        ({"a": ("*",)}, {}, fp8_compile.NothingConvertedError, r"no layer of the model became FP8: ignored_layers: \*"),
+        ({"a": ()}, {"num_inference_steps": 1}, AblationError, "one step cannot be timed"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(groups: Any, call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ablate(Variants(Pipeline(), OPTIONS), groups, PROMPTS, (0,), rounds=1, **call)
+
+
+def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
+    (tmp_path / "groups.toml").write_text('"text in BF16" = ["txt_mlp"]\n"all" = []\n')
+    prompt = "a large red circle on a white background"
+    options = ["--steps", "2", "--seed", "0", "--prompt", prompt, "--rounds", "1", "--inner-backend", "eager"]
+    options += ["--few-rows", "weight-only", "--groups", str(tmp_path / "groups.toml")]
+    done = CliRunner().invoke(app, ["ablate", *options, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert [row["name"] for row in told["rows"]] == [BASELINE, "text in BF16", "all"]
+    assert told["settings"]["options"]["few_rows"] == "weight-only"
+    assert 0 < told["rows"][1]["fp8_layers"] < told["rows"][2]["fp8_layers"]
+    assert told["rows"][0]["following"]["all"][1] == 1  # the prompt is a scene, so its picture was judged
+    assert (tmp_path / "out" / "ablation.md").read_text() in done.output
+    assert Page((tmp_path / "out" / "ablation.html").read_text()).tags.count("figure") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--groups", "none.json"], "No such file"),
+        (["--inner-backend", "inducter"], "inner_backend='inducter' is not valid, did you mean 'inductor'?"),
+        (["--dtype", "float32"], "use one of those"),
+        (["--model", "no/such/model"], "'no/such/model' could not be loaded"),
+    ],
+)
+def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["ablate", *arguments, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert not list(tmp_path.iterdir())
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+PROBE = """<iframe style="width:WIDTHpx;height:600px;border:0"></iframe><pre id="told"></pre><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {
+const page = frame.contentDocument;
+document.querySelector("#told").textContent = JSON.stringify({
+  width: page.documentElement.scrollWidth,
+  pictures: [...page.images].every(image => image.complete && image.naturalWidth > 0),
+  marks: [...page.querySelectorAll("circle")].every(mark => mark.getBoundingClientRect().width > 2),
+  ground: frame.contentWindow.getComputedStyle(page.body).backgroundColor,
+  text: frame.contentWindow.getComputedStyle(page.body).color,
+}); };
+frame.srcdoc = TEXT;
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed to show the page in")
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
+def test_a_browser_shows_the_page(found: Ablation, tmp_path: Path, width: int, dark: bool) -> None:
+    text = json.dumps(found.html()).replace("</", "<\\/")
+    (tmp_path / "probe.html").write_text(PROBE.replace("WIDTH", str(width)).replace("TEXT", text))
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=5000"]
+    done = subprocess.run(
+        [*command, "--dump-dom", str(tmp_path / "probe.html")], capture_output=True, text=True, check=True, timeout=60
+    )
+    told = json.loads(done.stdout.split('<pre id="told">')[1].split("</pre>")[0])
+    assert told["width"] <= width  # nothing but the table scrolls sideways
+    assert told["pictures"]
+    assert told["marks"]
+    ground, ink = (sum(map(int, told[name][4:-1].split(","))) for name in ("ground", "text"))
+    assert (ground < ink) == dark

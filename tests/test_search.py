@@ -1,0 +1,258 @@
+"""The search for layers to keep: the algorithm on made-up losses, then on pipelines."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import Page
+from pipelines import OPTIONS, Pipeline, qwen_image_with_outliers, with_outlier
+from typer.testing import CliRunner
+
+import fp8_compile
+from fp8_compile.ablate import plain
+from fp8_compile.cli import app
+from fp8_compile.search import Bound, Search, SearchError, how_to_use, paste, smallest
+from fp8_compile.variants import Variants
+
+
+def counted(loss: Callable[[frozenset[str]], float]) -> tuple[Callable[[frozenset[str]], float], list[frozenset[str]]]:
+    """``loss``, each set measured once, and the sets that were."""
+    known: dict[frozenset[str], float] = {}
+
+    def measure(kept: frozenset[str]) -> float:
+        if kept not in known:
+            known[kept] = loss(kept)
+        return known[kept]
+
+    return measure, known  # type: ignore[return-value]
+
+
+def in_quadrature(errors: dict[str, float]) -> Callable[[frozenset[str]], float]:
+    return lambda kept: math.sqrt(sum(e * e for unit, e in errors.items() if unit not in kept))
+
+
+def test_the_two_that_hurt_are_found_among_sixty_in_few_measurements() -> None:
+    errors = {str(i): 0.01 for i in range(60)} | {"17": 1.0, "42": 0.3}
+    loss, measured = counted(in_quadrature(errors))
+    assert smallest(list(errors), loss, limit=0.2) == {"17", "42"}
+    assert len(measured) <= 2 + 60 + math.ceil(math.log2(60)) + 2
+
+
+def test_nothing_is_kept_where_nothing_needs_to_be() -> None:
+    loss, measured = counted(in_quadrature({"a": 0.1, "b": 0.1}))
+    assert smallest(["a", "b"], loss, limit=0.2) == frozenset()
+    assert len(measured) == 1
+
+
+def test_a_bound_that_cannot_be_met_is_an_error() -> None:
+    with pytest.raises(SearchError, match="even with everything kept"):
+        smallest(["a"], lambda kept: 1.0 - 0.1 * len(kept), limit=0.5)
+
+
+def test_what_does_not_add_up_is_still_met_and_no_member_can_be_left_out() -> None:
+    for seed in range(50):
+        rng = random.Random(seed)
+        units = list("abcdef")
+        table = {frozenset(c): rng.random() for n in range(7) for c in itertools.combinations(units, n)}
+        table[frozenset(units)] = 0.0
+        kept = smallest(units, table.__getitem__, limit=0.2)
+        assert table[kept] <= 0.2
+        assert all(table[kept - {unit}] > 0.2 for unit in kept)
+
+
+def test_a_smaller_set_than_the_first_that_is_enough_is_found() -> None:
+    # Alone, b hurts most; with a kept it does not matter.
+    losses = {"": 1.0, "a": 0.1, "b": 0.9, "c": 1.0, "ab": 0.0, "ac": 0.4, "bc": 0.6, "abc": 0.0}
+    assert smallest(["a", "b", "c"], lambda kept: losses["".join(sorted(kept))], limit=0.2) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lpsnr", 1.0), "metric='lpsnr' is not valid; valid: psnr, ssim, relative_l2, cosine"),
+        (("psnr", 30.0, "median"), "statistic='median' is not valid; valid: worst, mean"),
+        (("ssim", 1.5), r"ssim of 1\.5: no bound for it; a number above 0 and at most 1"),
+        (("relative_l2", 0.0), r"relative_l2 of 0\.0"),
+        (("psnr", math.nan), "psnr of nan"),
+        (("psnr", math.inf), "psnr of inf"),
+    ],
+)
+def test_a_bound_that_no_metric_has_is_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(SearchError, match=message):
+        Bound(*arguments)
+
+
+def test_a_bound_knows_which_way_is_better() -> None:
+    quality = {"mean": {"psnr": None, "relative_l2": 0.1}, "worst": {"psnr": 31.0, "relative_l2": 0.3}}
+    psnr, l2 = Bound("psnr", 30), Bound("relative_l2", 0.2, "mean")
+    assert (psnr.of(quality), psnr.loss(31.0) < psnr.loss(30.0)) == (31.0, True)
+    assert Bound("psnr", 30, "mean").of(quality) == math.inf
+    assert (l2.of(quality), l2.loss(0.1) < l2.loss(0.2)) == (0.1, True)
+    broken = json.loads(json.dumps({"worst": {"psnr": plain(math.nan), "relative_l2": plain(math.nan)}}))
+    assert Bound("psnr", 30).loss(Bound("psnr", 30).of(broken)) == math.inf
+    assert Bound("relative_l2", 0.2).loss(Bound("relative_l2", 0.2).of(broken)) == math.inf
+    assert str(psnr) == "psnr of the worst picture at least 30"
+    assert str(l2) == "relative_l2 in the mean of all pictures at most 0.2"
+
+
+def searched(pipe: Any, state: Path, bound: Bound, told: list[str] | None = None, **options: Any) -> Search:
+    variants = Variants(pipe, {**OPTIONS, "granularity": "tensor", **options})
+    lines = [] if told is None else told
+    return Search(variants, bound, ["a", "b"], [0], state, progress=lines.append)
+
+
+def test_the_layer_with_outliers_is_found_in_its_block_and_the_list_means_it(tmp_path: Path) -> None:
+    pipe = with_outlier(Pipeline(), block=1)
+    search = searched(pipe, tmp_path / "s.json", Bound("relative_l2", 0.08))
+    single = search.run("blocks-then-layers")
+    assert single.patterns == {"transformer": ("blocks.1.to_q",)}
+    assert paste(single) == "ignored_layers = ['blocks.1.to_q']"
+    assert "quantize_" in how_to_use(single)
+    whole = search.run("blocks")
+    assert whole.patterns == {"transformer": ("blocks.1",)}
+    assert search.run("layers").patterns == {"transformer": ("to_q",)}
+
+    # What the list does when it is used as the text says is what was measured.
+    search.variants.close()
+    options = {**OPTIONS, "granularity": "tensor", "ignored_layers": list(single.patterns["transformer"])}
+    fp8_compile.quantize_(pipe.transformer, options)
+    made = {layer.path for layer in fp8_compile.report(pipe.transformer).layers if layer.decision == "fp8"}
+    convertible = {layer.full for layer in search.layers}
+    assert convertible - made == {layer.full for layer in single.kept} == {"blocks.1.to_q"}
+
+
+def test_a_search_goes_on_where_it_stopped_and_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, told = tmp_path / "folder" / "s.json", []
+    pipe = with_outlier(Pipeline(), block=1)
+    bound = Bound("relative_l2", 0.08)
+    first = searched(pipe, state, bound)
+    draw, drawn = Variants.draw, []
+
+    def interrupted(self: Variants, *args: Any, **call: Any) -> Any:
+        drawn.append(None)
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        return draw(self, *args, **call)
+
+    monkeypatch.setattr(Variants, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        first.run("blocks")
+    before = json.loads(state.read_text())["measurements"]
+    assert len(before) >= 2
+    second = searched(pipe, state, bound, told)
+    result = second.run("blocks")
+    after = json.loads(state.read_text())["measurements"]
+    assert after[: len(before)] == before
+    assert len(after) == result.measurements == len(before) + sum(": met" in t or "not met" in t for t in told)
+
+    told.clear()
+    again = searched(pipe, state, Bound("psnr", 20.0, "mean"), told).run("blocks")  # another bound, nothing to draw
+    assert told == []
+    assert again.measurements == result.measurements
+
+
+def test_a_state_of_other_settings_or_none_at_all_is_refused(tmp_path: Path) -> None:
+    state, bound = tmp_path / "s.json", Bound("relative_l2", 10.0)
+    searched(Pipeline(), state, bound).run("blocks")
+    with pytest.raises(SearchError, match=r"other settings \(options: .*'tensor'.*, now .*'row'"):
+        searched(Pipeline(), state, bound, granularity="row")
+    with pytest.raises(SearchError, match=r"other settings \(weights: "):
+        searched(with_outlier(Pipeline(), block=0), state, bound)
+    good = json.loads(state.read_text())
+    for measured in ({}, {"kept": ["blocks.9"], "quality": {}}):
+        state.write_text(json.dumps({**good, "measurements": [measured]}))
+        with pytest.raises(SearchError, match="is no state of a search"):
+            searched(Pipeline(), state, bound)
+    for text in ("{", "[]", '{"settings": {}}', '{"settings": {}, "layers": [], "measurements": []}'):
+        state.write_text(text)
+        with pytest.raises(SearchError, match="is no state of a search"):
+            searched(Pipeline(), state, bound)
+
+
+def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
+    bound = Bound("relative_l2", 0.1)
+    with pytest.raises(fp8_compile.NothingConvertedError, match="narrower than min_features 4096"):
+        searched(Pipeline(), tmp_path / "a.json", bound, min_features=4096)
+    with pytest.raises(SearchError, match="name their repeated blocks"):
+        Search(Variants(Pipeline(), OPTIONS, whole=True), bound, ["a"], [0], tmp_path / "b.json")
+    with pytest.raises(SearchError, match="by='rows' is not valid; valid: layers, blocks, blocks-then-layers"):
+        searched(Pipeline(), tmp_path / "c.json", bound).run("rows")
+
+
+def test_the_page_shows_the_path_and_needs_nothing_else(tmp_path: Path) -> None:
+    search = searched(with_outlier(Pipeline(), block=1), tmp_path / "s.json", Bound("relative_l2", 0.08))
+    result = search.run("blocks")
+    page = Page(search.html(result))
+    assert page.loads == []
+    assert page.tags.count("circle") == result.measurements
+    assert paste(result) in page.texts
+    assert "relative_l2 of the worst picture at most 0.08" in page.texts  # the line of the bound
+
+
+def test_outliers_of_a_real_model_are_found_by_block_and_by_layer(tmp_path: Path) -> None:
+    pipe = qwen_image_with_outliers(blocks=3, hard=1, factor=2.0**18)
+    # "eager" compiles fastest, and rewrites and quantizes as the others do.
+    variants = Variants(pipe, {"inner_backend": "eager", "granularity": "tensor"})
+    call = {"height": 64, "width": 64, "num_inference_steps": 2}
+    search = Search(variants, Bound("relative_l2", 0.06), ["a red circle"], [0], tmp_path / "s.json", **call)
+    assert search.run("blocks").patterns == {"transformer": ("transformer_blocks.1",)}
+    found = search.run("blocks-then-layers").patterns["transformer"]
+    # Those that `add_outliers` changes, by their input or by their rows; not the second linears of the MLPs.
+    sensitive = re.compile(r"transformer_blocks\.1\.(attn\.(to|add)_.*|(img|txt)_mlp\.net\.0\.proj)")
+    assert found
+    assert all(sensitive.fullmatch(path) for path in found)
+    assert len(found) < 12
+
+
+SMALL = ["--steps", "2", "--seed", "0", "--prompt", "a large red circle on a white background"]
+SMALL += ["--inner-backend", "eager"]
+
+
+def test_the_command_searches_and_goes_on(tmp_path: Path) -> None:
+    arguments = ["search", *SMALL, "--by", "blocks", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*arguments, "--max-loss", "1.5"])
+    assert done.exit_code == 0, done.output
+    assert "asked for: relative_l2 of the worst picture at most 1.5" in done.output
+    assert "ignored_layers = []" in done.output
+    state = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert [measured["kept"] for measured in state["measurements"]] == [[]]
+    assert (tmp_path / "out" / "search.html").read_text().startswith("<!doctype html>")
+    # A bound that FP8 cannot meet, by measuring on: everything is kept.
+    done = CliRunner().invoke(app, [*arguments, "--metric", "psnr", "--min-quality", "150"])
+    assert done.exit_code == 0, done.output
+    blocks = list(state["layers"]["transformer"])
+    assert f"ignored_layers = {blocks!r}" in done.output
+    done = CliRunner().invoke(app, [*arguments, "--max-loss", "1.5", "--granularity", "tensor"])
+    assert done.exit_code == 1
+    assert "belongs to a search with other settings" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --max-loss (for relative_l2, lpips) or --min-quality (for psnr, ssim, cosine), one of the two"),
+        (["--max-loss", "1", "--min-quality", "1"], "one of the two"),
+        (["--max-loss", "30", "--metric", "psnr"], "psnr is greater for better pictures; use --min-quality"),
+        (["--min-quality", "0.1"], "relative_l2 is less for better pictures; use --max-loss"),
+        (["--max-loss", "0.1", "--metric", "mse"], "metric='mse' is not valid"),
+        (["--max-loss", "0.1", "--by", "rows"], "--by 'rows' is not valid; valid: layers, blocks, blocks-then-layers"),
+        (["--max-loss", "0.1", "--granularity", "column"], "granularity='column' is not valid"),
+        (["--max-loss", "0.1", "--few-rows", "drop"], "few_rows='drop' is not valid"),
+        (["--max-loss", "0.1", "--dtype", "float32"], "use one of those"),
+    ],
+)
+def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["search", *arguments, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert not list(tmp_path.iterdir())
