@@ -23,16 +23,18 @@ except ModuleNotFoundError as error:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-# The embedded default was trained on pictures of this size; other pipelines know their own.
-EMBEDDED_SIZE = 64
-EMBEDDED_STEPS = 8
+EMBEDDED = "embedded:"
+"""Of ``--model``, before the name of a pipeline that comes with the package."""
 
 # What is measured by default. As long as each other for most tokenizers, so that one graph serves both.
 PROMPTS = ("a large red circle on a white background", "two small blue squares on a yellow background")
 SEEDS = (0, 1)
 
 Model = Annotated[
-    str | None, typer.Option(help="Directory or hub name of a diffusers pipeline. Default: a small embedded one.")
+    str,
+    typer.Option(
+        help="Directory or hub name of a diffusers pipeline; a small one: embedded:qwen-image or embedded:z-image."
+    ),
 ]
 Quantization = Annotated[str, typer.Option(help="Method of quantization.")]
 Granularity = Annotated[str, typer.Option(help="Scales: one per row, or one per tensor.")]
@@ -61,7 +63,7 @@ def text_to_image(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out.png"),
-    model: Model = None,
+    model: Model = f"{EMBEDDED}qwen-image",
     quantization: Quantization = "fp8",
     no_quantization: Annotated[
         bool, typer.Option("--no-quantization", help="The unquantized twin: same compilation, weights as they are.")
@@ -110,13 +112,13 @@ def text_to_image(
         mode=compile_mode,
     )
     pipe = _load(model, torch_dtype, device)
-    call = _sizes(model, steps, height, width)
-    arguments = _call_arguments(pipe, prompt=prompt, negative_prompt=negative_prompt, **call)
+    call = _call(model, num_inference_steps=steps, height=height, width=width, negative_prompt=negative_prompt)
+    arguments = _call_arguments(pipe, prompt=prompt, **call)
     with _errors():
         denoisers = denoisers_of(pipe)
         for module in denoisers.values():
             advice = RECOMMENDED.get(type(module).__name__)
-            if advice and not patterns and not no_quantization and model is not None:
+            if advice and not patterns and not no_quantization and not model.startswith(EMBEDDED):
                 _tell(
                     f"{type(module).__name__}: others keep {', '.join(advice)} (--ignored-layers; see docs/models.md)"
                 )
@@ -140,7 +142,7 @@ def text_to_image(
 
 @app.command()
 def ablate(
-    model: Model = None,
+    model: Model = f"{EMBEDDED}qwen-image",
     groups: Annotated[
         Path | None,
         typer.Option(
@@ -182,7 +184,7 @@ def ablate(
     with _errors():
         chosen = None if groups is None else read_groups(groups)
     pipe = _measured(model, torch_dtype, device)
-    call = _call_arguments(pipe, **_sizes(model, steps, height, width))
+    call = _call_arguments(pipe, **_call(model, num_inference_steps=steps, height=height, width=width))
     with _errors():
         variants = Variants(pipe, options, whole)
         if chosen is None:
@@ -198,7 +200,7 @@ def ablate(
 
 @app.command()
 def search(
-    model: Model = None,
+    model: Model = f"{EMBEDDED}qwen-image",
     max_loss: Annotated[
         float | None, typer.Option(help="Bound for a metric that is 0 for equal pictures: relative_l2, lpips.")
     ] = None,
@@ -248,7 +250,7 @@ def search(
         mode=compile_mode,
     )
     pipe = _measured(model, torch_dtype, device)
-    call = _call_arguments(pipe, **_sizes(model, steps, height, width))
+    call = _call_arguments(pipe, **_call(model, num_inference_steps=steps, height=height, width=width))
     typer.echo(f"asked for: {bound}")
     with _errors():
         made = Search(
@@ -346,7 +348,7 @@ def _quantizable(dtype: str) -> torch.dtype:
     return _dtype(dtype)
 
 
-def _measured(model: str | None, dtype: torch.dtype, device: str) -> Any:
+def _measured(model: str, dtype: torch.dtype, device: str) -> Any:
     """A pipeline to be measured, which tells of no steps. What measuring needs is asked for first."""
     try:
         import scipy  # type: ignore[import-untyped] # noqa: F401
@@ -358,13 +360,12 @@ def _measured(model: str | None, dtype: torch.dtype, device: str) -> Any:
     return pipe
 
 
-def _sizes(model: str | None, steps: int | None, height: int | None, width: int | None) -> dict[str, int | None]:
-    """Steps and size as given; the embedded pipeline's own where it is drawn with and they are not."""
-    return {
-        "num_inference_steps": steps or (EMBEDDED_STEPS if model is None else None),
-        "height": height or (EMBEDDED_SIZE if model is None else None),
-        "width": width or (EMBEDDED_SIZE if model is None else None),
-    }
+def _call(model: str, **given: Any) -> dict[str, Any]:
+    """Arguments of the pipeline as given; the embedded pipelines' own where they are drawn with and nothing is."""
+    from .tiny import EMBEDDED_CALLS
+
+    own = EMBEDDED_CALLS[model.removeprefix(EMBEDDED)] if model.startswith(EMBEDDED) else {}
+    return {**own, **{name: value for name, value in given.items() if value is not None}}
 
 
 def _check_output(output: Path) -> None:
@@ -378,17 +379,20 @@ def _check_output(output: Path) -> None:
         _fail(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}")
 
 
-def _load(model: str | None, dtype: torch.dtype, device: str) -> Any:
+def _load(model: str, dtype: torch.dtype, device: str) -> Any:
     import diffusers
 
+    from .errors import OptionError
     from .tiny import default_pipeline_dir
 
-    source = default_pipeline_dir() if model is None else model
     loader: Any = diffusers.DiffusionPipeline
     try:
+        source = default_pipeline_dir(model.removeprefix(EMBEDDED)) if model.startswith(EMBEDDED) else model
         return loader.from_pretrained(source, dtype=dtype).to(device)
+    except OptionError as error:
+        _fail(f"--model {model!r}: {error}")
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: of a device that is not there
-        _fail(f"--model {str(source)!r} could not be loaded on --device {device}: {error}")
+        _fail(f"--model {model!r} could not be loaded on --device {device}: {error}")
 
 
 def _call_arguments(pipe: Any, **arguments: Any) -> dict[str, Any]:

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
+_PICTURE = {"height": 64, "width": 64, "num_inference_steps": 8}
+EMBEDDED_CALLS: dict[str, dict[str, Any]] = {
+    "qwen-image": {**_PICTURE, "negative_prompt": " ", "true_cfg_scale": 2.0},
+    "z-image": {**_PICTURE, "negative_prompt": "", "guidance_scale": 1.5},
+}
+"""By name of an embedded pipeline, the arguments with which it draws best."""
+
 # So that every attention and MLP linear has at least 256 features on both sides: narrower ones are not worth FP8.
 WIDTH = 256
 HEADS = 4
@@ -235,7 +242,8 @@ def build_qwen_image(seed: int = 0) -> QwenImagePipeline:
     pipeline: QwenImagePipeline = diffusers.QwenImagePipeline(
         scheduler=_scheduler(), vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
     )
-    return _in_bfloat16(pipeline)
+    _to_bfloat16(pipeline)
+    return pipeline
 
 
 def build_z_image(seed: int = 0) -> ZImagePipeline:
@@ -248,7 +256,8 @@ def build_z_image(seed: int = 0) -> ZImagePipeline:
     pipeline: ZImagePipeline = diffusers.ZImagePipeline(
         scheduler=_scheduler(), vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
     )
-    return _in_bfloat16(pipeline)
+    _to_bfloat16(pipeline)
+    return pipeline
 
 
 @contextlib.contextmanager
@@ -266,13 +275,12 @@ def _scheduler() -> Any:
     )
 
 
-def _in_bfloat16(pipeline: Any) -> Any:
+def _to_bfloat16(pipeline: Any) -> None:
     for model in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
         model.eval()
         # Parameters only: the rotary frequencies of the text encoder are buffers, which stay FP32 in a loaded model.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
-    return pipeline
 
 
 def default_pipeline_dir(pipeline: str = "qwen-image") -> Path:
@@ -287,7 +295,6 @@ def default_pipeline_dir(pipeline: str = "qwen-image") -> Path:
     Raises:
         OptionError: there is no embedded pipeline of that name.
     """
-    valid = sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
-    if pipeline not in valid:
-        raise OptionError(f"no embedded pipeline is called {pipeline!r}; there are {', '.join(valid)}")
+    if pipeline not in EMBEDDED_CALLS:
+        raise OptionError(f"no embedded pipeline is called {pipeline!r}; there are {', '.join(EMBEDDED_CALLS)}")
     return EMBEDDED / pipeline

@@ -11,7 +11,7 @@ import torch
 from fp8_compile.errors import OptionError
 from fp8_compile.quality import draw, following
 from fp8_compile.scenes import scenes
-from fp8_compile.tiny import build_qwen_image, build_z_image, default_pipeline_dir
+from fp8_compile.tiny import EMBEDDED_CALLS, build_qwen_image, build_z_image, default_pipeline_dir
 
 LARGEST_FILE = 10 * 1024 * 1024
 
@@ -69,6 +69,6 @@ def _embedded(name: str) -> Any:
 @pytest.mark.parametrize(("name", "least"), [("qwen-image", 21), ("z-image", 21)])
 def test_an_embedded_pipeline_draws_held_out_captions(name: str, least: int) -> None:
     captions = [scene.caption for scene in random.Random(1).sample([s for s in scenes() if s.held_out], 24)]
-    found = following(draw(_embedded(name), captions, (0,), **EMBEDDED_CALL[name]))
+    found = following(draw(_embedded(name), captions, (0,), **EMBEDDED_CALLS[name]))
     assert found["all"][0] >= least, found
     assert found["background"] == (24, 24), found
