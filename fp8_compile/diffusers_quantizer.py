@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .checkpoints import SCALE_SUFFIX, holding, join, split
 from .errors import CheckpointError, NonFiniteWeightError, OptionError
 from .fp8_weight import Fp8Weight
-from .load import Choice, check_choices, choose, keep_others, quantized, remember
+from .load import Choice, check_choices, choose, keep_others, quantized, remember, scheme_at_load
 from .options import Fp8Options
 
 _OPTIONS = ("method", "ignored_layers", "granularity", "min_features", "min_rows", "few_rows", "strict")
@@ -39,7 +40,7 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
             ``min_rows``, ``method``, ``strict``.
 
     Raises:
-        OptionError: an option is unknown, invalid, or concerns compilation alone.
+        OptionError: an option is unknown, invalid, concerns compilation alone, or cannot be served at load time.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -52,6 +53,7 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
         parsed = Fp8Options.parse(options)
         if parsed.inductor:
             raise OptionError(f"{', '.join(parsed.inductor)}: a setting of Inductor; give it to torch.compile")
+        scheme_at_load(parsed)
         self.quant_method: Any = QuantMethod.FP8_DIFFUSION
         for name in options:
             value = getattr(parsed, name)
@@ -173,6 +175,10 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
                 if isinstance(parameter, Fp8Weight):
                     module._parameters[name] = nn.Parameter(parameter.dequantize(), requires_grad=False)
         return model
+
+
+AUTO_QUANTIZER_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig
 
 
 def attach(model: Any, options: Fp8Options) -> None:

@@ -1,7 +1,11 @@
-"""Register with diffusers when it is imported, before or after this package, without importing it."""
+"""Register with diffusers when it is imported, before or after this package, without importing it.
+
+`diffusers_quantizer` fills diffusers' tables at its own end, so all that is done here is to import it in time.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -11,27 +15,24 @@ from types import ModuleType
 from typing import Any
 
 _TABLES = "diffusers.quantizers.auto"
-NAME = "fp8_diffusion"
 
 
 def register() -> None:
     """Put our quantizer into diffusers' tables: now, if they are loaded, or as soon as they are."""
     tables = sys.modules.get(_TABLES)
     if tables is not None and hasattr(tables, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
-        _fill(tables)
+        _register()
     elif not any(isinstance(finder, _WhenLoaded) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenLoaded())
 
 
-def _fill(tables: Any) -> None:
-    from .diffusers_quantizer import Fp8DiffusionConfig, Fp8DiffusionQuantizer
-
-    tables.AUTO_QUANTIZER_MAPPING[NAME] = Fp8DiffusionQuantizer
-    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = Fp8DiffusionConfig
+def _register() -> None:
+    # By name: whoever imports `diffusers_quantizer` itself gets here while that is half executed.
+    importlib.import_module(f"{__package__}.diffusers_quantizer")
 
 
 class _WhenLoaded(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: lets the others find the module with the tables, and fills these once it is executed."""
+    """Finds nothing itself: lets the others find the module with the tables, and acts once it is executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,9 +46,9 @@ class _WhenLoaded(importlib.abc.MetaPathFinder):
         loader: Any = spec.loader
         execute = loader.exec_module
 
-        def execute_and_fill(module: ModuleType) -> None:
+        def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _fill(module)
+            _register()
 
-        loader.exec_module = execute_and_fill
+        loader.exec_module = execute_and_register
         return spec

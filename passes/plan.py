@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from ..fp8_weight import Fp8Weight
 from ..options import Fp8Options
 from ..patterns import first_match, is_adapter, layer_path
-from ..schemes import WEIGHT_ONLY, Scheme, scheme_of
+from ..schemes import Scheme, scheme_of, weight_only
 from .graphs import example, row_count, storages, written_storages
 from .linears import Linear, find_linears, module_path
 
@@ -203,8 +203,10 @@ def _choose_for_fp8(linear: Linear, weight: Fp8Weight, rows: float, options: Fp8
     if rows == math.inf:
         return _UNKNOWN_ROWS
     scheme = scheme_of(weight.granularity)
-    few = rows < (options.min_rows if weight.min_rows is None else weight.min_rows)
-    return WEIGHT_ONLY if few else scheme.refuses(*linear.features, weight.dtype) or scheme
+    min_rows = options.min_rows if weight.min_rows is None else weight.min_rows
+    if rows >= min_rows:
+        return scheme.refuses(*linear.features, weight.dtype) or scheme
+    return weight_only(scheme) if options.few_rows == "weight-only" else f"fewer rows than min_rows {min_rows}"
 
 
 def _subclass(weight: torch.Tensor) -> str | None:

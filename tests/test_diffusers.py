@@ -216,7 +216,14 @@ def test_options_are_checked_where_they_are_written(saved: Path) -> None:
     assert json.loads(Fp8DiffusionConfig(granularity="tensor").to_json_string())["granularity"] == "tensor"
 
 
-@pytest.mark.parametrize("order", ["import fp8_compile, diffusers", "import diffusers, fp8_compile"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import fp8_compile, diffusers",
+        "import diffusers, fp8_compile",
+        "from fp8_compile import Fp8DiffusionConfig; import diffusers",
+    ],
+)
 def test_the_order_of_imports_does_not_matter(saved: Path, tmp_path: Path, order: str) -> None:
     load_quantized(saved).save_pretrained(tmp_path / "fp8")
     code = f"""
