@@ -46,8 +46,8 @@ def quantize_(
     Args:
         model: a transformer or a text encoder in bfloat16 or float16.
         options: see `Fp8Options`. What concerns compilation alone is for ``torch.compile`` and is ignored here.
-        device: where the model goes: its weights one by one, quantized there, so that at no time more than the FP8
-            weights and one layer are on it. None leaves everything where it is.
+        device: where the model goes: its weights one by one and a few rows at a time, quantized there, so that it never
+            holds more than what stays and less than one layer of BF16. None leaves everything where it is.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -86,10 +86,11 @@ def quantize_(
 def quantized(weight: Tensor, options: Fp8Options, device: torch.device | None = None) -> Fp8Weight | None:
     """The parameter that ``weight`` becomes, on ``device``; None if it holds NaN or Inf."""
     min_rows = None if options.min_rows == Fp8Options.min_rows else options.min_rows
-    weight = weight.detach() if device is None else weight.detach().to(device)
-    made = adopt(weight)
-    if made is None:
-        made = Fp8Weight.quantize(weight, options.granularity, min_rows=min_rows)
+    adopted = adopt(weight)
+    if adopted is None:
+        made = Fp8Weight.quantize(weight, options.granularity, min_rows=min_rows, device=device)
+    else:
+        made = adopted if device is None else adopted.to(device)  # type: ignore[assignment]
     # A NaN or Inf of the weight reaches its scale through the amax.
     if made.device.type != "meta" and not made.scale.isfinite().all():
         return None
