@@ -17,6 +17,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from . import integrations
 from .checkpoints import SCALE_SUFFIX, holding, join, split
 from .errors import CheckpointError, NonFiniteWeightError, OptionError
 from .fp8_weight import Fp8Weight
@@ -33,7 +34,7 @@ class QuantMethod(str, Enum):
 
 
 class Fp8DiffusionConfig(QuantizationConfigMixin):
-    """What ``from_pretrained`` of a diffusers model takes as its ``quantization_config``.
+    """What ``from_pretrained`` of a diffusers or transformers model takes as its ``quantization_config``.
 
     Args:
         options: those of `Fp8Options` that concern weights: ``ignored_layers``, ``granularity``, ``min_features``,
@@ -177,10 +178,6 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         return model
 
 
-AUTO_QUANTIZER_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionQuantizer
-AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig
-
-
 def attach(model: Any, options: Fp8Options) -> None:
     """Let a diffusers model that `quantize_` converted be saved as one that diffusers loaded."""
     given = {n: getattr(options, n) for n in _OPTIONS if getattr(options, n) != getattr(Fp8Options(), n)}
@@ -189,3 +186,8 @@ def attach(model: Any, options: Fp8Options) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.register_to_config(quantization_config=config)
+
+
+AUTO_QUANTIZER_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig
+integrations.registered_with_diffusers()

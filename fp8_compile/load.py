@@ -66,6 +66,18 @@ def quantize_(
         check_device(target)
     choices = choose(model, options)
     check_choices(choices, options)
+    _attach_to_diffusers(model, options)
+    convert(model, choices, options, target)
+
+
+def convert(
+    model: nn.Module, choices: Sequence[Choice], options: Fp8Options, target: torch.device | None = None
+) -> None:
+    """Carry out ``choices`` on ``model``, and move it to ``target``.
+
+    Raises:
+        NonFiniteWeightError: see `quantize_`.
+    """
     broken = []
     for choice in _progress([c for c in choices if c.reason is None], "Quantizing to FP8"):
         made = quantized(choice.weight, options, target)
@@ -78,7 +90,6 @@ def quantize_(
     if target is not None:
         model.to(target)
     remember(model, choices, options)
-    _attach_to_diffusers(model, options)
     if broken:
         raise NonFiniteWeightError(broken)
 

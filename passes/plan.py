@@ -182,12 +182,13 @@ def weight_objection(weight: torch.Tensor, features: tuple[int, int], options: F
     """Why ``weight``, of a linear with these input and output features, is not to become FP8, or None."""
     if _subclass(weight) is not None:
         return f"weight is a {_subclass(weight)}"
-    return _dtype_objection(weight) or (
+    return dtype_objection(weight) or (
         f"narrower than min_features {options.min_features}" if min(features) < options.min_features else None
     )
 
 
-def _dtype_objection(weight: torch.Tensor) -> str | None:
+def dtype_objection(weight: torch.Tensor) -> str | None:
+    """Why a weight of this dtype is not to become FP8, or None."""
     if weight.dtype in (torch.bfloat16, torch.float16):
         return None
     return f"weight is {str(weight.dtype).removeprefix('torch.')}, not bfloat16 or float16"
@@ -197,7 +198,7 @@ def _choose_for_fp8(linear: Linear, weight: Fp8Weight, rows: float, options: Fp8
     """How to multiply by a weight that is in FP8 already: whether it becomes FP8 is no question here."""
     if linear.transposed:
         return "used with its features exchanged"  # its scales belong to what are input features here
-    objection = _dtype_objection(weight)
+    objection = dtype_objection(weight)
     if objection is not None:
         return objection
     if rows == math.inf:
