@@ -30,7 +30,7 @@ FLOORS = {
     "CogVideoX": (26, 41),
     "Lumina2": (None, 28),
     "Chroma": (22, 33),
-    "AuraFlow": (46, 46),
+    "AuraFlow": (44, 46),
     "HiDreamImage": (None, None),
     "Cosmos": (26, 41),
 }
