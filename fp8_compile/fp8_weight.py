@@ -210,8 +210,7 @@ class KeptWeight(torch.nn.Parameter):
         return KeptWeight, (self.data, self.requires_grad, self.reason)
 
 
-# Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 15 bytes for each. On a GPU,
-# more of them make the kernels no faster.
+# Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 10 bytes for each.
 _CHUNK = 1 << 20
 
 

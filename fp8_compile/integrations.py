@@ -1,4 +1,4 @@
-"""Register with diffusers and transformers when they are imported, before or after this package, without importing them.
+"""Register with diffusers and transformers when they are imported, before or after this package; import neither.
 
 `diffusers_quantizer` and `transformers_quantizer` fill the tables at their own ends, so all that is done here is to
 import them in time: the former when diffusers' tables are loaded, the latter when both are.

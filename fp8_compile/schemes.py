@@ -94,7 +94,6 @@ TENSOR = Scheme(
 )
 
 
-
 def weight_only(scheme: Scheme) -> Scheme:
     """The scheme for few rows that shares its constants with ``scheme``.
 

@@ -22,9 +22,9 @@ from .passes.plan import dtype_objection
 class Fp8TransformersQuantizer(HfQuantizer):
     """Turns each weight into FP8 as it arrives. What it loads cannot be saved by ``save_pretrained``."""
 
-    quantized_element_size = 1  # type: ignore[assignment]
-    is_trainable = False  # type: ignore[assignment]
-    is_compileable = True  # type: ignore[assignment]
+    quantized_element_size = 1
+    is_trainable = False
+    is_compileable = True
 
     def __init__(self, quantization_config: Fp8DiffusionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
@@ -66,4 +66,4 @@ class _Quantize(ConversionOps):
 
 
 AUTO_QUANTIZER_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8TransformersQuantizer
-AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig  # type: ignore[assignment]
+AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig

@@ -283,8 +283,8 @@ def test_the_order_of_imports_does_not_matter(saved: Path, tmp_path: Path, order
     code = f"""
         {order}
         m = diffusers.QwenImageTransformer2DModel.from_pretrained({str(tmp_path / "fp8")!r})
-        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-        print(type(m.transformer_blocks[1].attn.to_q.weight).__name__, m.dtype, "fp8_diffusion" in AUTO_QUANTIZER_MAPPING)
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
+        print(type(m.transformer_blocks[1].attn.to_q.weight).__name__, m.dtype, "fp8_diffusion" in table)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=120

@@ -140,7 +140,9 @@ def test_few_rows_are_multiplied_by_the_fp8_weight_alone() -> None:
 @pytest.mark.parametrize("load", [fp8_compile.quantize_, lambda m, options: Fp8DiffusionConfig(**options)])
 def test_at_load_time_layers_with_few_rows_are_not_kept_and_asking_for_it_is_an_error(load: Any) -> None:
     m = Modulated().bfloat16()
-    with pytest.raises(fp8_compile.OptionError, match="few_rows='keep': at load time .* 'weight-only'.*ignored_layers"):
+    with pytest.raises(
+        fp8_compile.OptionError, match=r"few_rows='keep': at load time .* 'weight-only'.*ignored_layers"
+    ):
         load(m, {**LOAD, "few_rows": "keep"})
     assert not any(isinstance(p, Fp8Weight) for p in m.parameters())
 
