@@ -12,14 +12,16 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from . import integrations
 from .checkpoints import SCALE_SUFFIX, holding, join, split
 from .errors import CheckpointError, NonFiniteWeightError, OptionError
 from .fp8_weight import Fp8Weight
-from .load import Choice, check_choices, choose, keep_others, quantized, remember
+from .load import Choice, check_choices, choose, keep_others, quantized, remember, scheme_at_load
 from .options import Fp8Options
 
 _OPTIONS = ("method", "ignored_layers", "granularity", "min_features", "min_rows", "few_rows", "strict")
@@ -32,14 +34,14 @@ class QuantMethod(str, Enum):
 
 
 class Fp8DiffusionConfig(QuantizationConfigMixin):
-    """What ``from_pretrained`` of a diffusers model takes as its ``quantization_config``.
+    """What ``from_pretrained`` of a diffusers or transformers model takes as its ``quantization_config``.
 
     Args:
         options: those of `Fp8Options` that concern weights: ``ignored_layers``, ``granularity``, ``min_features``,
             ``min_rows``, ``method``, ``strict``.
 
     Raises:
-        OptionError: an option is unknown, invalid, or concerns compilation alone.
+        OptionError: an option is unknown, invalid, concerns compilation alone, or cannot be served at load time.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -52,6 +54,7 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
         parsed = Fp8Options.parse(options)
         if parsed.inductor:
             raise OptionError(f"{', '.join(parsed.inductor)}: a setting of Inductor; give it to torch.compile")
+        scheme_at_load(parsed)
         self.quant_method: Any = QuantMethod.FP8_DIFFUSION
         for name in options:
             value = getattr(parsed, name)
@@ -183,3 +186,8 @@ def attach(model: Any, options: Fp8Options) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.register_to_config(quantization_config=config)
+
+
+AUTO_QUANTIZER_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig
+integrations.registered_with_diffusers()

@@ -81,12 +81,19 @@ class Fp8Weight(Tensor):
         super().__init__()
 
     @classmethod
-    def quantize(cls, weight: Tensor, granularity: str = "row", *, min_rows: int | None = None) -> Fp8Weight:
-        """Quantize ``weight``, ``[N, K]``, floating point, as the backend would.
+    def quantize(
+        cls,
+        weight: Tensor,
+        granularity: str = "row",
+        *,
+        min_rows: int | None = None,
+        device: torch.device | None = None,
+    ) -> Fp8Weight:
+        """Quantize ``weight``, ``[N, K]``, floating point, as the backend would; on ``device``, or where it is.
 
-        The memory needed beside the result is that of a few rows.
+        The memory needed there beside the result is that of a few rows.
         """
-        qdata, scale = quantize_in_chunks(weight.detach(), granularity)
+        qdata, scale = quantize_in_chunks(weight.detach(), granularity, device)
         return cls(qdata, scale, weight.dtype, min_rows=min_rows)
 
     @property
@@ -203,12 +210,16 @@ class KeptWeight(torch.nn.Parameter):
         return KeptWeight, (self.data, self.requires_grad, self.reason)
 
 
-# Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 13 bytes for each.
-_CHUNK = 1 << 21
+# Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 10 bytes for each.
+_CHUNK = 1 << 20
 
 
-def quantize_in_chunks(weight: Tensor, granularity: str) -> numerics.Quantized:
+def quantize_in_chunks(weight: Tensor, granularity: str, device: torch.device | None = None) -> numerics.Quantized:
     """`numerics.quantize_rowwise` or ``quantize_tensorwise`` of ``weight``, ``[N, K]``, a few rows at a time.
+
+    Args:
+        device: where it is done; the rows go there as they are needed, those of a tensor-wise weight twice. None leaves
+            them where they are.
 
     Raises:
         Fp8WeightError: ``weight`` is no floating-point matrix, or FP8 without a scale.
@@ -223,18 +234,19 @@ def quantize_in_chunks(weight: Tensor, granularity: str) -> numerics.Quantized:
         )
     rows = max(1, weight.shape[0] if weight.is_meta else _CHUNK // max(1, weight.shape[1]))
     chunks = torch.split(weight, rows)
-    qdata = torch.empty(weight.shape, dtype=numerics.FP8_DTYPE, device=weight.device)
+    device = weight.device if device is None else device
+    qdata = torch.empty(weight.shape, dtype=numerics.FP8_DTYPE, device=device)
     if granularity == "tensor":
         if weight.numel() == 0:
-            return numerics.quantize_tensorwise(weight)
-        amax = torch.stack([chunk.abs().amax() for chunk in chunks]).amax()
+            return numerics.quantize_tensorwise(weight.to(device))
+        amax = torch.stack([chunk.to(device).abs().amax() for chunk in chunks]).amax()
         scale = numerics.quantize_with(amax, amax)[1]
         for made, chunk in zip(torch.split(qdata, rows), chunks, strict=True):
-            made.copy_(numerics.quantize_with(chunk, amax)[0])
+            made.copy_(numerics.quantize_with(chunk.to(device), amax)[0])
         return qdata, scale
-    scale = torch.empty(weight.shape[0], 1, device=weight.device)
+    scale = torch.empty(weight.shape[0], 1, device=device)
     for values, scales, chunk in zip(torch.split(qdata, rows), torch.split(scale, rows), chunks, strict=True):
-        made, made_scale = numerics.quantize_rowwise(chunk)
+        made, made_scale = numerics.quantize_rowwise(chunk.to(device))
         values.copy_(made)
         scales.copy_(made_scale)
     return qdata, scale

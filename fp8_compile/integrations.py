@@ -1,7 +1,12 @@
-"""Register with diffusers when it is imported, before or after this package, without importing it."""
+"""Register with diffusers and transformers when they are imported, before or after this package; import neither.
+
+`diffusers_quantizer` and `transformers_quantizer` fill the tables at their own ends, so all that is done here is to
+import them in time: the former when diffusers' tables are loaded, the latter when both are.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -10,44 +15,57 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_TABLES = "diffusers.quantizers.auto"
-NAME = "fp8_diffusion"
+_DIFFUSERS = "diffusers.quantizers.auto"
+_TRANSFORMERS = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Put our quantizer into diffusers' tables: now, if they are loaded, or as soon as they are."""
-    tables = sys.modules.get(_TABLES)
-    if tables is not None and hasattr(tables, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
-        _fill(tables)
-    elif not any(isinstance(finder, _WhenLoaded) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenLoaded())
+    """Put our quantizers into the tables that are loaded, and into the others as soon as they are."""
+    sys.meta_path.insert(0, _WhenLoaded([name for name in (_DIFFUSERS, _TRANSFORMERS) if name not in sys.modules]))
+    if _DIFFUSERS in sys.modules:
+        _loaded(_DIFFUSERS)
 
 
-def _fill(tables: Any) -> None:
-    from .diffusers_quantizer import Fp8DiffusionConfig, Fp8DiffusionQuantizer
+_with_diffusers = False
 
-    tables.AUTO_QUANTIZER_MAPPING[NAME] = Fp8DiffusionQuantizer
-    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = Fp8DiffusionConfig
+
+def registered_with_diffusers() -> None:
+    """Called by `diffusers_quantizer` when it is complete."""
+    global _with_diffusers
+    _with_diffusers = True
+    if _TRANSFORMERS in sys.modules:
+        _loaded(_TRANSFORMERS)
+
+
+def _loaded(tables: str) -> None:
+    # By name: whoever imports `diffusers_quantizer` itself gets here while that is half executed.
+    if tables == _DIFFUSERS:
+        importlib.import_module(f"{__package__}.diffusers_quantizer")
+    elif _with_diffusers and importlib.util.find_spec("transformers.core_model_loading") is not None:
+        importlib.import_module(f"{__package__}.transformers_quantizer")
 
 
 class _WhenLoaded(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: lets the others find the module with the tables, and fills these once it is executed."""
+    """Finds nothing itself: lets the others find the modules with the tables, and acts once one is executed."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TABLES:
+        if fullname not in self.names:
             return None
-        sys.meta_path.remove(self)
+        self.names.remove(fullname)
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
         loader: Any = spec.loader
         execute = loader.exec_module
 
-        def execute_and_fill(module: ModuleType) -> None:
+        def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _fill(module)
+            _loaded(fullname)
 
-        loader.exec_module = execute_and_fill
+        loader.exec_module = execute_and_register
         return spec

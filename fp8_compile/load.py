@@ -25,7 +25,7 @@ from .fp8_weight import Fp8Weight, KeptWeight, adopt
 from .options import Fp8Options
 from .passes.plan import weight_objection
 from .patterns import check_unmatched, first_match, is_adapter, layer_path
-from .schemes import ROW, TENSOR, scheme_for
+from .schemes import ROW, TENSOR, Scheme, scheme_for
 
 
 @torch.no_grad()
@@ -36,9 +36,8 @@ def quantize_(
 ) -> None:
     """Replace the weights of ``model``'s linear layers by `Fp8Weight` parameters, in place.
 
-    The weights that the backend would convert are converted, by the same options and for the same reasons; only how
-    many rows a layer will see is not known yet. A layer that turns out to see fewer than ``min_rows`` is multiplied by
-    its FP8 weight with the activation as it is (``few_rows="weight-only"``); name it in ``ignored_layers`` to keep it.
+    The weights that the backend would convert are converted, by the same options and for the same reasons. How many
+    rows a layer will see is not known yet, which is why ``few_rows="keep"`` is refused.
     ``torch.compile(model, backend="fp8_diffusion")`` needs no options afterwards, and converts nothing more.
 
     A parameter that is a ``Float8Tensor`` of torchao's, with a scale per output channel or one in all, becomes an
@@ -47,12 +46,13 @@ def quantize_(
     Args:
         model: a transformer or a text encoder in bfloat16 or float16.
         options: see `Fp8Options`. What concerns compilation alone is for ``torch.compile`` and is ignored here.
-        device: where the model goes: its weights one by one, quantized there, so that at no time more than the FP8
-            weights and one layer are on it. None leaves everything where it is.
+        device: where the model goes: its weights one by one and a few rows at a time, quantized there, so that it never
+            holds more than what stays and less than one layer of BF16. None leaves everything where it is.
 
     Raises:
         TypeError: ``model`` is no module.
-        OptionError: an option is invalid, or the method cannot be used at load time.
+        OptionError: an option is invalid or cannot be served at load time: ``few_rows="keep"``, or a method whose
+            weights are no FP8 matrix with a scale.
         PatternError: an entry of ``ignored_layers`` is malformed or misspelt; nothing has been converted.
         UnsupportedDeviceError: ``device`` has no FP8 matrix multiplication; nothing has been converted.
         NothingConvertedError: under ``strict``.
@@ -66,6 +66,18 @@ def quantize_(
         check_device(target)
     choices = choose(model, options)
     check_choices(choices, options)
+    _attach_to_diffusers(model, options)
+    convert(model, choices, options, target)
+
+
+def convert(
+    model: nn.Module, choices: Sequence[Choice], options: Fp8Options, target: torch.device | None = None
+) -> None:
+    """Carry out ``choices`` on ``model``, and move it to ``target``.
+
+    Raises:
+        NonFiniteWeightError: see `quantize_`.
+    """
     broken = []
     for choice in _progress([c for c in choices if c.reason is None], "Quantizing to FP8"):
         made = quantized(choice.weight, options, target)
@@ -78,7 +90,6 @@ def quantize_(
     if target is not None:
         model.to(target)
     remember(model, choices, options)
-    _attach_to_diffusers(model, options)
     if broken:
         raise NonFiniteWeightError(broken)
 
@@ -86,10 +97,11 @@ def quantize_(
 def quantized(weight: Tensor, options: Fp8Options, device: torch.device | None = None) -> Fp8Weight | None:
     """The parameter that ``weight`` becomes, on ``device``; None if it holds NaN or Inf."""
     min_rows = None if options.min_rows == Fp8Options.min_rows else options.min_rows
-    weight = weight.detach() if device is None else weight.detach().to(device)
-    made = adopt(weight)
-    if made is None:
-        made = Fp8Weight.quantize(weight, options.granularity, min_rows=min_rows)
+    adopted = adopt(weight)
+    if adopted is None:
+        made = Fp8Weight.quantize(weight, options.granularity, min_rows=min_rows, device=device)
+    else:
+        made = adopted if device is None else adopted.to(device)  # type: ignore[assignment]
     # A NaN or Inf of the weight reaches its scale through the amax.
     if made.device.type != "meta" and not made.scale.isfinite().all():
         return None
@@ -119,11 +131,11 @@ class Choice:
             module._parameters["weight"] = parameter  # type: ignore[assignment]
 
 
-def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
-    """Decide on the weights of all linears of ``model`` that are no adapters and not in FP8 yet.
+def scheme_at_load(options: Fp8Options) -> Scheme:
+    """The scheme whose weights parameters shall hold.
 
     Raises:
-        OptionError: the method cannot be used at load time.
+        OptionError: the method, or another option, cannot be served before a graph is seen.
     """
     scheme = scheme_for(options)
     if scheme.quantize_weight not in (ROW.quantize_weight, TENSOR.quantize_weight):
@@ -131,6 +143,21 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
             f"method={options.method!r}: its weights are no FP8 matrix with a scale per row or one in all, which is "
             "what a parameter can hold; use it with torch.compile alone"
         )
+    if options.few_rows != "weight-only":
+        raise OptionError(
+            f"few_rows={options.few_rows!r}: at load time it is not known how many rows a layer will see; use "
+            "'weight-only', and name the layers that shall stay as they are in ignored_layers"
+        )
+    return scheme
+
+
+def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
+    """Decide on the weights of all linears of ``model`` that are no adapters and not in FP8 yet.
+
+    Raises:
+        OptionError: see `scheme_at_load`.
+    """
+    scheme = scheme_at_load(options)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)

@@ -14,7 +14,7 @@ from .errors import OptionError, PatternError
 from .patterns import Pattern
 
 GRANULARITIES = ("row", "tensor")
-FEW_ROWS = ("keep", "weight-only")
+FEW_ROWS = ("weight-only", "keep")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Fp8Options:
             "tensor" gives one to the whole.
         min_features: a linear with fewer input or output features stays as it is.
         min_rows: a linear whose input has fewer rows (tokens of the whole batch) is not multiplied in FP8.
-        few_rows: what becomes of it: "keep" leaves it as it is, "weight-only" stores its weight in FP8 with a scale per
-            output channel and multiplies in float32.
+        few_rows: what becomes of it: "weight-only" stores its weight in FP8, with scales of the same granularity, and
+            multiplies in float32; "keep" leaves it as it is, which is for compilation only.
         strict: raise `NothingConvertedError` where a graph with linears would only warn that none was converted.
         inner_backend: what compiles the rewritten graph: the name of a registered backend, or a callable
             ``(graph_module, example_inputs) -> callable``.
@@ -54,7 +54,7 @@ class Fp8Options:
     granularity: str = "row"
     min_features: int = 256
     min_rows: int = 8
-    few_rows: str = "keep"
+    few_rows: str = "weight-only"
     strict: bool = False
     inner_backend: str | Callable[..., Any] = "inductor"
     mode: str | None = None

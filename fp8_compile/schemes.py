@@ -93,13 +93,21 @@ TENSOR = Scheme(
     refuses=_multiple_of_16,
 )
 
-# The same constants as ROW's would do, but a matmul's rules for alignment do not hold here.
-WEIGHT_ONLY = Scheme(
-    name="fp8-weight-only",
-    quantize_weight=numerics.quantize_rowwise,
-    quantize=None,
-    linear=numerics.weight_only_linear,
-)
+
+def weight_only(scheme: Scheme) -> Scheme:
+    """The scheme for few rows that shares its constants with ``scheme``.
+
+    It refuses what ``scheme`` does, although no matmul asks for it here: at load time, when the number of rows is not
+    known yet, the same weights must become FP8 as in compilation.
+    """
+    return Scheme(
+        name="fp8-weight-only",
+        quantize_weight=scheme.quantize_weight,
+        quantize=None,
+        linear=numerics.weight_only_linear,
+        constants=scheme.constants,
+        refuses=scheme.refuses,
+    )
 
 
 def scheme_of(granularity: str) -> Scheme:
@@ -109,7 +117,7 @@ def scheme_of(granularity: str) -> Scheme:
 
 def _fp8(options: Fp8Options) -> Scheme:
     scheme = scheme_of(options.granularity)
-    return replace(scheme, few_rows=WEIGHT_ONLY) if options.few_rows == "weight-only" else scheme
+    return replace(scheme, few_rows=weight_only(scheme)) if options.few_rows == "weight-only" else scheme
 
 
 SchemeFactory = Callable[["Fp8Options"], Scheme]

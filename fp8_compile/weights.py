@@ -15,6 +15,7 @@ another device, refuses a tensor that has one. What is known of it hangs on its 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import operator
@@ -320,6 +321,10 @@ class BoundGraph:
         flat = tuple(tensor for tensors in made for tensor in tensors)
         if fake:
             return _Instance(flat, read)
+        if not self._instances and any(isinstance(arg, Fp8Weight) for arg in args):
+            # What Dynamo needed for compiling refers weakly to the parameters, and is garbage in cycles by now. As long
+            # as it is there, such parameters cannot be moved, as group offloading does right after this call.
+            gc.collect()
         if instance is None:
             # With nothing seen, the second call comes here again: by then every module has run once, and the sum is
             # known.

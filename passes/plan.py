@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from ..fp8_weight import Fp8Weight
 from ..options import Fp8Options
 from ..patterns import first_match, is_adapter, layer_path
-from ..schemes import WEIGHT_ONLY, Scheme, scheme_of
+from ..schemes import Scheme, scheme_of, weight_only
 from .graphs import example, row_count, storages, written_storages
 from .linears import Linear, find_linears, module_path
 
@@ -182,12 +182,13 @@ def weight_objection(weight: torch.Tensor, features: tuple[int, int], options: F
     """Why ``weight``, of a linear with these input and output features, is not to become FP8, or None."""
     if _subclass(weight) is not None:
         return f"weight is a {_subclass(weight)}"
-    return _dtype_objection(weight) or (
+    return dtype_objection(weight) or (
         f"narrower than min_features {options.min_features}" if min(features) < options.min_features else None
     )
 
 
-def _dtype_objection(weight: torch.Tensor) -> str | None:
+def dtype_objection(weight: torch.Tensor) -> str | None:
+    """Why a weight of this dtype is not to become FP8, or None."""
     if weight.dtype in (torch.bfloat16, torch.float16):
         return None
     return f"weight is {str(weight.dtype).removeprefix('torch.')}, not bfloat16 or float16"
@@ -197,14 +198,16 @@ def _choose_for_fp8(linear: Linear, weight: Fp8Weight, rows: float, options: Fp8
     """How to multiply by a weight that is in FP8 already: whether it becomes FP8 is no question here."""
     if linear.transposed:
         return "used with its features exchanged"  # its scales belong to what are input features here
-    objection = _dtype_objection(weight)
+    objection = dtype_objection(weight)
     if objection is not None:
         return objection
     if rows == math.inf:
         return _UNKNOWN_ROWS
     scheme = scheme_of(weight.granularity)
-    few = rows < (options.min_rows if weight.min_rows is None else weight.min_rows)
-    return WEIGHT_ONLY if few else scheme.refuses(*linear.features, weight.dtype) or scheme
+    min_rows = options.min_rows if weight.min_rows is None else weight.min_rows
+    if rows >= min_rows:
+        return scheme.refuses(*linear.features, weight.dtype) or scheme
+    return weight_only(scheme) if options.few_rows == "weight-only" else f"fewer rows than min_rows {min_rows}"
 
 
 def _subclass(weight: torch.Tensor) -> str | None:

@@ -363,7 +363,7 @@ class Modulated(nn.Module):
 def test_modulation_with_its_weight_alone_in_fp8(pictures: int, inner_backend: str) -> None:
     m = Modulated().bfloat16()
     x, temb = tokens().expand(pictures, -1, -1), torch.randn(pictures, WIDTH, dtype=torch.bfloat16)
-    options = {**OPTIONS, "inner_backend": inner_backend, "few_rows": "weight-only"}
+    options = {**OPTIONS, "inner_backend": inner_backend}
     got = torch.compile(m, backend="fp8_diffusion", fullgraph=True, options=options)(x, temb)
     assert 26 < sqnr(m(x, temb), got) < 60
     rows = {row.path: row for row in fp8_compile.report(m).layers}
@@ -374,8 +374,7 @@ def test_modulation_with_its_weight_alone_in_fp8(pictures: int, inner_backend: s
 @torch.no_grad()
 def test_a_weight_used_with_few_and_with_many_rows_is_quantized_once() -> None:
     m = nn.Linear(WIDTH, WIDTH).bfloat16()
-    options = {**OPTIONS, "few_rows": "weight-only"}
-    run = torch.compile(m, backend="fp8_diffusion", fullgraph=True, dynamic=False, options=options)
+    run = torch.compile(m, backend="fp8_diffusion", fullgraph=True, dynamic=False, options=OPTIONS)
     run(torch.randn(1, WIDTH, dtype=torch.bfloat16))
     run(torch.randn(32, WIDTH, dtype=torch.bfloat16))
     (row,) = fp8_compile.report(m).layers

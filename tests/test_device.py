@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8_compile.device import refusal
-from fp8_compile.schemes import ROW, TENSOR, WEIGHT_ONLY, Scheme
+from fp8_compile.schemes import ROW, TENSOR, Scheme, weight_only
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def refusing(limit: int) -> Scheme:
     return replace(ROW, name="refusing", linear=linear)
 
 
-@pytest.mark.parametrize("scheme", [ROW, ROW.fallback, TENSOR, WEIGHT_ONLY], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [ROW, ROW.fallback, TENSOR, weight_only(ROW)], ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nothing_is_refused_here(scheme: Scheme, dtype: torch.dtype) -> None:
     assert refusal(scheme, CPU, 24, (64, 32), dtype, True) is None

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -146,6 +148,57 @@ def test_a_pipeline(tmp_path: Path) -> None:
     assert torch.equal(draw(back), picture)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_mapping": {"text_encoder": Fp8DiffusionConfig(ignored_layers=["mlp"])}},
+        {
+            "quant_backend": "fp8_diffusion",
+            "quant_kwargs": {"ignored_layers": ["mlp"]},
+            "components_to_quantize": ["text_encoder", "transformer"],
+        },
+    ],
+    ids=["quant_mapping", "quant_backend"],
+)
+def test_a_text_encoder_as_it_is_loaded(config: dict[str, Any], tmp_path: Path) -> None:
+    from fp8_compile.tiny import default_pipeline_dir
+
+    cls: Any = diffusers.QwenImagePipeline
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fp8_compile.UnmatchedPatternWarning)  # "mlp" is the encoder's
+        arguments = {"quantization_config": PipelineQuantizationConfig(**config), "torch_dtype": torch.bfloat16}
+        pipe = cls.from_pretrained(default_pipeline_dir(), **arguments)
+    expected = cls.from_pretrained(default_pipeline_dir(), torch_dtype=torch.bfloat16).text_encoder
+    fp8_compile.quantize_(expected, {"ignored_layers": ["mlp"]})
+    assert_same(pipe.text_encoder, expected)
+    assert fp8_compile.report(pipe.text_encoder) == fp8_compile.report(expected)
+    assert (fp8_compile.report(pipe.transformer).totals["fp8"] > 0) == ("quant_backend" in config)
+    with pytest.raises(ValueError, match="fp8_diffusion and is not serializable"):
+        pipe.text_encoder.save_pretrained(tmp_path)
+
+
+def test_a_text_encoder_keeps_what_transformers_keeps_in_float32_and_names_what_is_broken(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=100, d_model=64, d_ff=128, d_kv=32, num_layers=2, num_heads=2)
+    transformers.T5EncoderModel(config).bfloat16().save_pretrained(tmp_path)
+
+    def load_t5(dtype: torch.dtype) -> Any:
+        quantization = Fp8DiffusionConfig(min_features=64)
+        return transformers.T5EncoderModel.from_pretrained(tmp_path, dtype=dtype, quantization_config=quantization)
+
+    rows = {row.path: row for row in fp8_compile.report(load_t5(torch.float16)).layers}
+    assert rows["encoder.block.0.layer.0.SelfAttention.q"].decision == "fp8"
+    kept = "weight is float32, not bfloat16 or float16"
+    assert {row.reason for path, row in rows.items() if path.endswith("wo")} == {kept}
+
+    name = "encoder.block.1.layer.0.SelfAttention.v"
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{name}.weight"][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(fp8_compile.NonFiniteWeightError) as error:
+        load_t5(torch.bfloat16)
+    assert error.value.layers == (name,)
+
+
 # --- errors ---
 
 
@@ -216,15 +269,24 @@ def test_options_are_checked_where_they_are_written(saved: Path) -> None:
     assert json.loads(Fp8DiffusionConfig(granularity="tensor").to_json_string())["granularity"] == "tensor"
 
 
-@pytest.mark.parametrize("order", ["import fp8_compile, diffusers", "import diffusers, fp8_compile"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import fp8_compile, diffusers",
+        "import diffusers, fp8_compile",
+        "from fp8_compile import Fp8DiffusionConfig; import diffusers",
+        "import transformers.quantizers.auto, fp8_compile, diffusers",
+    ],
+)
 def test_the_order_of_imports_does_not_matter(saved: Path, tmp_path: Path, order: str) -> None:
     load_quantized(saved).save_pretrained(tmp_path / "fp8")
     code = f"""
         {order}
         m = diffusers.QwenImageTransformer2DModel.from_pretrained({str(tmp_path / "fp8")!r})
-        print(type(m.transformer_blocks[1].attn.to_q.weight).__name__, m.dtype)
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
+        print(type(m.transformer_blocks[1].attn.to_q.weight).__name__, m.dtype, "fp8_diffusion" in table)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=120
     )
-    assert done.stdout.split() == ["Fp8Weight", "torch.bfloat16"]
+    assert done.stdout.split() == ["Fp8Weight", "torch.bfloat16", "True"]

@@ -13,6 +13,8 @@ import pytest
 import torch
 from sqnr import sqnr
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fp8_compile
 from fp8_compile import numerics
@@ -83,6 +85,34 @@ def test_chunks_change_no_bit(granularity: str, monkeypatch: pytest.MonkeyPatch)
     for made, expected in zip(quantize_in_chunks(weight, granularity), quantize(weight), strict=True):
         assert torch.equal(made.float(), expected.float())
     assert quantize_in_chunks(weight[:0], granularity)[0].shape == (0, K)
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_on_another_device_no_more_than_a_few_rows_are_in_bf16(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fp8_compile import fp8_weight
+
+    class Sizes(TorchDispatchMode):
+        """Of what is on the device in another type than FP8."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[int] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for t in tree_leaves(out):
+                if t.device.type == "meta" and t.dtype != numerics.FP8_DTYPE:
+                    self.seen.add(t.numel())
+            return out
+
+    monkeypatch.setattr(fp8_weight, "_CHUNK", 7 * K)
+    with Sizes() as sizes:
+        made = Fp8Weight.quantize(plain(), granularity, device=torch.device("meta"))
+    assert made.qdata.device.type == made.scale.device.type == "meta"
+    assert (made.shape, made.granularity) == ((N, K), granularity)
+    assert max(sizes.seen) == 7 * K
 
 
 def test_it_takes_half_the_memory() -> None:

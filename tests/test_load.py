@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import MODELS
 
 import fp8_compile
-from fp8_compile import Fp8Weight, numerics, weights
+from fp8_compile import Fp8DiffusionConfig, Fp8Weight, numerics, weights
 from fp8_compile.fp8_weight import KeptWeight
 
 LOAD = {"min_features": WIDTH}
@@ -45,7 +45,8 @@ def compile_only(m: nn.Module, x: Tensor, **options: Any) -> Tensor:
         {"ignored_layers": ["img_mlp.2"]},
         {"ignored_layers": ["blocks.0.*", "to_k"]},
         {"granularity": "tensor"},
-        {"min_rows": 64, "few_rows": "weight-only"},
+        {"min_rows": 64},
+        {"min_rows": 64, "granularity": "tensor"},
     ],
 )
 def test_the_same_bits_as_compiling_alone(options: dict[str, Any]) -> None:
@@ -127,14 +128,34 @@ class Modulated(nn.Module):
 def test_few_rows_are_multiplied_by_the_fp8_weight_alone() -> None:
     m = Modulated().bfloat16()
     x, t = tokens(), torch.randn(1, WIDTH).bfloat16()
-    expected = torch.compile(
-        copy.deepcopy(m), backend="fp8_diffusion", fullgraph=True, options={**OPTIONS, "few_rows": "weight-only"}
-    )(x, t)
+    expected = torch.compile(copy.deepcopy(m), backend="fp8_diffusion", fullgraph=True, options=OPTIONS)(x, t)
     fp8_compile.quantize_(m, LOAD)
     m.compile(backend="fp8_diffusion", fullgraph=True, options=COMPILE)
     assert torch.equal(m(x, t), expected)
     rows = {row.path: row for row in fp8_compile.report(m).layers}
     assert (rows["mod"].decision, rows["mod"].scheme) == ("fp8", "fp8-weight-only")
+    assert rows["proj"].scheme == "fp8-row"
+
+
+@pytest.mark.parametrize("load", [fp8_compile.quantize_, lambda m, options: Fp8DiffusionConfig(**options)])
+def test_at_load_time_layers_with_few_rows_are_not_kept_and_asking_for_it_is_an_error(load: Any) -> None:
+    m = Modulated().bfloat16()
+    with pytest.raises(
+        fp8_compile.OptionError, match=r"few_rows='keep': at load time .* 'weight-only'.*ignored_layers"
+    ):
+        load(m, {**LOAD, "few_rows": "keep"})
+    assert not any(isinstance(p, Fp8Weight) for p in m.parameters())
+
+
+def test_keeping_them_when_compiling_leaves_an_fp8_weight_to_dequantization() -> None:
+    m = Modulated().bfloat16()
+    x, t = tokens(), torch.randn(1, WIDTH).bfloat16()
+    fp8_compile.quantize_(m, LOAD)
+    expected = m(x, t)
+    m.compile(backend="fp8_diffusion", fullgraph=True, options={**COMPILE, "few_rows": "keep"})
+    assert sqnr(expected, m(x, t)) > 27
+    rows = {row.path: row for row in fp8_compile.report(m).layers}
+    assert rows["mod"].reason == "fewer rows than min_rows 8; its FP8 weight is dequantized"
     assert rows["proj"].scheme == "fp8-row"
 
 
@@ -387,7 +408,7 @@ def test_torchao_weights_are_used_as_they_are(granularity: str) -> None:
 def test_real_transformers(name: str) -> None:
     tiny = MODELS[name]
     m: Any = tiny.build()
-    options = {"min_features": 64, "few_rows": "weight-only", "ignored_layers": ["to_v"]}
+    options = {"min_features": 64, "ignored_layers": ["to_v"]}
     expected = tiny.output(m(**tiny.inputs(0)))
 
     def compiled(transformer: Any, **own: Any) -> Tensor:

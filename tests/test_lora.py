@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,17 +25,27 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-def build(*adapters: str) -> nn.Module:
-    m: Any = TINY.build()
-    for seed, name in enumerate(adapters, start=1):
-        m.add_adapter(
-            LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_out.0", "net.2"], init_lora_weights=False), name
-        )
+def add(m: Any, *names: str) -> Any:
+    """Adapters of a trained one's shape: its second matrix is not zero."""
+    for seed, name in enumerate(names, start=1):
+        targets = ["to_q", "to_out.0", "net.2"]
+        m.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets, init_lora_weights=False), name)
         torch.manual_seed(seed)
         for path, p in m.named_parameters():
             if f"lora_B.{name}" in path:
                 p.normal_(std=1.0)
-    return m.bfloat16()
+            if "lora_" in path:
+                p.data = p.data.bfloat16()
+    return m
+
+
+def build(*adapters: str) -> Any:
+    return add(TINY.build(), *adapters)
+
+
+def quantized(m: Any) -> Any:
+    fp8_compile.quantize_(m, {"min_features": 64})
+    return m
 
 
 def run(m: nn.Module) -> Tensor:
@@ -59,7 +69,7 @@ def uncompiled(m: nn.Module) -> Tensor:
 
 
 def test_every_change_of_adapters_shows_in_the_next_result() -> None:
-    m: Any = build("first", "second")
+    m = build("first", "second")
     m.set_adapters(["first"])
     compile_blocks(m)
 
@@ -85,9 +95,10 @@ def test_every_change_of_adapters_shows_in_the_next_result() -> None:
     assert sqnr(fused_first, fused_second) < 30
 
 
-def test_fusing_at_another_strength_without_a_run_in_between_is_seen() -> None:
+@pytest.mark.parametrize("base", [TINY.build, lambda: quantized(TINY.build())], ids=["bf16", "fp8"])
+def test_fusing_at_another_strength_without_a_run_in_between_is_seen(base: Callable[[], Any]) -> None:
     """Dynamo guards the name of the fused adapter but not its strength: neither the graph nor any address changes."""
-    m: Any = build("first")
+    m = add(base(), "first")
     compile_blocks(m)
     m.fuse_lora()
     weak = [run(m) for _ in range(2)][1]
@@ -102,7 +113,7 @@ def test_fusing_at_another_strength_without_a_run_in_between_is_seen() -> None:
 
 
 def test_adapters_stay_and_their_base_layers_are_converted_under_their_own_names() -> None:
-    m: Any = build("first")
+    m = build("first")
     m.compile_repeated_blocks(backend="fp8_diffusion", options={**OPTIONS, "ignored_layers": ["attn.to_out"]})
     run(m)
     rows = {row.path: row for row in fp8_compile.report(m).layers}
@@ -117,11 +128,7 @@ def test_adapters_added_after_compilation() -> None:
     m: Any = TINY.build()
     compile_blocks(m)
     plain = run(m)
-    m.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "net.2"], init_lora_weights=False), "late")
-    for path, p in m.named_parameters():
-        if "lora_B" in path:
-            p.normal_(std=1.0)
-    m.bfloat16()
+    add(m, "late")
     m.fuse_lora()  # before any graph with the adapter has run
     out = run(m)
     assert sqnr(uncompiled(m), out) > FLOOR

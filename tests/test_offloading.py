@@ -66,11 +66,15 @@ def test_eager(offload: Callable[[Any], None]) -> None:
     assert sum(isinstance(p, Fp8Weight) for p in m.parameters()) == 41
 
 
-@pytest.mark.parametrize("offload", [sequentially, as_a_whole, by_leaves])
-def test_compiled(offload: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("offload", [sequentially, as_a_whole, by_leaves, by_blocks])
+@pytest.mark.parametrize("before", [False, True])
+def test_compiled(offload: Callable[[Any], None], before: bool) -> None:
+    """Whether a block has run before it is offloaded or is compiled while it is."""
     m = build()
     compile_blocks(m)
     expected = run(m)
+    if not before:
+        torch.compiler.reset()
     offload(m)
     for _ in range(3):
         assert torch.equal(run(m), expected)

@@ -22,7 +22,7 @@ def test_defaults() -> None:
         "granularity": "row",
         "min_features": 256,
         "min_rows": 8,
-        "few_rows": "keep",
+        "few_rows": "weight-only",
         "strict": False,
         "inner_backend": "inductor",
         "mode": None,
@@ -99,7 +99,7 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
             ("dump_graphs", value, f"dump_graphs={value!r}: the path of a directory or None belongs here")
             for value in (True, 3, b"/tmp")
         ),
-        ("few_rows", "fp8", "few_rows='fp8' is not valid; valid: keep, weight-only"),
+        ("few_rows", "fp8", "few_rows='fp8' is not valid; valid: weight-only, keep"),
         ("disabled_passes", "real_rotary", "disabled_passes='real_rotary': a list of names belongs here"),
         ("disabled_passes", ["real_rotry"], "disabled_passes='real_rotry' is not valid, did you mean 'real_rotary'?"),
         ("disabled_passes", ["quantize_linears"], "valid: real_rotary, one_fp8_copy, whole_rows"),

@@ -15,7 +15,7 @@ from zoo import MODELS
 import fp8_compile
 from fp8_compile import numerics
 from fp8_compile.device import MIN_CAPABILITY, refusal
-from fp8_compile.schemes import ROW, TENSOR, WEIGHT_ONLY, Scheme
+from fp8_compile.schemes import ROW, TENSOR, Scheme, weight_only
 
 AVAILABLE = torch.cuda.is_available() and torch.version.hip is None
 pytestmark = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def run(m: nn.Module, x: Tensor) -> Tensor:
 # --- kernels ---
 
 
-@pytest.mark.parametrize("scheme", [ROW, ROW.fallback, TENSOR, WEIGHT_ONLY], ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", [ROW, ROW.fallback, TENSOR, weight_only(ROW)], ids=lambda s: s.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 8, 127, 1024])
@@ -146,7 +146,7 @@ def test_weight_only_modulation() -> None:
         x = gaussian(rows, 256)
         with torch.no_grad():
             expected = m(x)
-            got = torch.compile(m, backend="fp8_diffusion", options={"few_rows": "weight-only"}, dynamic=False)(x)
+            got = torch.compile(m, backend="fp8_diffusion", dynamic=False)(x)
         assert sqnr(expected, got) > 28
 
 

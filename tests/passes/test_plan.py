@@ -13,7 +13,7 @@ from util import Call, capture, plan, rand
 
 from fp8_compile import Fp8Options
 from fp8_compile.passes.plan import Decision, plan_linears
-from fp8_compile.schemes import ROW, ROW_AFTERWARDS, TENSOR, WEIGHT_ONLY, Scheme, scheme_for
+from fp8_compile.schemes import ROW, ROW_AFTERWARDS, TENSOR, Scheme, scheme_for, weight_only
 
 Function = Callable[..., Any]
 
@@ -65,7 +65,7 @@ def test_features_of_a_weight_stored_input_features_first() -> None:
         (72, 64, {}, "in_features 72 is not a multiple of 16"),
         (72, 72, {}, "in_features 72 is not a multiple of 16"),
         (72, 64, {"granularity": "tensor"}, "in_features 72 is not a multiple of 16"),
-        (64, 64, {"min_rows": 9}, "fewer rows than min_rows 9"),
+        (64, 64, {"min_rows": 9, "few_rows": "keep"}, "fewer rows than min_rows 9"),
         (64, 64, {"min_rows": 8}, ""),
     ],
 )
@@ -74,20 +74,18 @@ def test_sizes(in_features: int, out_features: int, options: dict[str, Any], exp
 
 
 def test_defaults_of_the_sizes() -> None:
-    """256 features and 8 rows."""
+    """256 features and 8 rows; with fewer rows, the weight alone is in FP8."""
     captured = capture(nn.Sequential(linear(256, 256), linear(256, 240)), rand(8, 256))
     opts = Fp8Options()
     reasons = [d.reason for d in plan_linears(captured.gm, opts, scheme_for(opts)).decisions]
     assert reasons == ["", "narrower than min_features 256"]
     captured = capture(linear(256, 256), rand(7, 256))
-    assert [d.reason for d in plan_linears(captured.gm, opts, scheme_for(opts)).decisions] == [
-        "fewer rows than min_rows 8"
-    ]
+    assert [d.scheme for d in plan_linears(captured.gm, opts, scheme_for(opts)).decisions] == [weight_only(ROW)]
 
 
 def test_one_row() -> None:
     assert reason(linear(), rand(64)) == ""
-    assert reason(linear(), rand(64), min_rows=2) == "fewer rows than min_rows 2"
+    assert reason(linear(), rand(64), min_rows=2, few_rows="keep") == "fewer rows than min_rows 2"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -226,7 +224,7 @@ def test_bias_may_be_modified() -> None:
     ("model", "x", "options"),
     [
         (linear(), rand(8, 64), {"min_features": 128}),
-        (linear(), rand(8, 64), {"min_rows": 100}),
+        (linear(), rand(8, 64), {"min_rows": 100, "few_rows": "keep"}),
         (linear(64, 72), rand(8, 64), {}),
         (nn.Linear(64, 64), rand(8, 64).float(), {}),
         (Call(lambda m, x: F.linear(x, m.w * 2), w=(64, 64)), rand(8, 64), {}),
@@ -309,7 +307,7 @@ def test_pattern_reaches_a_layer_wrapped_by_lora(pattern: str) -> None:
 
 def test_dynamic_rows_count_as_those_seen() -> None:
     assert reason(linear(), rand(2, 8, 64), dynamic=True, min_rows=16) == ""
-    assert reason(linear(), rand(2, 8, 64), dynamic=True, min_rows=17) == "fewer rows than min_rows 17"
+    assert reason(linear(), rand(2, 8, 64), dynamic=True, min_rows=17, few_rows="keep") == "fewer rows than min_rows 17"
 
 
 def test_rows_known_only_at_run_time() -> None:
@@ -385,16 +383,15 @@ def test_vector_as_weight_inside_a_higher_order_operator() -> None:
 @pytest.mark.parametrize("rows", [1, 7, 8])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_few_rows_with_the_weight_alone_in_fp8(rows: int, granularity: str) -> None:
-    options = {"few_rows": "weight-only", "min_rows": 8, "granularity": granularity}
-    (decision,) = decide(linear(), rand(rows, 64), **options)
+    (decision,) = decide(linear(), rand(rows, 64), min_rows=8, granularity=granularity)
     usual = {"row": ROW, "tensor": TENSOR}[granularity]
-    assert decision.scheme == (WEIGHT_ONLY if rows < 8 else usual)
+    assert decision.scheme == (weight_only(usual) if rows < 8 else usual)
     assert (decision.decision, decision.reason) == ("fp8", "")
 
 
-def test_weight_only_needs_no_multiple_of_16() -> None:
-    (decision,) = decide(linear(72, 40), rand(1, 72), few_rows="weight-only", min_rows=8)
-    assert decision.scheme == WEIGHT_ONLY
+def test_few_rows_refuse_what_many_do() -> None:
+    """At load time, before the number of rows is known, both must be decided alike."""
+    assert reason(linear(72, 48), rand(1, 72), min_rows=8) == "in_features 72 is not a multiple of 16"
 
 
 def refused(*schemes: Scheme) -> list[Decision]:
