@@ -168,7 +168,6 @@ class ZImage:
         _initialise_convolutions(vae)
         nn.init.zeros_(vae.encoder.conv_out.weight[tiny.LATENT_CHANNELS :].data)
         vae.encoder.conv_out.bias.data[tiny.LATENT_CHANNELS :] = -5
-        vae.to(memory_format=torch.channels_last)
 
     def vae_at_work(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -147,7 +147,7 @@ class Optimizer:
         matrix = re.compile(matrices)
         self._kernels = [p for name, p in named if matrix.search(name) and p.ndim >= 2]
         chosen = {id(p) for p in self._kernels}
-        self._matrices = [nn.Parameter(p.detach().flatten(1)) for p in self._kernels]  # the same memory
+        self._matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in self._kernels]  # the same memory
         others = [p for _, p in named if id(p) not in chosen]
         adamw = torch.optim.AdamW(others, lr=1, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         muon = torch.optim.Muon(self._matrices, lr=1, weight_decay=0.01)

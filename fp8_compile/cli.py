@@ -38,7 +38,7 @@ Model = Annotated[
 ]
 Quantization = Annotated[str, typer.Option(help="Method of quantization.")]
 Granularity = Annotated[str, typer.Option(help="Scales: one per row, or one per tensor.")]
-FewRows = Annotated[str, typer.Option(help="Layers that see few rows: keep, or weight-only.")]
+FewRows = Annotated[str, typer.Option(help="Layers that see few rows: weight-only, or keep.")]
 InnerBackend = Annotated[str, typer.Option(help="What compiles the rewritten graph, and the BF16 twin.")]
 CompileMode = Annotated[str | None, typer.Option(help="The mode of torch.compile, for example max-autotune.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
@@ -72,7 +72,7 @@ def text_to_image(
         list[str] | None, typer.Option(help="Layers that stay as they are; repeat it, or separate patterns by commas.")
     ] = None,
     granularity: Granularity = "row",
-    few_rows: FewRows = "keep",
+    few_rows: FewRows = "weight-only",
     steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     height: Height = None,
@@ -161,7 +161,7 @@ def ablate(
     lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; its weights must be there.")] = False,
     quantization: Quantization = "fp8",
     granularity: Granularity = "row",
-    few_rows: FewRows = "keep",
+    few_rows: FewRows = "weight-only",
     inner_backend: InnerBackend = "inductor",
     compile_mode: CompileMode = None,
     whole: Whole = False,
@@ -228,7 +228,7 @@ def search(
     width: Width = None,
     quantization: Quantization = "fp8",
     granularity: Granularity = "row",
-    few_rows: FewRows = "keep",
+    few_rows: FewRows = "weight-only",
     inner_backend: InnerBackend = "inductor",
     compile_mode: CompileMode = None,
     dtype: Dtype = "bfloat16",
