@@ -177,9 +177,8 @@ class Runner:
         """Make ready what ``run(name)`` needs; compilation itself happens in the first run."""
         blocks = self.blocks
         if case.torchao is not None:
-            blocks = [copy.deepcopy(block) for block in blocks]
-            for block in blocks:
-                quantize_with_torchao(block, case.torchao)
+            # One at a time: a second BF16 model beside the first might not fit.
+            blocks = [quantize_with_torchao(copy.deepcopy(block), case.torchao) for block in blocks]
             self._replaced[name] = blocks
         if case.backend == "eager":
             self._calls[name] = [None] * len(blocks)
@@ -239,13 +238,19 @@ class Runner:
         counted = counter.get_flop_counts()["Global"]
         return shapes, sum(flops for op, flops in counted.items() if "attention" in str(op))
 
-    def roofline(self, gpu: Gpu, fp8: bool) -> float:
-        """Seconds of the linears, those of at least 8 rows in FP8 if ``fp8``, and of the attention."""
+    def roofline(self, gpu: Gpu, fp8: bool, few_rows: bool) -> float:
+        """Seconds of the linears and of the attention.
+
+        Args:
+            fp8: linears of at least 8 rows multiply in FP8.
+            few_rows: those of fewer read FP8 weights.
+        """
         seconds = self.attention_flops / gpu.bf16_flops
         for (rows, n, k), count in self.linears.items():
-            item = 1 if fp8 and rows >= 8 else 2
-            moved = item * (rows * k + n * k) + 2 * rows * n
-            rate = gpu.fp8_flops if item == 1 else gpu.bf16_flops
+            multiplied = fp8 and rows >= 8
+            activation, weight = 1 if multiplied else 2, 1 if multiplied or (few_rows and rows < 8) else 2
+            moved = activation * rows * k + weight * n * k + 2 * rows * n
+            rate = gpu.fp8_flops if multiplied else gpu.bf16_flops
             seconds += count * max(2 * rows * n * k / rate, moved / gpu.bandwidth)
         return seconds
 
@@ -334,7 +339,7 @@ def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None)
     _synchronize(runner.device)
     quality = None if reference is None else sqnr(reference, out)
     quantized = case.torchao is not None or case.backend == "fp8_diffusion"
-    if quality is not None and (quality < 10 or (quantized and quality > 60)):
+    if quality is not None and not 10 <= quality <= (60 if quantized else float("inf")):
         raise RuntimeError(f"SQNR of {quality:.1f} dB: not what was meant to run")
     layers = fp8_compile.report(runner.model).layers if case.backend == "fp8_diffusion" else ()
     return out, {
@@ -355,13 +360,14 @@ def _summarize(runner: Runner, cases: dict[str, Case], found: dict[str, Any], sa
             continue
         case, median = cases[name], statistics.median(seconds)
         all_fp8 = (case.backend == "fp8_diffusion" or case.torchao) and not case.options.get("ignored_layers")
+        few_rows = case.backend == "fp8_diffusion" and case.options.get("few_rows") != "keep"
         found[name] |= {
             "seconds": Spread.of(seconds),
             "speedup": statistics.median(base) / median if base else None,
             "samples": list(seconds),
         }
         if gpu is not None and (all_fp8 or case.backend != "fp8_diffusion"):
-            found[name]["share_of_roofline"] = runner.roofline(gpu, fp8=bool(all_fp8)) / median
+            found[name]["share_of_roofline"] = runner.roofline(gpu, bool(all_fp8), few_rows) / median
 
 
 def _peak(runner: Runner, name: str) -> int | None:

@@ -70,13 +70,16 @@ def output(result: Any) -> Tensor:
     return first if isinstance(first, Tensor) else torch.stack(list(first))
 
 
-def quantize_with_torchao(block: nn.Module, granularity: str) -> None:
-    """Convert in place, with torchao's dynamic FP8, the linears that ``fp8_diffusion`` runs as FP8 matmuls.
+def quantize_with_torchao(block: nn.Module, granularity: str) -> nn.Module:
+    """Convert, in place and with torchao's dynamic FP8, the linears that ``fp8_diffusion`` runs as FP8 matmuls.
 
     The modulation, with its one row, is left alone: torchao has no weight-only scheme in the same call.
 
     Args:
         granularity: "row" or "tensor".
+
+    Returns:
+        ``block``.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
 
@@ -86,6 +89,7 @@ def quantize_with_torchao(block: nn.Module, granularity: str) -> None:
 
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow() if granularity == "row" else PerTensor())
     quantize_(block, config, filter_fn=chosen)
+    return block
 
 
 def _normal(*shape: int) -> Tensor:
