@@ -89,11 +89,12 @@ class Scene:
         """Whether the embedded pipeline was trained without this caption: one in ten, chosen by its text alone."""
         return hashlib.sha256(self.caption.encode()).digest()[0] % 10 == 0
 
-    def draw(self, rng: random.Random, loose: bool = False) -> Image:
-        """An RGB picture of SIZE x SIZE; which places the caption leaves open are taken comes from ``rng``.
+    def draw(self, rng: random.Random | None = None, loose: bool = False) -> Image:
+        """An RGB picture of SIZE x SIZE.
 
         Args:
-            loose: extents and places vary, too, within what the caption says.
+            rng: chooses among the places that the caption leaves open. None: always the same ones.
+            loose: extents and places vary, too, within what the caption says; needs ``rng``.
         """
         from PIL import Image, ImageDraw
 
@@ -101,20 +102,22 @@ class Scene:
         picture = Image.new("RGB", (side, side), COLORS[self.background])
         pen = ImageDraw.Draw(picture)
         low, high = EXTENTS[self.size]
-        extent = rng.uniform(low, high) if loose else (low + high) / 2
-        for x, y in self._loose_places(rng, extent) if loose else self._places(rng):
+        extent = rng.uniform(low, high) if rng and loose else (low + high) / 2
+        for x, y in self._loose_places(rng, extent) if rng and loose else self._places(rng):
             corners = [
                 ((x + extent * u) * _OVERSAMPLING, (y + extent * v) * _OVERSAMPLING) for u, v in _OUTLINES[self.shape]
             ]
             pen.polygon(corners, fill=COLORS[self.color])
         return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
-    def _places(self, rng: random.Random) -> list[tuple[float, float]]:
+    def _places(self, rng: random.Random | None) -> list[tuple[float, float]]:
         middle = SIZE / 2
         if self.count > 1:
-            quarters = rng.sample([(u, v) for v in (-1, 1) for u in (-1, 1)], self.count)
-            return [(middle + u * SIZE / 4, middle + v * SIZE / 4) for u, v in quarters]
-        _, right, down = POSITIONS[rng.choice(list(POSITIONS)) if self.position is None else self.position]
+            quarters = [(-1, -1), (1, 1), (-1, 1), (1, -1)]
+            taken = rng.sample(sorted(quarters, key=lambda q: q[::-1]), self.count) if rng else quarters[: self.count]
+            return [(middle + u * SIZE / 4, middle + v * SIZE / 4) for u, v in taken]
+        position = self.position or (rng.choice(list(POSITIONS)) if rng else "center")
+        _, right, down = POSITIONS[position]
         return [(middle + right * SIZE / 4, middle + down * SIZE / 4)]
 
     def _loose_places(self, rng: random.Random, extent: float) -> list[tuple[float, float]]:

@@ -1,9 +1,9 @@
 """Small, real Qwen-Image and Z-Image pipelines that need no download.
 
 They have the classes and the wiring of their models (text encoder, tokenizer, transformer, VAE, scheduler) at about 10
-million parameters in total. The package carries trained weights (`default_pipeline_dir`), which draw simple scenes.
-`build_qwen_image` and `build_z_image` make random ones: a picture they draw is coloured noise that depends on the
-prompt, the seed and the number of steps.
+million parameters in total. The package carries trained weights of the first (`default_pipeline_dir`), which draw
+simple scenes. `build_qwen_image` and `build_z_image` make random ones: a picture they draw is coloured noise that
+depends on the prompt, the seed and the number of steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ EMBEDDED = Path(__file__).parent / "embedded"
 _PICTURE = {"height": 64, "width": 64, "num_inference_steps": 8}
 EMBEDDED_CALLS: dict[str, dict[str, Any]] = {
     "qwen-image": {**_PICTURE, "negative_prompt": " ", "true_cfg_scale": 2.0},
-    "z-image": {**_PICTURE, "negative_prompt": "", "guidance_scale": 1.5},
 }
 """By name of an embedded pipeline, the arguments with which it draws best."""
 
@@ -286,11 +285,11 @@ def _to_bfloat16(pipeline: Any) -> None:
 def default_pipeline_dir(pipeline: str = "qwen-image") -> Path:
     """The directory of an embedded pipeline, in the layout of `save_pretrained`.
 
-    It has the classes and the sizes of `build_qwen_image` or `build_z_image`, and was trained by
-    ``bench/train_tiny.py`` to draw the captions of `fp8_compile.scenes` at 64 x 64 pixels.
+    It has the classes and the sizes of `build_qwen_image`, and was trained by ``bench/train_tiny.py`` to draw the
+    captions of `fp8_compile.scenes` at 64 x 64 pixels.
 
     Args:
-        pipeline: "qwen-image" or "z-image".
+        pipeline: a key of `EMBEDDED_CALLS`.
 
     Raises:
         OptionError: there is no embedded pipeline of that name.

@@ -165,8 +165,7 @@ def _load(name: str) -> Any:
 
 
 # Of the mean over 12 pictures, and of the worst.
-FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
-}
+FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
 
 
 @pytest.mark.parametrize(("name", "granularity"), FLOORS)
