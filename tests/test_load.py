@@ -151,7 +151,7 @@ def test_compiling_with_another_granularity_than_the_weights_have_is_an_error() 
     m, x = model(), tokens()
     fp8_compile.quantize_(m, LOAD)
     compiled = torch.compile(m, backend="fp8_diffusion", options={**COMPILE, "granularity": "tensor"})
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="granularity='tensor': .* granularity='row'"):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"granularity='tensor': .* granularity='row'"):
         compiled(x)
     fp8_compile.quantize_(other := model(), {**LOAD, "granularity": "tensor"})
     for granularity in ("tensor", "row"):  # "row" is the default, and asks for nothing
