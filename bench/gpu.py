@@ -20,7 +20,10 @@ work is not in it, so that nothing can reach 100 %.
 Parts (``--part``), each below nine minutes on an H200; those that ``--output`` holds complete are not run again:
 
 * ``main``: eager BF16, compiled BF16, ours at both granularities and with modulation in BF16;
-* ``torchao``: its dynamic FP8 quantization, row-wise and per-tensor, compiled in the same way;
+* ``torchao``: its dynamic FP8 quantization, row-wise and per-tensor, compiled in the same way,
+  under Inductor's own settings;
+* ``torchao-settings``: BF16, torchao's row-wise and ours, each under the Inductor settings that torchao recommends
+  (coordinate descent tuning);
 * ``autotune``: ``max-autotune-no-cudagraphs`` for BF16 and ours;
 * ``cudagraphs``: ``reduce-overhead`` for BF16 and ours;
 * ``passes``: ours without one pass or another;
@@ -58,7 +61,7 @@ from fp8_compile.models import QWEN_IMAGE_GROUPS
 
 from .common import Spread, environment, interleave, parser, table
 from .fake_gpu import GPUS, Gpu
-from .models import MODELS, Model, output, quantize_with_torchao
+from .models import MODELS, TORCHAO_SETTINGS, Model, output, quantize_with_torchao
 
 BASELINE = "compiled BF16"
 ATTENTION = ("flash", "cudnn", "efficient")
@@ -104,6 +107,12 @@ PARTS: dict[str, dict[str, Case]] = {
         "torchao row-wise": Case("inductor", torchao="row"),
         "torchao per tensor": Case("inductor", torchao="tensor"),
         "FP8": Case(),
+    },
+    "torchao-settings": {
+        **_BF16,
+        "BF16, torchao's settings": Case("inductor", options=TORCHAO_SETTINGS),
+        "torchao row-wise, its settings": Case("inductor", options=TORCHAO_SETTINGS, torchao="row"),
+        "FP8, torchao's settings": Case(options=TORCHAO_SETTINGS),
     },
     "autotune": {
         **_BF16,

@@ -70,10 +70,22 @@ def output(result: Any) -> Tensor:
     return first if isinstance(first, Tensor) else torch.stack(list(first))
 
 
+TORCHAO_SETTINGS: dict[str, Any] = {
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "force_fuse_int_mm_with_mul": True,
+    "fx_graph_cache": True,
+    "triton.unique_kernel_names": True,
+}
+"""What torchao 0.18 recommends to Inductor, and sets for the whole process unless told not to."""
+
+
 def quantize_with_torchao(block: nn.Module, granularity: str) -> nn.Module:
     """Convert, in place and with torchao's dynamic FP8, the linears that ``fp8_diffusion`` runs as FP8 matmuls.
 
-    The modulation, with its one row, is left alone: torchao has no weight-only scheme in the same call.
+    The modulation, with its one row, is left alone: torchao has no weight-only scheme in the same call. Inductor's
+    settings are left alone too: see `TORCHAO_SETTINGS`. torchao wants a GPU of compute capability 8.9 or higher, and
+    fails on a CPU.
 
     Args:
         granularity: "row" or "tensor".
@@ -87,7 +99,10 @@ def quantize_with_torchao(block: nn.Module, granularity: str) -> nn.Module:
         modulation = any(part in path for part in ("_mod", "adaLN", "norm"))
         return isinstance(module, nn.Linear) and not modulation and min(module.weight.shape) >= 256
 
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow() if granularity == "row" else PerTensor())
+    # Not its Inductor settings: it would set them for the whole process, so for every other case as well.
+    config = Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow() if granularity == "row" else PerTensor(), set_inductor_config=False
+    )
     quantize_(block, config, filter_fn=chosen)
     return block
 
