@@ -57,7 +57,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8_compile.backend import fp8_diffusion
 from fp8_compile.models import QWEN_IMAGE_GROUPS
+from fp8_compile.weights import state_of
 
 from .common import Spread, environment, interleave, parser, table
 from .fake_gpu import GPUS, Gpu
@@ -87,6 +89,19 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
     torchao: str | None = None
+
+
+class _Backend:
+    """``fp8_diffusion`` as one case runs it: notes which graphs are its own, since all cases share a model's report."""
+
+    reset = staticmethod(fp8_diffusion.reset)  # type: ignore[attr-defined]  # for torch.compiler.reset
+
+    def __init__(self) -> None:
+        self.graphs: set[str] = set()
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Callable[..., Any]:
+        self.graphs.add(str(torch._guards.CompileContext.current_compile_id()))
+        return fp8_diffusion(gm, inputs, **arguments)
 
 
 def _keep(*patterns: str) -> Case:
@@ -179,6 +194,7 @@ class Runner:
         self.blocks = self.spec.repeated_blocks(self.model)
         self._calls: dict[str, list[Any]] = {}
         self._replaced: dict[str, list[nn.Module]] = {}
+        self._backends: dict[str, _Backend] = {}
         self.attention = self._choose_attention()
         self.linears, self.attention_flops = self._count()
 
@@ -197,8 +213,11 @@ class Runner:
             arguments["options"]["mode"] = case.mode
         elif case.mode is not None:
             arguments["mode"] = case.mode
+        backend: Any = case.backend
+        if backend == "fp8_diffusion":
+            backend = self._backends[name] = _Backend()
         self._calls[name] = [
-            torch.compile(block._call_impl, backend=case.backend, fullgraph=True, dynamic=False, **arguments)
+            torch.compile(block._call_impl, backend=backend, fullgraph=True, dynamic=False, **arguments)
             for block in blocks
         ]
 
@@ -211,13 +230,34 @@ class Runner:
         with torch.no_grad(), _attention(self.attention, self.device):
             return output(self.model(**self.inputs))
 
-    def weight_bytes(self, name: str) -> int:
-        """Bytes of the weights that ``name`` keeps: the model's own, or torchao's in their place, and FP8 constants."""
-        own = sum(p.nbytes for p in self.model.parameters())
+    def weight_bytes(self, name: str) -> tuple[int, int]:
+        """Bytes of weights that ``name`` would hold were it the only case, and those that one forward pass reads.
+
+        Held are the model's own weights (torchao's in place of those that it converted), and the FP8 constants that the
+        graphs of ``name`` read. Constants of the other cases are on the device too, and are not counted. Read is either
+        a weight or the constants made of it; both where graphs differ in what they do to it.
+        """
+        graphs = self.graphs(name)
+        held = read = 0
+        for parameter in self.model.parameters():
+            state = state_of(parameter)
+            told = state.decisions.items() if state is not None else ()
+            decisions = [d for record, some in told if record.compile_id in graphs for d in some]
+            schemes = {d.scheme.quantize_weight for d in decisions if d.decision == "fp8" and d.scheme is not None}
+            kinds = state.constants.items() if state is not None else ()
+            constants = sum(t.nbytes for (how, _), made in kinds if how in schemes for t in made.tensors)
+            held += parameter.nbytes + constants
+            kept = not constants or any(d.decision == "kept" for d in decisions)
+            read += constants + (parameter.nbytes if kept else 0)
         if name in self._replaced:
-            own -= sum(p.nbytes for block in self.blocks for p in block.parameters())
-            own += sum(_nbytes(p) for block in self._replaced[name] for p in block.parameters())
-        return own
+            own = sum(p.nbytes for block in self.blocks for p in block.parameters())
+            change = sum(_nbytes(p) for block in self._replaced[name] for p in block.parameters()) - own
+            held, read = held + change, read + change
+        return held, read
+
+    def graphs(self, name: str) -> frozenset[str]:
+        """The graphs that ``fp8_diffusion`` compiled for ``name``, as in `fp8_compile.report`."""
+        return frozenset(self._backends[name].graphs) if name in self._backends else frozenset()
 
     def _choose_attention(self) -> str:
         if self.device != "cuda":
@@ -350,14 +390,15 @@ def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None)
     quantized = case.torchao is not None or case.backend == "fp8_diffusion"
     if quality is not None and not 10 <= quality <= (60 if quantized else float("inf")):
         raise RuntimeError(f"SQNR of {quality:.1f} dB: not what was meant to run")
-    layers = fp8_compile.report(runner.model).layers if case.backend == "fp8_diffusion" else ()
+    layers = fp8_compile.report(runner.model, runner.graphs(name)).layers if case.backend == "fp8_diffusion" else ()
+    held, read = runner.weight_bytes(name)
     return out, {
         "first_run_s": first,
         "sqnr_db": quality,
-        "weight_bytes": runner.weight_bytes(name),
+        "weight_bytes_held": held,
+        "weight_bytes_read": read,
         "activation_peak_bytes": _peak(runner, name),
-        # Of all cases of this part so far: the report does not tell compilations apart.
-        "schemes_so_far": Counter(f"{row.scheme or 'kept'}; {row.reason}" for row in layers),
+        "schemes": Counter(f"{row.scheme or 'kept'}; {row.reason}" for row in layers),
     }
 
 
@@ -447,7 +488,16 @@ def show(model: str, part: str, result: dict[str, Any]) -> str:
             for e in result["shapes"]
         ]
         return f"{model}, {part}\n" + table(header, rows)
-    header = [f"{model}, {part}", "ms, median [quartiles]", "speedup", "first run s", "SQNR dB", "of roofline"]
+    header = [
+        f"{model}, {part}",
+        "ms, median [quartiles]",
+        "speedup",
+        "first run s",
+        "SQNR dB",
+        "of roofline",
+        "GB held",
+        "read",
+    ]
     rows = []
     for name, entry in result["cases"].items():
         seconds = entry.get("seconds")
@@ -463,6 +513,8 @@ def show(model: str, part: str, result: dict[str, Any]) -> str:
                 f"{entry['first_run_s']:.0f}",
                 "-" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f}",
                 f"{share:.0%}" if share else "-",
+                f"{entry['weight_bytes_held'] / 1e9:.2f}",
+                f"{entry['weight_bytes_read'] / 1e9:.2f}",
             ]
         )
     lines = [f"failed: {name}: {why}" for name, why in result["failed"].items()]
