@@ -42,13 +42,14 @@ import contextlib
 import copy
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8_compile.backend import fp8_diffusion
+from fp8_compile.errors import Fp8Error
 from fp8_compile.models import QWEN_IMAGE_GROUPS
 from fp8_compile.weights import state_of
 
@@ -89,6 +91,18 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
     torchao: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return self.backend == "fp8_diffusion" or self.torchao is not None
+
+    @property
+    def cuda_graphs(self) -> bool:
+        return self.mode in ("reduce-overhead", "max-autotune")
+
+
+class BenchError(Fp8Error, RuntimeError):
+    """A case that cannot be measured, or did not compute what it was meant to."""
 
 
 class _Backend:
@@ -321,9 +335,9 @@ def _attention(name: str, device: str) -> Iterator[None]:
 
 
 def sqnr(expected: Tensor, got: Tensor) -> float:
-    """Signal to quantization noise, dB."""
-    noise = (expected.double() - got.double()).square().sum()
-    return float(10 * torch.log10(expected.double().square().sum() / noise)) if noise > 0 else float("inf")
+    """Signal to quantization noise, dB: infinite for equal values, NaN if either holds one."""
+    signal, noise = expected.double().square().sum(), (expected.double() - got.double()).square().sum()
+    return float("inf") if noise == 0 else float(10 * torch.log10(signal / noise))
 
 
 def run_part(
@@ -358,7 +372,8 @@ def run_part(
         made = attempt(name, partial(_first_runs, runner, name, case, reference))
         if made is not None:
             out, found[name] = made
-            reference = out if reference is None else reference
+            if reference is None and not case.quantized:  # else all later ones would be compared with an FP8 result
+                reference = out
             samples[name] = []
             print(f"{name}: first run {found[name]['first_run_s']:.1f} s", file=sys.stderr)
         store(result)
@@ -386,10 +401,11 @@ def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None)
     for _ in range(2):  # the second run settles constants, the third records CUDA graphs
         runner.run(name)
     _synchronize(runner.device)
+    if not out.isfinite().all():
+        raise BenchError("the output holds NaN or Inf")
     quality = None if reference is None else sqnr(reference, out)
-    quantized = case.torchao is not None or case.backend == "fp8_diffusion"
-    if quality is not None and not 10 <= quality <= (60 if quantized else float("inf")):
-        raise RuntimeError(f"SQNR of {quality:.1f} dB: not what was meant to run")
+    if quality is not None and not 10 <= quality <= (60 if case.quantized else float("inf")):
+        raise BenchError(f"SQNR of {quality:.1f} dB: not what was meant to run")
     layers = fp8_compile.report(runner.model, runner.graphs(name)).layers if case.backend == "fp8_diffusion" else ()
     held, read = runner.weight_bytes(name)
     return out, {
@@ -409,7 +425,7 @@ def _summarize(runner: Runner, cases: dict[str, Case], found: dict[str, Any], sa
         if not seconds:
             continue
         case, median = cases[name], statistics.median(seconds)
-        all_fp8 = (case.backend == "fp8_diffusion" or case.torchao) and not case.options.get("ignored_layers")
+        all_fp8 = case.quantized and not case.options.get("ignored_layers")
         few_rows = case.backend == "fp8_diffusion" and case.options.get("few_rows") != "keep"
         found[name] |= {
             "seconds": Spread.of(seconds),
@@ -417,7 +433,7 @@ def _summarize(runner: Runner, cases: dict[str, Case], found: dict[str, Any], sa
             "samples": list(seconds),
         }
         if gpu is not None and (all_fp8 or case.backend != "fp8_diffusion"):
-            found[name]["share_of_roofline"] = runner.roofline(gpu, bool(all_fp8), few_rows) / median
+            found[name]["share_of_roofline"] = runner.roofline(gpu, all_fp8, few_rows) / median
 
 
 def _peak(runner: Runner, name: str) -> int | None:
@@ -588,8 +604,21 @@ def _store_unfinished(store: Callable[[dict[str, Any]], None], result: dict[str,
 def _store(path: Path, stored: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(stored, indent=1, default=lambda v: vars(v) if isinstance(v, Spread) else str(v)))
+    unfinished.write_text(json.dumps(_plain(stored), indent=1, allow_nan=False))
     unfinished.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON knows it, which has no infinity and no NaN: those become the strings "inf" and "nan"."""
+    if isinstance(value, Spread):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 if __name__ == "__main__":
