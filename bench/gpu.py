@@ -244,6 +244,14 @@ class Runner:
         with torch.no_grad(), _attention(self.attention, self.device):
             return output(self.model(**self.inputs))
 
+    def forget(self, name: str) -> None:
+        """Let go of what ``prepare(name)`` made, for the memory. FP8 constants stay: other cases may read them."""
+        for known in (self._calls, self._replaced, self._backends):
+            known.pop(name, None)  # type: ignore[attr-defined]
+        for block in self.blocks:
+            block._compiled_call_impl = None
+        _free(self.device)
+
     def weight_bytes(self, name: str) -> tuple[int, int]:
         """Bytes of weights that ``name`` would hold were it the only case, and those that one forward pass reads.
 
@@ -276,11 +284,17 @@ class Runner:
     def _choose_attention(self) -> str:
         if self.device != "cuda":
             return "math"
+        refused = []
         for name in ATTENTION:
-            with contextlib.suppress(RuntimeError), torch.no_grad(), _attention(name, self.device):
-                self.model(**self.inputs)
+            try:
+                with torch.no_grad(), _attention(name, self.device):
+                    self.model(**self.inputs)
                 return name
-        raise RuntimeError(f"none of {', '.join(ATTENTION)} attention can run {self.spec.class_name}")
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise  # says nothing about the kernel
+            except RuntimeError as error:
+                refused.append(f"{name}: {_first_line(error)}")
+        raise BenchError(f"no attention kernel can run {self.spec.class_name}: {'; '.join(refused)}")
 
     def _count(self) -> tuple[Counter[tuple[int, int, int]], int]:
         """Shapes ``(M, N, K)`` of all linears in the blocks and how often they run, and the FLOPs of attention."""
@@ -316,6 +330,16 @@ class Runner:
             rate = gpu.fp8_flops if multiplied else gpu.bf16_flops
             seconds += count * max(2 * rows * n * k / rate, moved / gpu.bandwidth)
         return seconds
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _nbytes(parameter: Tensor) -> int:
@@ -413,7 +437,8 @@ def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None)
         "sqnr_db": quality,
         "weight_bytes_held": held,
         "weight_bytes_read": read,
-        "activation_peak_bytes": _peak(runner, name),
+        # A replayed CUDA graph allocates nothing: its memory stays in a pool, which no peak tells.
+        "activation_peak_bytes": None if case.cuda_graphs else _peak(runner, name),
         "schemes": Counter(f"{row.scheme or 'kept'}; {row.reason}" for row in layers),
     }
 
