@@ -37,15 +37,19 @@ class Model:
     """A transformer class.
 
     Attributes:
+        title: what the model is called.
         blocks: the attributes that hold its repeated blocks, which are compiled one by one.
         inputs: keyword arguments of one call, from the model's config, the grid and the number of text tokens.
+        shallow: beside ``released``, the configuration of a model of the same layers with the fewest blocks.
     """
 
+    title: str
     class_name: str
     blocks: tuple[str, ...]
     inputs: Callable[[Any, tuple[int, int], int], Inputs]
     released: Size
     tiny: Size
+    shallow: Mapping[str, int]
 
     def build(self, tiny: bool, device: str) -> tuple[nn.Module, Inputs]:
         """The model in BF16, as its layers initialise themselves, and the arguments of a call at 1024 x 1024 pixels."""
@@ -148,13 +152,16 @@ _WIDE = (64, 64)
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 128}
 MODELS = {
     "qwen-image": Model(
+        "Qwen-Image",
         "QwenImageTransformer2DModel",
         ("transformer_blocks",),
         _qwen_image,
         released=Size({}, _WIDE, text=128),
         tiny=Size({"num_layers": 2, "joint_attention_dim": 64, **_HEADS}, (6, 8), text=20),
+        shallow={"num_layers": 1},
     ),
     "z-image": Model(
+        "Z-Image",
         "ZImageTransformer2DModel",
         ("noise_refiner", "context_refiner", "layers"),
         _z_image,
@@ -164,8 +171,10 @@ MODELS = {
             (6, 8),
             text=20,
         ),
+        shallow={"n_layers": 1, "n_refiner_layers": 1},
     ),
     "flux": Model(
+        "FLUX.1-dev",
         "FluxTransformer2DModel",
         ("transformer_blocks", "single_transformer_blocks"),
         _flux,
@@ -182,6 +191,7 @@ MODELS = {
             (6, 8),
             text=20,
         ),
+        shallow={"num_layers": 1, "num_single_layers": 1},
     ),
 }
 """Qwen-Image (20 B parameters), Z-Image (6 B) and FLUX.1-dev (12 B)."""
