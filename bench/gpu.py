@@ -305,9 +305,10 @@ class Runner:
                 with torch.no_grad(), _attention(name, self.device):
                     self.model(**self.inputs)
                 return name
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
+            except torch.OutOfMemoryError:
                 raise  # says nothing about the kernel
             except RuntimeError as error:
+                _check_device(self.device, error)
                 refused.append(f"{name}: {_summary(error)}")
         raise BenchError(f"no attention kernel can run {self.spec.class_name}: {'; '.join(refused)}")
 
@@ -488,7 +489,8 @@ def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None)
     out = runner.run(name).clone()
     _synchronize(runner.device)
     first = time.perf_counter() - begin
-    for _ in range(2):  # the second run settles constants, the third records CUDA graphs
+    # The second run settles constants. CUDA graphs are recorded once the blocks, which share code, have warmed up.
+    for _ in range(6 if case.cuda_graphs else 2):
         runner.run(name)
     _synchronize(runner.device)
     if not out.isfinite().all():
@@ -625,7 +627,8 @@ def _burst(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], int
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # The outer context puts the stream back, which torch.cuda.graph does not if the recording fails.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             for _ in range(BURST):
                 call()
         graph.replay()
