@@ -11,23 +11,18 @@ that a slow moment of the machine meets all of them alike; compared are medians.
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-import fp8_compile
-
 from .errors import Fp8Error, NothingConvertedError
+from .measurements import environment, number_text, plain, quality_to_dict
 from .models import Groups
 from .pages import LOSSLESS_SIDE, Plot, Point, amplification, data_uri, difference, render
 from .patterns import check_unmatched, first_match, layer_path
@@ -302,8 +297,8 @@ def ablate(
         "seeds": list(seeds),
         "rounds": rounds,
         "lpips": perceptual,
-        "call": call,
-        "options": {name: plain(value) for name, value in variants.options.items()},
+        "call": plain(call),
+        "options": plain(variants.options),
     }
     return Ablation(type(variants.pipeline).__name__, rows, settings, environment(variants.pipeline))
 
@@ -357,39 +352,3 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, median, high
-
-
-def number_text(value: float, digits: int) -> str:
-    """``value`` with so many digits after the point."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "NaN" if math.isnan(value) else "infinite"
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it; an infinite number becomes None, and NaN the text "NaN"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else None
-    return value if isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))) else str(value)
-
-
-def quality_to_dict(quality: Comparison) -> dict[str, Any]:
-    """The mean, the worst, and every picture, as plain data."""
-    return {
-        "mean": {metric: plain(value) for metric, value in quality.mean.items()},
-        "worst": {metric: plain(value) for metric, value in quality.worst.items()},
-        "pictures": [{name: plain(value) for name, value in asdict(row).items()} for row in quality.rows],
-    }
-
-
-def environment(pipeline: Any) -> dict[str, Any]:
-    """On what, with what and when this process measures."""
-    kind = str(pipeline.device).partition(":")[0]
-    return {
-        "device": torch.cuda.get_device_name(pipeline.device) if kind == "cuda" else kind,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-        "fp8-compile": fp8_compile.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }

@@ -387,7 +387,8 @@ def _load(model: str, dtype: torch.dtype, device: str) -> Any:
 
     loader: Any = diffusers.DiffusionPipeline
     try:
-        source = default_pipeline_dir(model.removeprefix(EMBEDDED)) if model.startswith(EMBEDDED) else model
+        # As text: not every release of diffusers takes a Path.
+        source = str(default_pipeline_dir(model.removeprefix(EMBEDDED))) if model.startswith(EMBEDDED) else model
         return loader.from_pretrained(source, dtype=dtype).to(device)
     except OptionError as error:
         _fail(f"--model {model!r}: {error}")

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ablate import environment, number_text, plain, quality_to_dict
 from .errors import Fp8Error, NothingConvertedError
+from .measurements import environment, number_text, plain, quality_to_dict
 from .pages import Plot, Point, render
 from .patterns import Pattern, layer_path
 from .quality import METRICS, Drawing, compare, require_lpips
@@ -215,11 +215,11 @@ class Search:
         self.settings = {
             "pipeline": type(variants.pipeline).__name__,
             "weights": {name: _fingerprint(model) for name, model in variants.denoisers.items()},
-            "options": {name: plain(value) for name, value in variants.options.items()},
+            "options": plain(variants.options),
             "lpips": bound.metric == "lpips",
             "prompts": self.prompts,
             "seeds": self.seeds,
-            "call": {name: plain(value) for name, value in call.items()},
+            "call": plain(call),
             **{name: environment(variants.pipeline)[name] for name in ("device", "torch", "diffusers", "fp8-compile")},
         }
         self._state = self._read()

@@ -17,8 +17,8 @@ from pipelines import OPTIONS, Pipeline, qwen_image_with_outliers, with_outlier
 from typer.testing import CliRunner
 
 import fp8_compile
-from fp8_compile.ablate import plain
 from fp8_compile.cli import app
+from fp8_compile.measurements import plain
 from fp8_compile.search import Bound, Search, SearchError, how_to_use, paste, smallest
 from fp8_compile.variants import Variants
 
@@ -256,3 +256,20 @@ def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_p
     assert done.exit_code == 1
     assert message in done.output
     assert not list(tmp_path.iterdir())
+
+
+def test_equal_settings_with_tuples_and_functions_are_resumed(tmp_path: Path) -> None:
+    state, bound = tmp_path / "s.json", Bound("relative_l2", 10.0)
+
+    def resumed() -> Search:
+        options = {**OPTIONS, "inner_backend": eager, "disabled_passes": ("real_rotary",)}
+        return Search(Variants(Pipeline(), options), bound, ["a"], [0], state, num_inference_steps=2)
+
+    measured = resumed().run("blocks").measurements
+    assert resumed().run("blocks").measurements == measured
+    assert plain({1: (math.nan, [math.inf]), "f": eager}) == {"1": ["NaN", [None]], "f": f"{__name__}.eager"}
+    assert "0x" not in plain(object())
+
+
+def eager(gm: Any, inputs: Any) -> Any:
+    return gm.forward
