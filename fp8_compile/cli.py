@@ -263,13 +263,14 @@ def search(
             **call,
         )
         result = made.run(by)
-    (output / "search.html").write_text(made.html(result), encoding="utf-8")
+    # The list first: it is what was asked for, and the page may still fail.
     typer.echo(
         f"{len(result.kept)} of {len(made.layers)} layers to keep, after {result.measurements} measurements; "
         f"{bound.metric} {bound.of(result.quality):.4f}"
     )
     typer.echo(paste(result))
     typer.echo(how_to_use(result))
+    (output / "search.html").write_text(made.html(result), encoding="utf-8")
     typer.echo(f"wrote {output / 'search'}.{{json,html}}")
 
 
