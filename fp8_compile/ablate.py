@@ -276,9 +276,9 @@ def ablate(
         progress(f"timing, round {done + 1} of {rounds}")
         for name, patterns in choices.items():
             variants.use_everywhere(patterns)
-            taken = _start_of_peak(variants)
+            taken, device = _start_of_peak(variants), variants.pipeline.device
             seconds[name] += variants.step_seconds(prompts[0], seeds[0], **call)
-            peaks[name] = None if taken is None else torch.cuda.max_memory_allocated() - taken
+            peaks[name] = None if taken is None else torch.cuda.max_memory_allocated(device) - taken
     rows = tuple(
         AblationRow(
             name,
@@ -322,10 +322,11 @@ def _check(variants: Variants, groups: Groups) -> None:
 
 
 def _start_of_peak(variants: Variants) -> int | None:
-    if str(variants.pipeline.device).partition(":")[0] != "cuda":
+    device = torch.device(variants.pipeline.device)
+    if device.type != "cuda":
         return None
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _following(drawings: Sequence[Drawing]) -> dict[str, tuple[int, int]] | None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,3 +66,18 @@ def environment(pipeline: Any) -> dict[str, Any]:
         "fp8-compile": fp8_compile.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def check_writable(file: Path) -> None:
+    """Find out before any work whether ``file`` could be written after it; creates nothing.
+
+    Raises:
+        OSError: it is a folder, a folder that it is to be in is a file, or writing is not permitted there.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(f"{str(file)!r} is a folder")
+    there = file if file.exists() else next(parent for parent in file.absolute().parents if parent.exists())
+    if there != file and not there.is_dir():
+        raise NotADirectoryError(f"{str(there)!r} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{str(there)!r} may not be written")

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .errors import Fp8Error, NothingConvertedError
-from .measurements import environment, number_text, plain, quality_to_dict
+from .measurements import check_writable, environment, number_text, plain, quality_to_dict
 from .options import Fp8Options
 from .pages import Plot, Point, render
 from .passes.plan import weight_objection
@@ -194,7 +194,8 @@ class Search:
         **call: for the pipeline's call.
 
     Raises:
-        SearchError: the pipeline's model names no repeated blocks, or the state belongs to other settings.
+        SearchError: the pipeline's model names no repeated blocks, there is no prompt or seed, or the state
+            cannot be written or belongs to other settings.
         NothingConvertedError: no layer of the model becomes FP8.
         QualityError: the bound is for LPIPS, which cannot be measured.
     """
@@ -214,6 +215,13 @@ class Search:
                 f"{', '.join(type(m).__name__ for m in variants.denoisers.values())}: a search needs models that name "
                 "their repeated blocks, and compiles those"
             )
+        for what, given in (("prompts", prompts), ("seeds", seeds)):
+            if not given:
+                raise SearchError(f"{what}={given!r}: at least one belongs here")
+        try:
+            check_writable(state)
+        except OSError as error:
+            raise SearchError(f"state={str(state)!r} cannot be written: {error}") from error
         if bound.metric == "lpips":
             require_lpips()
         self.variants, self.bound, self.prompts, self.seeds = variants, bound, list(prompts), list(seeds)

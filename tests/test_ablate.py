@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
 import statistics
 import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from pages import Page
 from PIL import Image
-from pipelines import OPTIONS, Pipeline
+from pipelines import OPTIONS, Block, Pipeline
 from typer.testing import CliRunner
 
 import fp8_compile
@@ -129,6 +131,89 @@ def test_what_has_no_variants_is_refused() -> None:
         Variants(pipe, OPTIONS)
     with pytest.raises(PipelineError, match="Namespace has none of transformer, transformer_2, unet"):
         Variants(type("Namespace", (), {})(), OPTIONS)
+
+
+class Other(Block):
+    """Another kind of block, with a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.extra(x)
+
+
+def test_a_pattern_for_one_of_two_kinds_of_blocks_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    pipe = Pipeline(blocks=1)
+    pipe.transformer.blocks.append(Other().bfloat16())
+    pipe.transformer._repeated_blocks = ("Block", "Other")  # type: ignore[assignment]
+    variants = Variants(pipe, OPTIONS)
+    variants.use_everywhere(("extra",))
+    variants.draw(PROMPTS, [0])
+    assert not [w for w in recwarn if issubclass(w.category, fp8_compile.UnmatchedPatternWarning)]
+    assert variants.reports(("extra",))["transformer"].unmatched_patterns == ()
+
+
+def test_the_twin_has_the_mode_and_the_settings() -> None:
+    variants = Variants(Pipeline(), {"mode": "reduce-overhead", "epilogue_fusion": False})
+    expected = {"triton.cudagraphs": True, "epilogue_fusion": False}
+    assert variants._arguments(BF16) == {"backend": "inductor", "options": expected}
+    assert Variants(Pipeline(), {})._arguments(BF16) == {"backend": "inductor"}
+
+
+def test_cuda_graphs_are_told_of_every_call_of_a_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[None] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(None))
+    pipe, x = Pipeline(), torch.zeros(1, 16, 64, dtype=torch.bfloat16)
+    for options, whole, marks in (
+        ({"mode": "reduce-overhead"}, False, 1), ({}, False, 0), ({"mode": "reduce-overhead"}, True, 0)
+    ):  # fmt: skip
+        told.clear()
+        variants = Variants(pipe, options, whole)
+        pipe.transformer(x)
+        assert len(told) == marks
+        variants.close()
+        pipe.transformer(x)
+        assert len(told) == marks
+
+
+def test_what_was_compiled_is_let_go() -> None:
+    variants = Variants(Pipeline(), OPTIONS)
+    variants.use_everywhere(())
+    call = weakref.ref(variants.regions[0].module._compiled_call_impl)  # type: ignore[arg-type]
+    variants.close()
+    gc.collect()
+    assert call() is None
+
+
+def test_times_and_memory_are_those_of_the_pipelines_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, name=name: asked.append((name, device)) or 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    pipe = Pipeline()
+    pipe.device = torch.device("cuda:1")
+    ablate(Variants(pipe, OPTIONS), {"all": ()}, PROMPTS[:1], (0,), rounds=1)
+    assert {name for name, _ in asked} == {
+        "synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"
+    }  # fmt: skip
+    assert {str(device) for _, device in asked} == {"cuda:1"}
+
+
+def test_a_pipeline_that_cannot_be_measured_is_refused() -> None:
+    class Video(Pipeline):
+        def __call__(self, prompt: str, num_frames: int, callback_on_step_end: Any) -> None: ...  # type: ignore[override]
+
+    class Silent(Pipeline):
+        def __call__(self, prompt: str) -> None: ...  # type: ignore[override]
+
+    with pytest.raises(PipelineError, match="Video takes num_frames, so it makes videos"):
+        Variants(Video(), OPTIONS)
+    with pytest.raises(PipelineError, match="Silent takes no callback_on_step_end"):
+        Variants(Silent(), OPTIONS)
+    with pytest.raises(fp8_compile.OptionError, match="strict=True"):
+        Variants(Pipeline(), {**OPTIONS, "strict": True})
 
 
 @pytest.fixture(scope="module")

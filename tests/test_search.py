@@ -222,6 +222,14 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
         searched(Pipeline(), tmp_path / "a.json", bound, min_features=4096)
     with pytest.raises(SearchError, match="name their repeated blocks"):
         Search(Variants(Pipeline(), OPTIONS, whole=True), bound, ["a"], [0], tmp_path / "b.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SearchError, match=r"s\.json' cannot be written: .*file' is a file, not a folder"):
+        searched(Pipeline(), tmp_path / "file" / "s.json", bound)
+    with pytest.raises(SearchError, match=r"cannot be written: .* is a folder"):
+        searched(Pipeline(), tmp_path, bound)
+    for prompts, seeds, message in (([], [0], r"prompts=\[\]"), (["a"], [], r"seeds=\[\]")):
+        with pytest.raises(SearchError, match=message):
+            Search(Variants(Pipeline(), OPTIONS), bound, prompts, seeds, tmp_path / "d.json")
     with pytest.raises(SearchError, match="by='rows' is not valid; valid: layers, blocks, blocks-then-layers"):
         searched(Pipeline(), tmp_path / "c.json", bound).run("rows")
 
