@@ -298,6 +298,7 @@ def test_an_axis_holds_its_values_and_has_round_ticks(values: tuple[float, ...])
         ({"a": ("to_vv",)}, {}, fp8_compile.PatternError, "did you mean"),
         ({"a": ("mlp", "img_mod")}, {}, AblationError, "'a': 'img_mod' matches none of the layers to_q, to_v, mlp.0"),
         ({"a": ("blocks.0.*",)}, {}, fp8_compile.PatternError, "outside the compiled region"),
+        ({}, {}, AblationError, "groups={}: at least one"),
         ({BASELINE: ()}, {}, AblationError, "is the name of the unquantized row"),
         ({"a": ("*",)}, {}, fp8_compile.NothingConvertedError, r"no layer of the model became FP8: ignored_layers: \*"),
         ({"a": ()}, {"num_inference_steps": 1}, AblationError, "one step cannot be timed"),
@@ -306,6 +307,53 @@ def test_an_axis_holds_its_values_and_has_round_ticks(values: tuple[float, ...])
 def test_what_cannot_be_measured_is_refused(groups: Any, call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ablate(Variants(Pipeline(), OPTIONS), groups, PROMPTS, (0,), rounds=1, **call)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"groups": {}}, r"groups=\{\}: at least one"),
+        ({"prompts": ()}, r"prompts=\(\): at least one"),
+        ({"seeds": []}, r"seeds=\[\]: at least one"),
+        ({"rounds": 0}, "rounds=0: a number of at least 1"),
+        ({"num_inference_steps": 1}, "one step cannot be timed"),
+        ({"written": Path(__file__) / "a.json"}, "cannot be written: .* is a file, not a folder"),
+    ],
+)
+def test_a_bad_call_is_refused_before_anything_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(Variants, "draw", lambda *args, **call: pytest.fail("drawn"))
+    given = {"groups": {"all": ()}, "prompts": PROMPTS, "seeds": (0,), "rounds": 1, **wrong}
+    with pytest.raises(AblationError, match=message):
+        ablate(Variants(Pipeline(), OPTIONS), **given)
+
+
+def test_a_row_that_fails_is_told_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, file, before = Variants.draw, tmp_path / "out" / "a.json", []
+
+    def failing(self: Variants, *args: Any, **call: Any) -> Any:
+        if file.exists():
+            before.append([row["name"] for row in json.loads(file.read_text())["rows"]])
+        if self._calls.get((self.regions[0], ("mlp",))) is self.regions[0].module._compiled_call_impl:
+            raise torch.OutOfMemoryError("no memory\nleft")
+        return draw(self, *args, **call)
+
+    monkeypatch.setattr(Variants, "draw", failing)
+    groups = {"<mlp>": ("mlp",), "all": ()}
+    found = ablate(Variants(Pipeline(), OPTIONS), groups, PROMPTS[:1], (0,), rounds=1, written=file)
+    assert before == [[BASELINE], [BASELINE, "<mlp>"]]  # what is known is written at once
+    told = json.loads(file.read_text())
+    assert [row["failure"] for row in told["rows"]] == ["", "OutOfMemoryError: no memory left", ""]
+    assert [row["speedup"] is None for row in told["rows"]] == [False, True, False]
+    table = [line for line in found.markdown().splitlines() if line.startswith("|")]
+    assert "| &lt;mlp> (failed: OutOfMemoryError: no memory left) |" in table[3]
+    assert len({line.count("|") for line in table}) == 1
+    assert Page(found.html()).tags.count("figure") == 2
+    with pytest.raises(AblationError, match="pictures=0: a number of at least 1"):
+        found.html(0)
+    with pytest.raises(AblationError, match="every group failed: a: OutOfMemoryError"):
+        ablate(Variants(Pipeline(), OPTIONS), {"a": ("mlp",)}, PROMPTS[:1], (0,), rounds=1)
 
 
 def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
@@ -330,11 +378,13 @@ def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
         (["--groups", "none.json"], "No such file"),
         (["--inner-backend", "inducter"], "inner_backend='inducter' is not valid, did you mean 'inductor'?"),
         (["--dtype", "float32"], "use one of those"),
+        (["--steps", "1"], "--steps 1: one step cannot be timed"),
+        (["--output", __file__], "cannot be written: "),
         (["--model", "no/such/model"], "'no/such/model' could not be loaded"),
     ],
 )
 def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["ablate", *arguments, "--output", str(tmp_path / "out")])
+    done = CliRunner().invoke(app, ["ablate", "--output", str(tmp_path / "out"), *arguments])
     assert done.exit_code == 1
     assert message in done.output
     assert not list(tmp_path.iterdir())

@@ -295,10 +295,11 @@ def test_the_command_searches_and_goes_on(tmp_path: Path) -> None:
         (["--max-loss", "0.1", "--granularity", "column"], "granularity='column' is not valid"),
         (["--max-loss", "0.1", "--few-rows", "drop"], "few_rows='drop' is not valid"),
         (["--max-loss", "0.1", "--dtype", "float32"], "use one of those"),
+        (["--max-loss", "0.1", "--output", __file__], "cannot be written: "),
     ],
 )
 def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["search", *arguments, "--output", str(tmp_path / "out")])
+    done = CliRunner().invoke(app, ["search", "--output", str(tmp_path / "out"), *arguments])
     assert done.exit_code == 1
     assert message in done.output
     assert not list(tmp_path.iterdir())
