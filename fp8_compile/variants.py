@@ -66,7 +66,7 @@ def mark_steps(denoisers: Mapping[str, nn.Module]) -> list[Any]:
     """
 
     def mark(*_: Any) -> None:
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     return [module.register_forward_pre_hook(mark) for module in denoisers.values()]
 
