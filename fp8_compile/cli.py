@@ -99,8 +99,9 @@ def text_to_image(
     import torch
 
     from . import NothingConvertedError, report
+    from .fp8_weight import Fp8Weight
     from .models import RECOMMENDED
-    from .variants import StepClock, denoisers_of
+    from .variants import StepClock, denoisers_of, mark_steps
 
     patterns = [p.strip() for item in ignored_layers or [] for p in item.split(",") if p.strip()]
     options = _options(
@@ -116,7 +117,11 @@ def text_to_image(
     arguments = _call_arguments(pipe, prompt=prompt, **call)
     with _errors():
         denoisers = denoisers_of(pipe)
-        for module in denoisers.values():
+        for name, module in denoisers.items():
+            if no_quantization and any(isinstance(parameter, Fp8Weight) for parameter in module.parameters()):
+                _fail(f"--no-quantization: the {name} of --model {model!r} has FP8 weights; give one in {dtype}")
+            if compile_mode is not None and _by_block(module, whole):
+                mark_steps({name: module})  # for the modes with CUDA graphs
             advice = RECOMMENDED.get(type(module).__name__)
             if advice and not patterns and not no_quantization and not model.startswith(EMBEDDED):
                 _tell(
@@ -173,6 +178,9 @@ def ablate(
     from .models import groups_for, read_groups
     from .variants import Variants
 
+    _check_folder(output, "ablation")
+    if steps == 1:
+        _fail("--steps 1: one step cannot be timed, since only its end is known; take two or more")
     device, torch_dtype = _device(device), _quantizable(dtype)
     options = _options(
         method=quantization,
@@ -189,13 +197,22 @@ def ablate(
         variants = Variants(pipe, options, whole)
         if chosen is None:
             chosen = groups_for(next(iter(variants.denoisers.values())))
-        found = measure(variants, chosen, prompt or PROMPTS, seed or SEEDS, rounds, lpips, progress=_tell, **call)
-    written = {"md": found.markdown(), "json": found.json(), "html": found.html(pictures)}
-    output.mkdir(parents=True, exist_ok=True)
-    for kind, text in written.items():
-        (output / f"ablation.{kind}").write_text(text, encoding="utf-8")
-    typer.echo(written["md"])
-    typer.echo(f"wrote {output / 'ablation'}.{{{','.join(written)}}}")
+        found = measure(
+            variants,
+            chosen,
+            prompt or PROMPTS,
+            seed or SEEDS,
+            rounds,
+            lpips,
+            progress=_tell,
+            written=output / "ablation.json",
+            **call,
+        )
+    # The table first: it is what was asked for, and the page may still fail.
+    typer.echo(found.markdown())
+    (output / "ablation.md").write_text(found.markdown(), encoding="utf-8")
+    (output / "ablation.html").write_text(found.html(pictures), encoding="utf-8")
+    typer.echo(f"wrote {output / 'ablation'}.{{md,json,html}}")
 
 
 @app.command()
@@ -241,6 +258,7 @@ def search(
     bound = _bound(metric, max_loss, min_quality, statistic)
     if by not in BY:
         _fail(f"--by {by!r} is not valid; valid: {', '.join(BY)}")
+    _check_folder(output, "search")
     device, torch_dtype = _device(device), _quantizable(dtype)
     options = _options(
         method=quantization,
@@ -263,13 +281,14 @@ def search(
             **call,
         )
         result = made.run(by)
-    (output / "search.html").write_text(made.html(result), encoding="utf-8")
+    # The list first: it is what was asked for, and the page may still fail.
     typer.echo(
         f"{len(result.kept)} of {len(made.layers)} layers to keep, after {result.measurements} measurements; "
         f"{bound.metric} {bound.of(result.quality):.4f}"
     )
     typer.echo(paste(result))
     typer.echo(how_to_use(result))
+    (output / "search.html").write_text(made.html(result), encoding="utf-8")
     typer.echo(f"wrote {output / 'search'}.{{json,html}}")
 
 
@@ -379,6 +398,17 @@ def _check_output(output: Path) -> None:
         _fail(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}")
 
 
+def _check_folder(output: Path, name: str) -> None:
+    """As `_check_output`, of a folder for several files of this name."""
+    from .measurements import check_writable
+
+    for kind in ("json", "html", "md"):
+        try:
+            check_writable(output / f"{name}.{kind}")
+        except OSError as error:
+            _fail(f"--output {str(output)!r} cannot be written: {error}")
+
+
 def _load(model: str, dtype: torch.dtype, device: str) -> Any:
     import diffusers
 
@@ -387,7 +417,8 @@ def _load(model: str, dtype: torch.dtype, device: str) -> Any:
 
     loader: Any = diffusers.DiffusionPipeline
     try:
-        source = default_pipeline_dir(model.removeprefix(EMBEDDED)) if model.startswith(EMBEDDED) else model
+        # As text: not every release of diffusers takes a Path.
+        source = str(default_pipeline_dir(model.removeprefix(EMBEDDED))) if model.startswith(EMBEDDED) else model
         return loader.from_pretrained(source, dtype=dtype).to(device)
     except OptionError as error:
         _fail(f"--model {model!r}: {error}")
@@ -406,11 +437,15 @@ def _call_arguments(pipe: Any, **arguments: Any) -> dict[str, Any]:
 
 
 def _compile(module: Any, whole: bool, **arguments: Any) -> None:
-    # Block by block where the model names its blocks: compiled once, run by all of them.
-    if whole or not getattr(module, "_repeated_blocks", None):
-        module.compile(fullgraph=True, **arguments)
-    else:
+    if _by_block(module, whole):
         module.compile_repeated_blocks(fullgraph=True, **arguments)
+    else:
+        module.compile(fullgraph=True, **arguments)
+
+
+def _by_block(module: Any, whole: bool) -> bool:
+    """Block by block where the model names its blocks: compiled once, run by all of them."""
+    return not whole and bool(getattr(module, "_repeated_blocks", None))
 
 
 def _summarize(output: Path, reports: dict[str, Report], clock: StepClock, show_layers: bool) -> None:
