@@ -22,6 +22,7 @@ float32 until the end, which a CPU without matrix instructions multiplies faster
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -393,6 +394,14 @@ def evaluate(
     }
 
 
+def pack(pipeline: Any, target: Path) -> None:
+    """Write ``pipeline`` to ``target``, without the place where its VAE was trained."""
+    pipeline.save_pretrained(target, max_shard_size="9MB")
+    config = target / "vae" / "config.json"
+    told = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+
+
 def plot(folder: Path) -> None:
     """Draw the loss of every stage that has a checkpoint to ``folder/losses.png``; needs matplotlib."""
     try:
@@ -443,7 +452,7 @@ def main() -> None:
         pipeline = assemble(recipe, folder, seed)
         results |= evaluate(pipeline, folder, seed, arguments.captions, arguments.inference_steps, guidance)
     if "pack" in arguments.stages:
-        assemble(recipe, folder, seed).save_pretrained(tiny.EMBEDDED / recipe.name, max_shard_size="9MB")
+        pack(assemble(recipe, folder, seed), tiny.EMBEDDED / recipe.name)
     plot(folder)
     common.write(arguments.output, results)
 

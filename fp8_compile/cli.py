@@ -383,7 +383,9 @@ def _call(model: str, **given: Any) -> dict[str, Any]:
     """Arguments of the pipeline as given; the embedded pipelines' own where they are drawn with and nothing is."""
     from .tiny import EMBEDDED_CALLS
 
-    own = EMBEDDED_CALLS[model.removeprefix(EMBEDDED)] if model.startswith(EMBEDDED) else {}
+    own = dict(EMBEDDED_CALLS.get(model.removeprefix(EMBEDDED), {})) if model.startswith(EMBEDDED) else {}
+    if given.get("negative_prompt") is not None:
+        own.pop("true_cfg_scale", None)  # a scale of 1 would ignore it
     return {**own, **{name: value for name, value in given.items() if value is not None}}
 
 

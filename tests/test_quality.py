@@ -164,8 +164,22 @@ def _load(name: str) -> Any:
     return pipe
 
 
-# Of the mean over 12 pictures, and of the worst.
-FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+# Of the mean over 12 pictures, and of the worst. Measured for row: 50.2 and 44.2 dB, SSIM 0.997 and 0.996, relative L2
+# 0.035 and 0.042, cosine 0.9994 and 0.9992; for tensor: 51.0 and 46.8 dB, the rest the same: there are no outliers.
+FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
+    ("qwen-image", "row"): {
+        "psnr": (46, 39),
+        "ssim": (0.993, 0.988),
+        "relative_l2": (0.06, 0.08),
+        "cosine": (0.998, 0.997),
+    },
+    ("qwen-image", "tensor"): {
+        "psnr": (47, 41),
+        "ssim": (0.993, 0.988),
+        "relative_l2": (0.06, 0.08),
+        "cosine": (0.998, 0.997),
+    },
+}
 
 
 @pytest.mark.parametrize(("name", "granularity"), FLOORS)

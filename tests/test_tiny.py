@@ -78,7 +78,7 @@ def _embedded(name: str) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize(("name", "least"), [("qwen-image", 21)])
+@pytest.mark.parametrize(("name", "least"), [("qwen-image", 23)])
 def test_an_embedded_pipeline_draws_held_out_captions(name: str, least: int) -> None:
     captions = [scene.caption for scene in random.Random(1).sample([s for s in scenes() if s.held_out], 24)]
     found = following(draw(_embedded(name), captions, (0,), **EMBEDDED_CALLS[name]))
