@@ -17,48 +17,65 @@ The part's own baseline, each time: ratios never mix two runs. ``roofline`` is w
 would take on the ceilings of `bench.fake_gpu`, each linear at ``max(FLOPs / rate, bytes / bandwidth)``; elementwise
 work is not in it, so that nothing can reach 100 %.
 
-Parts (``--part``), each below nine minutes on an H200; those that ``--output`` holds complete are not run again:
+Parts (``--part``), each planned for less than nine minutes on an H200, which nobody has measured yet:
 
 * ``main``: eager BF16, compiled BF16, ours at both granularities and with modulation in BF16;
 * ``torchao``: its dynamic FP8 quantization, row-wise and per-tensor, compiled in the same way;
-* ``autotune``: ``max-autotune-no-cudagraphs`` for BF16 and ours;
+* ``torchao-settings``: BF16, torchao's row-wise and ours, each under the Inductor settings that torchao recommends
+  (coordinate descent tuning);
+* ``autotune-bf16``, ``autotune-fp8``: ``max-autotune-no-cudagraphs`` for BF16 and for ours, the slowest to compile;
 * ``cudagraphs``: ``reduce-overhead`` for BF16 and ours;
 * ``passes``: ours without one pass or another;
-* ``layers`` (Qwen-Image only): 13 choices of layers that stay in BF16;
+* ``layers-1``, ``layers-2`` (Qwen-Image only): 13 choices of layers that stay in BF16;
 * ``gemm``: every linear's shape alone, in BF16 and FP8, and merged with those that read the same input.
 
-``first run`` is the compilation, with whatever Inductor's cache on disk holds already. What is known goes into
-``--output`` after each case and each round.
+``first run`` is the compilation, with whatever Inductor's cache on disk holds already. ``GB held`` and ``read`` are
+weights: what the case would hold were it alone, FP8 constants beside the model's own included, and what a forward pass
+reads. Infinite and undefined values are the strings "inf" and "nan" in the JSON.
 
-``--tiny --device cpu`` runs the same code on tiny models, to try it.
+What is known goes into ``--output`` after each case and each round. The same command again goes on: it runs the parts
+that are not there or were not finished (interrupted, or cases were left out for ``--budget``), and moves what they held
+to "earlier". Parts that were finished with failures are not run again without ``--again``, since most failures would
+only repeat. A case that broke the CUDA context ends the command; the next one leaves it out. ``--budget`` and
+``--stop-after`` are looked at between cases and between parts only. Exit code 1: something failed, or was left out.
+
+``--tiny --device cpu`` runs tiny models through the same program, to try it; but for torchao, which fails on a CPU, and
+for CUDA graphs.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fp8_compile.backend import fp8_diffusion
+from fp8_compile.errors import Fp8Error
 from fp8_compile.models import QWEN_IMAGE_GROUPS
+from fp8_compile.weights import state_of
 
 from .common import Spread, environment, interleave, parser, table
 from .fake_gpu import GPUS, Gpu
-from .models import MODELS, Model, output, quantize_with_torchao
+from .models import MODELS, TORCHAO_SETTINGS, Model, output, quantize_with_torchao
 
 BASELINE = "compiled BF16"
 ATTENTION = ("flash", "cudnn", "efficient")
@@ -85,12 +102,40 @@ class Case:
     mode: str | None = None
     torchao: str | None = None
 
+    @property
+    def quantized(self) -> bool:
+        return self.backend == "fp8_diffusion" or self.torchao is not None
+
+    @property
+    def cuda_graphs(self) -> bool:
+        return self.mode in ("reduce-overhead", "max-autotune")
+
+
+class BenchError(Fp8Error, RuntimeError):
+    """A case that cannot be measured, or did not compute what it was meant to."""
+
+
+class _Backend:
+    """``fp8_diffusion`` as one case runs it: notes which graphs are its own, since all cases share a model's report."""
+
+    reset = staticmethod(fp8_diffusion.reset)  # type: ignore[attr-defined]  # for torch.compiler.reset
+
+    def __init__(self) -> None:
+        self.graphs: set[str] = set()
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Callable[..., Any]:
+        self.graphs.add(str(torch._guards.CompileContext.current_compile_id()))
+        return fp8_diffusion(gm, inputs, **arguments)
+
 
 def _keep(*patterns: str) -> Case:
     return Case(options={"ignored_layers": list(patterns)})
 
 
 _BF16 = {BASELINE: Case("inductor")}
+_HALF = (len(QWEN_IMAGE_GROUPS) + 1) // 2
+_KEPT = [(name, _keep(*patterns)) for name, patterns in QWEN_IMAGE_GROUPS.items()]
+_LAYERS = [dict(_KEPT[:_HALF]), dict(_KEPT[_HALF:])]
 PARTS: dict[str, dict[str, Case]] = {
     "main": {
         "eager BF16": Case("eager"),
@@ -105,9 +150,19 @@ PARTS: dict[str, dict[str, Case]] = {
         "torchao per tensor": Case("inductor", torchao="tensor"),
         "FP8": Case(),
     },
-    "autotune": {
+    "torchao-settings": {
+        **_BF16,
+        "BF16, torchao's settings": Case("inductor", options=TORCHAO_SETTINGS),
+        "torchao row-wise, its settings": Case("inductor", options=TORCHAO_SETTINGS, torchao="row"),
+        "FP8, torchao's settings": Case(options=TORCHAO_SETTINGS),
+    },
+    # Autotuning takes longest, and no budget can stop it inside a case: one such case to a part.
+    "autotune-bf16": {
         **_BF16,
         "BF16, max-autotune": Case("inductor", mode="max-autotune-no-cudagraphs"),
+    },
+    "autotune-fp8": {
+        **_BF16,
         "FP8": Case(),
         "FP8, max-autotune": Case(mode="max-autotune-no-cudagraphs"),
     },
@@ -130,12 +185,10 @@ PARTS: dict[str, dict[str, Case]] = {
             }
         ),
     },
-    "layers": {
-        **_BF16,
-        **{name: _keep(*patterns) for name, patterns in QWEN_IMAGE_GROUPS.items()},
-    },
+    "layers-1": {**_BF16, **_LAYERS[0]},
+    "layers-2": {**_BF16, **_LAYERS[1]},
 }
-ONLY = {"layers": ("qwen-image",)}
+ONLY = {"layers-1": ("qwen-image",), "layers-2": ("qwen-image",)}
 
 
 class Timer:
@@ -170,6 +223,7 @@ class Runner:
         self.blocks = self.spec.repeated_blocks(self.model)
         self._calls: dict[str, list[Any]] = {}
         self._replaced: dict[str, list[nn.Module]] = {}
+        self._backends: dict[str, _Backend] = {}
         self.attention = self._choose_attention()
         self.linears, self.attention_flops = self._count()
 
@@ -177,9 +231,8 @@ class Runner:
         """Make ready what ``run(name)`` needs; compilation itself happens in the first run."""
         blocks = self.blocks
         if case.torchao is not None:
-            blocks = [copy.deepcopy(block) for block in blocks]
-            for block in blocks:
-                quantize_with_torchao(block, case.torchao)
+            # One at a time: a second BF16 model beside the first might not fit.
+            blocks = [quantize_with_torchao(copy.deepcopy(block), case.torchao) for block in blocks]
             self._replaced[name] = blocks
         if case.backend == "eager":
             self._calls[name] = [None] * len(blocks)
@@ -189,8 +242,11 @@ class Runner:
             arguments["options"]["mode"] = case.mode
         elif case.mode is not None:
             arguments["mode"] = case.mode
+        backend: Any = case.backend
+        if backend == "fp8_diffusion":
+            backend = self._backends[name] = _Backend()
         self._calls[name] = [
-            torch.compile(block._call_impl, backend=case.backend, fullgraph=True, dynamic=False, **arguments)
+            torch.compile(block._call_impl, backend=backend, fullgraph=True, dynamic=False, **arguments)
             for block in blocks
         ]
 
@@ -203,22 +259,58 @@ class Runner:
         with torch.no_grad(), _attention(self.attention, self.device):
             return output(self.model(**self.inputs))
 
-    def weight_bytes(self, name: str) -> int:
-        """Bytes of the weights that ``name`` keeps: the model's own, or torchao's in their place, and FP8 constants."""
-        own = sum(p.nbytes for p in self.model.parameters())
+    def forget(self, name: str) -> None:
+        """Let go of what ``prepare(name)`` made, for the memory. FP8 constants stay: other cases may read them."""
+        for known in (self._calls, self._replaced, self._backends):
+            known.pop(name, None)  # type: ignore[attr-defined]
+        for block in self.blocks:
+            block._compiled_call_impl = None
+        _free(self.device)
+
+    def weight_bytes(self, name: str) -> tuple[int, int]:
+        """Bytes of weights that ``name`` would hold were it the only case, and those that one forward pass reads.
+
+        Held are the model's own weights (torchao's in place of those that it converted), and the FP8 constants that the
+        graphs of ``name`` read. Constants of the other cases are on the device too, and are not counted. Read is either
+        a weight or the constants made of it; both where graphs differ in what they do to it.
+        """
+        graphs = self.graphs(name)
+        held = read = 0
+        for parameter in self.model.parameters():
+            state = state_of(parameter)
+            told = state.decisions.items() if state is not None else ()
+            decisions = [d for record, some in told if record.compile_id in graphs for d in some]
+            schemes = {d.scheme.quantize_weight for d in decisions if d.decision == "fp8" and d.scheme is not None}
+            kinds = state.constants.items() if state is not None else ()
+            constants = sum(t.nbytes for (how, _), made in kinds if how in schemes for t in made.tensors)
+            held += parameter.nbytes + constants
+            kept = not constants or any(d.decision == "kept" for d in decisions)
+            read += constants + (parameter.nbytes if kept else 0)
         if name in self._replaced:
-            own -= sum(p.nbytes for block in self.blocks for p in block.parameters())
-            own += sum(_nbytes(p) for block in self._replaced[name] for p in block.parameters())
-        return own
+            own = sum(p.nbytes for block in self.blocks for p in block.parameters())
+            change = sum(_nbytes(p) for block in self._replaced[name] for p in block.parameters()) - own
+            held, read = held + change, read + change
+        return held, read
+
+    def graphs(self, name: str) -> frozenset[str]:
+        """The graphs that ``fp8_diffusion`` compiled for ``name``, as in `fp8_compile.report`."""
+        return frozenset(self._backends[name].graphs) if name in self._backends else frozenset()
 
     def _choose_attention(self) -> str:
         if self.device != "cuda":
             return "math"
+        refused = []
         for name in ATTENTION:
-            with contextlib.suppress(RuntimeError), torch.no_grad(), _attention(name, self.device):
-                self.model(**self.inputs)
+            try:
+                with torch.no_grad(), _attention(name, self.device):
+                    self.model(**self.inputs)
                 return name
-        raise RuntimeError(f"none of {', '.join(ATTENTION)} attention can run {self.spec.class_name}")
+            except torch.OutOfMemoryError:
+                raise  # says nothing about the kernel
+            except RuntimeError as error:
+                _check_device(self.device, error)
+                refused.append(f"{name}: {_summary(error)}")
+        raise BenchError(f"no attention kernel can run {self.spec.class_name}: {'; '.join(refused)}")
 
     def _count(self) -> tuple[Counter[tuple[int, int, int]], int]:
         """Shapes ``(M, N, K)`` of all linears in the blocks and how often they run, and the FLOPs of attention."""
@@ -239,15 +331,32 @@ class Runner:
         counted = counter.get_flop_counts()["Global"]
         return shapes, sum(flops for op, flops in counted.items() if "attention" in str(op))
 
-    def roofline(self, gpu: Gpu, fp8: bool) -> float:
-        """Seconds of the linears, those of at least 8 rows in FP8 if ``fp8``, and of the attention."""
+    def roofline(self, gpu: Gpu, fp8: bool, few_rows: bool) -> float:
+        """Seconds of the linears and of the attention.
+
+        Args:
+            fp8: linears of at least 8 rows multiply in FP8.
+            few_rows: those of fewer read FP8 weights.
+        """
         seconds = self.attention_flops / gpu.bf16_flops
         for (rows, n, k), count in self.linears.items():
-            item = 1 if fp8 and rows >= 8 else 2
-            moved = item * (rows * k + n * k) + 2 * rows * n
-            rate = gpu.fp8_flops if item == 1 else gpu.bf16_flops
+            multiplied = fp8 and rows >= 8
+            activation, weight = 1 if multiplied else 2, 1 if multiplied or (few_rows and rows < 8) else 2
+            moved = activation * rows * k + weight * n * k + 2 * rows * n
+            rate = gpu.fp8_flops if multiplied else gpu.bf16_flops
             seconds += count * max(2 * rows * n * k / rate, moved / gpu.bandwidth)
         return seconds
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _summary(error: BaseException) -> str:
+    lines = f"{type(error).__name__}: {error}".splitlines()  # of torch.compile's, the first does not tell the cause
+    return " ".join(line.strip() for line in lines if line.strip())[:500]
 
 
 def _nbytes(parameter: Tensor) -> int:
@@ -267,23 +376,59 @@ def _attention(name: str, device: str) -> Iterator[None]:
 
 
 def sqnr(expected: Tensor, got: Tensor) -> float:
-    """Signal to quantization noise, dB."""
-    noise = (expected.double() - got.double()).square().sum()
-    return float(10 * torch.log10(expected.double().square().sum() / noise)) if noise > 0 else float("inf")
+    """Signal to quantization noise, dB: infinite for equal values, NaN if either holds one."""
+    signal, noise = expected.double().square().sum(), (expected.double() - got.double()).square().sum()
+    return float("inf") if noise == 0 else float(10 * torch.log10(signal / noise))
+
+
+class DeviceLost(BenchError):
+    """The CUDA context is broken: whatever runs later in this process fails too."""
+
+
+def _check_device(device: str, error: BaseException) -> None:
+    """Raise `DeviceLost` if the GPU refuses all work after ``error``."""
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device).item()
+    except torch.OutOfMemoryError:
+        return  # full, not broken
+    except RuntimeError:
+        raise DeviceLost(_summary(error)) from error
 
 
 def run_part(
-    runner: Runner, cases: dict[str, Case], rounds: int, budget_s: float, store: Callable[[dict[str, Any]], None]
+    runner: Runner,
+    cases: dict[str, Case],
+    rounds: int,
+    budget_s: float,
+    store: Callable[[dict[str, Any]], None],
+    fatal: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Compile and time ``cases`` in turn; one that fails is reported with its error, never left out in silence.
 
     Args:
         budget_s: seconds after which no further case is compiled, and no further round begun.
         store: is given what is known so far after each case and round, since a machine may be taken away.
+        fatal: cases that broke the CUDA context in an earlier process, and how; they are not tried again.
+
+    Returns:
+        "finished" is False where the budget left cases out.
+
+    Raises:
+        DeviceLost: a case broke the CUDA context; what was found before has been stored, with the case in "fatal".
     """
-    timer, found, failed = Timer(runner.device), {}, {}
+    timer, found, failed, skipped = Timer(runner.device), {}, {}, {}
     samples: dict[str, list[float]] = {}
-    result = {"cases": found, "failed": failed, "attention": runner.attention}
+    result: dict[str, Any] = {
+        "finished": False,
+        "cases": found,
+        "failed": failed,
+        "skipped": skipped,
+        "fatal": dict(fatal),
+        "attention": runner.attention,
+    }
     reference = None
     started = time.perf_counter()
 
@@ -291,22 +436,36 @@ def run_part(
         try:
             return work()
         except Exception as error:  # whatever one case raises, the others are measured, and the report shows it
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            failed[name] = _summary(error)
             found.pop(name, None)
             samples.pop(name, None)
             print(f"{name}: {failed[name]}", file=sys.stderr)
-            return None
+            try:
+                _check_device(runner.device, error)
+            except DeviceLost:
+                result["fatal"][name] = failed[name]
+                store(result)
+                raise
+        runner.forget(name)  # not while the error is known: its frames hold tensors
+        return None
 
     for name, case in cases.items():
-        if time.perf_counter() - started > budget_s:
-            failed[name] = f"not started: {budget_s:.0f} s had passed"
+        if name in fatal:
+            failed[name] = f"not tried again, since it broke the CUDA context: {fatal[name]}"
             continue
+        if time.perf_counter() - started > budget_s:
+            skipped[name] = f"{budget_s:.0f} s had passed"
+            continue
+        result["running"] = name  # so that the output tells what a machine was taken away from
+        store(result)
         made = attempt(name, partial(_first_runs, runner, name, case, reference))
         if made is not None:
             out, found[name] = made
-            reference = out if reference is None else reference
+            if reference is None and not case.quantized:  # else all later ones would be compared with an FP8 result
+                reference = out
             samples[name] = []
             print(f"{name}: first run {found[name]['first_run_s']:.1f} s", file=sys.stderr)
+        del result["running"]
         store(result)
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - started > budget_s:
@@ -317,6 +476,7 @@ def run_part(
                 samples[name].append(seconds)
         _summarize(runner, cases, found, samples)
         store(result)
+    result["finished"] = not skipped
     return result
 
 
@@ -329,21 +489,25 @@ def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None)
     out = runner.run(name).clone()
     _synchronize(runner.device)
     first = time.perf_counter() - begin
-    for _ in range(2):  # the second run settles constants, the third records CUDA graphs
+    # The second run settles constants. CUDA graphs are recorded once the blocks, which share code, have warmed up.
+    for _ in range(6 if case.cuda_graphs else 2):
         runner.run(name)
     _synchronize(runner.device)
+    if not out.isfinite().all():
+        raise BenchError("the output holds NaN or Inf")
     quality = None if reference is None else sqnr(reference, out)
-    quantized = case.torchao is not None or case.backend == "fp8_diffusion"
-    if quality is not None and (quality < 10 or (quantized and quality > 60)):
-        raise RuntimeError(f"SQNR of {quality:.1f} dB: not what was meant to run")
-    layers = fp8_compile.report(runner.model).layers if case.backend == "fp8_diffusion" else ()
+    if quality is not None and not 10 <= quality <= (60 if case.quantized else float("inf")):
+        raise BenchError(f"SQNR of {quality:.1f} dB: not what was meant to run")
+    layers = fp8_compile.report(runner.model, runner.graphs(name)).layers if case.backend == "fp8_diffusion" else ()
+    held, read = runner.weight_bytes(name)
     return out, {
         "first_run_s": first,
         "sqnr_db": quality,
-        "weight_bytes": runner.weight_bytes(name),
-        "activation_peak_bytes": _peak(runner, name),
-        # Of all cases of this part so far: the report does not tell compilations apart.
-        "schemes_so_far": Counter(f"{row.scheme or 'kept'}; {row.reason}" for row in layers),
+        "weight_bytes_held": held,
+        "weight_bytes_read": read,
+        # A replayed CUDA graph allocates nothing: its memory stays in a pool, which no peak tells.
+        "activation_peak_bytes": None if case.cuda_graphs else _peak(runner, name),
+        "schemes": Counter(f"{row.scheme or 'kept'}; {row.reason}" for row in layers),
     }
 
 
@@ -354,14 +518,15 @@ def _summarize(runner: Runner, cases: dict[str, Case], found: dict[str, Any], sa
         if not seconds:
             continue
         case, median = cases[name], statistics.median(seconds)
-        all_fp8 = (case.backend == "fp8_diffusion" or case.torchao) and not case.options.get("ignored_layers")
+        all_fp8 = case.quantized and not case.options.get("ignored_layers")
+        few_rows = case.backend == "fp8_diffusion" and case.options.get("few_rows") != "keep"
         found[name] |= {
             "seconds": Spread.of(seconds),
             "speedup": statistics.median(base) / median if base else None,
             "samples": list(seconds),
         }
         if gpu is not None and (all_fp8 or case.backend != "fp8_diffusion"):
-            found[name]["share_of_roofline"] = runner.roofline(gpu, fp8=bool(all_fp8)) / median
+            found[name]["share_of_roofline"] = runner.roofline(gpu, all_fp8, few_rows) / median
 
 
 def _peak(runner: Runner, name: str) -> int | None:
@@ -379,50 +544,105 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def run_gemms(runner: Runner, repeats: int) -> dict[str, Any]:
-    """Rates of every linear's shape in BF16 and FP8, bias included, and of those with several times the outputs."""
+BURST = 20
+"""Matmuls between two events."""
+
+
+def run_gemms(runner: Runner, repeats: int, budget_s: float, store: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Rates of every linear's shape in BF16 and FP8, bias included, and of those with several times the outputs.
+
+    Each runs `BURST` times on the same operands, so that a weight that fits into the second-level cache stays there,
+    which it would not in a model. "launched" says how the matmuls were issued.
+
+    Args:
+        budget_s: seconds after which no further shape is begun.
+        store: is given what is known so far after each shape.
+
+    Returns:
+        As of `run_part`, with "shapes" instead of "cases".
+    """
     from fp8_compile.numerics import quantize_rowwise, quantize_tensorwise, scaled_linear
 
-    timer, rows = Timer(runner.device), []
+    timer, rows, failed, skipped = Timer(runner.device), [], {}, {}
     shapes = dict(runner.linears)
     for (m, n, k), count in runner.linears.items():
         if m >= 8 and n == k:  # q, k and v as one
             shapes.setdefault((m, 3 * n, k), 0)
         elif m >= 8 and count >= 2 * len(runner.blocks):  # the two halves of a gated MLP as one
             shapes.setdefault((m, 2 * n, k), 0)
+    result: dict[str, Any] = {"finished": False, "shapes": rows, "failed": failed, "skipped": skipped}
+    started = time.perf_counter()
     for (m, n, k), count in sorted(shapes.items()):
+        if time.perf_counter() - started > budget_s:
+            skipped[f"{m} x {n} x {k}"] = f"{budget_s:.0f} s had passed"
+            continue
         x, w, b = (torch.randn(s, device=runner.device, dtype=torch.bfloat16) for s in ((m, k), (n, k), (n,)))
         work: dict[str, Callable[[], Any]] = {"bf16": lambda x=x, w=w, b=b: nn.functional.linear(x, w, b)}
         for name, quantize in (("row", quantize_rowwise), ("tensor", quantize_tensorwise)):
-            if n % 16 or k % 16:
+            if m < 8 or n % 16 or k % 16:  # the backend does not multiply these in FP8
                 continue
             qx, (qw, sw) = quantize(x), quantize(w)
             for suffix, bias in (("", None), (" + bias", b)):
                 work[f"fp8 {name}{suffix}"] = lambda qx=qx, qw=qw, sw=sw, bias=bias: scaled_linear(
                     qx, qw, sw, bias, torch.bfloat16
                 )
-        entry: dict[str, Any] = {"m": m, "n": n, "k": k, "calls_per_forward": count, "seconds": {}, "failed": {}}
-        for name, call in list(work.items()):
+        entry: dict[str, Any] = {"m": m, "n": n, "k": k, "calls_per_forward": count, "seconds": {}, "launched": {}}
+        bursts: dict[str, Callable[[], float]] = {}
+        for name, call in work.items():
             try:
                 call()
+                burst, times, how = _burst(call, runner.device)
             except (RuntimeError, ValueError) as error:
-                entry["failed"][name] = str(error).splitlines()[0][:200]
-                del work[name]
-        burst = 10 if runner.device == "cuda" else 1
-        measured = interleave({name: partial(_burst, timer, call, burst) for name, call in work.items()}, repeats)
+                failed[f"{m} x {n} x {k}, {name}"] = _summary(error)
+                _check_device(runner.device, error)
+                continue
+            entry["launched"][name] = how
+            bursts[name] = lambda burst=burst, times=times: timer(burst) / times
+        measured = interleave(bursts, repeats)
         for name, samples in measured.items():
             entry["seconds"][name] = Spread.of(samples)
         entry["tflops"] = {name: 2e-12 * m * n * k / statistics.median(s) for name, s in measured.items()}
         rows.append(entry)
-    return {"shapes": rows}
+        store(result)
+    result["finished"] = not skipped
+    return result
 
 
-def _burst(timer: Timer, call: Callable[[], Any], times: int) -> float:
-    return timer(lambda: [call() for _ in range(times)]) / times
+_EAGER = "one by one: the host may be what is timed"
+
+
+def _burst(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], int, str]:
+    """Something that runs ``call`` several times, how many times, and how: as a CUDA graph where that can be.
+
+    Launched one by one, a small matmul waits for the host, and its time would be the launch's.
+    """
+    if device != "cuda":
+        return call, 1, "alone, on a CPU"
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # handles and workspaces must be there before the recording
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # The outer context puts the stream back, which torch.cuda.graph does not if the recording fails.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            for _ in range(BURST):
+                call()
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        _check_device(device, error)
+        return lambda: [call() for _ in range(BURST)], BURST, f"{_EAGER} ({_summary(error)})"
+    return graph.replay, BURST, "CUDA graph"
 
 
 def show(model: str, part: str, result: dict[str, Any]) -> str:
     """One part as a table."""
+    if "cases" not in result and "shapes" not in result:
+        return "\n".join([f"{model}, {part}", *_left_out(result)])
     if part == "gemm":
         header = ["M x N x K (calls), TFLOP/s", "bf16", "fp8 row", "+ bias", "fp8 tensor", "+ bias"]
         names = ["bf16", "fp8 row", "fp8 row + bias", "fp8 tensor", "fp8 tensor + bias"]
@@ -431,8 +651,17 @@ def show(model: str, part: str, result: dict[str, Any]) -> str:
             + [f"{e['tflops'][name]:.3g}" if name in e["tflops"] else "-" for name in names]
             for e in result["shapes"]
         ]
-        return f"{model}, {part}\n" + table(header, rows)
-    header = [f"{model}, {part}", "ms, median [quartiles]", "speedup", "first run s", "SQNR dB", "of roofline"]
+        return "\n".join([f"{model}, {part}", table(header, rows), *_left_out(result)])
+    header = [
+        f"{model}, {part}",
+        "ms, median [quartiles]",
+        "speedup",
+        "first run s",
+        "SQNR dB",
+        "of roofline",
+        "GB held",
+        "read",
+    ]
     rows = []
     for name, entry in result["cases"].items():
         seconds = entry.get("seconds")
@@ -448,10 +677,15 @@ def show(model: str, part: str, result: dict[str, Any]) -> str:
                 f"{entry['first_run_s']:.0f}",
                 "-" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f}",
                 f"{share:.0%}" if share else "-",
+                f"{entry['weight_bytes_held'] / 1e9:.2f}",
+                f"{entry['weight_bytes_read'] / 1e9:.2f}",
             ]
         )
-    lines = [f"failed: {name}: {why}" for name, why in result["failed"].items()]
-    return "\n".join([table(header, rows), *lines, f"published: {PUBLISHED[model]}"])
+    return "\n".join([table(header, rows), *_left_out(result), f"published: {PUBLISHED[model]}"])
+
+
+def _left_out(result: dict[str, Any]) -> list[str]:
+    return [f"{kind}: {name}: {why}" for kind in ("failed", "skipped") for name, why in result.get(kind, {}).items()]
 
 
 def _driver() -> str | None:
@@ -466,11 +700,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     p.add_argument("--part", nargs="+", choices=[*PARTS, "gemm"], default=[*PARTS, "gemm"])
-    p.add_argument("--again", action="store_true", help="also run parts that the output already holds")
+    p.add_argument("--again", action="store_true", help="also run parts that the output holds, and cases that failed")
     p.add_argument("--rounds", type=int, default=20)
     p.add_argument(
         "--budget", type=float, default=360, help="seconds after which a part starts no further case or round"
     )
+    p.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no further part begins")
     p.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     p.add_argument("--tiny", action="store_true", help="tiny models, to try the program")
     given = p.parse_args(arguments)
@@ -485,14 +720,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.output is not None and given.output.exists():
         stored = json.loads(given.output.read_text())
     complete = True
+    began = time.perf_counter()
     for name in given.only:
         for part in given.part:
             key = f"{name}/{part}"
-            known = stored["results"].get(key)
-            if name not in ONLY.get(part, (name,)) or (known and not known.get("failed") and not given.again):
+            if name not in ONLY.get(part, (name,)):
                 continue
-            torch.compiler.reset()
-            runner = Runner(name, given.tiny, given.device)
+            known = stored["results"].get(key, {})
+            if known.get("finished") and not given.again:
+                complete &= not known["failed"]
+                print(f"{key}: in the output already" + (", with failures" if known["failed"] else ""))
+                continue
+            if time.perf_counter() - began > given.stop_after:
+                print(f"{key}: not begun, {given.stop_after:.0f} s had passed")
+                complete = False
+                continue
             about = {"environment": {**environment(), "driver": _driver()}}
 
             def store(result: dict[str, Any], key: str = key, about: dict[str, Any] = about) -> None:
@@ -500,29 +742,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if given.output is not None:
                     _store(given.output, stored)
 
-            if part == "gemm":
-                result = run_gemms(runner, given.rounds)
-            else:
-                result = run_part(runner, PARTS[part], given.rounds, given.budget, partial(_store_unfinished, store))
+            if known:
+                stored.setdefault("earlier", {}).setdefault(key, []).append(known)
+                del stored["results"][key]
+            lost = False
+            try:
+                fatal = {} if given.again else known.get("fatal", {})
+                result = _run(name, part, given, store, fatal)
+            except Exception as error:  # the other parts are measured all the same, and the output tells
+                lost = isinstance(error, DeviceLost)
+                # A part that fails as a whole would fail again, so it is finished; one that broke the GPU is not, where
+                # the next process can leave out the case that did it.
+                before = stored["results"].get(key, {})
+                result = {
+                    **before,
+                    "finished": not (lost and before.get("fatal")),
+                    "failed": {**before.get("failed", {}), "the part": _summary(error)},
+                }
+                traceback.print_exception(error)
             store(result)
-            del runner
-            gc.collect()
-            if given.device == "cuda":
-                torch.cuda.empty_cache()
             print(show(name, part, result), flush=True)
-            complete &= not result.get("failed")
+            complete &= result["finished"] and not result["failed"]
+            if lost:
+                print("the CUDA context is broken; the same command in a new process goes on")
+                return 1
+            _free(given.device)
     return 0 if complete else 1
 
 
-def _store_unfinished(store: Callable[[dict[str, Any]], None], result: dict[str, Any]) -> None:
-    store({**result, "failed": {**result["failed"], "": "the part was not finished"}})  # so that it is run again
+def _run(
+    name: str,
+    part: str,
+    given: argparse.Namespace,
+    store: Callable[[dict[str, Any]], None],
+    fatal: Mapping[str, str],
+) -> dict[str, Any]:
+    """One part; here and not in `main`, so that nothing of it is alive when the next one begins."""
+    torch.compiler.reset()
+    runner = Runner(name, given.tiny, given.device)
+    if part == "gemm":
+        return run_gemms(runner, given.rounds, given.budget, store)
+    return run_part(runner, PARTS[part], given.rounds, given.budget, store, fatal)
 
 
 def _store(path: Path, stored: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(stored, indent=1, default=lambda v: vars(v) if isinstance(v, Spread) else str(v)))
+    unfinished.write_text(json.dumps(_plain(stored), indent=1, allow_nan=False))
     unfinished.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON knows it, which has no infinity and no NaN: those become the strings "inf" and "nan"."""
+    if isinstance(value, Spread):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 if __name__ == "__main__":

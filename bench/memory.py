@@ -27,17 +27,13 @@ from torch.utils._pytree import tree_leaves
 import fp8_compile
 from fp8_compile import Fp8Weight
 
+from . import models
 from .common import Spread, parser, table, write
 
 RESIDENT_TARGET = 0.55
 """Of BF16, at most, with all eligible layers in FP8."""
 
-MODELS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
-    # name: class, configuration beside its defaults, depth of the model whose peak is measured
-    "Qwen-Image": ("QwenImageTransformer2DModel", {}, {"num_layers": 1}),
-    "Z-Image": ("ZImageTransformer2DModel", {}, {"n_layers": 1, "n_refiner_layers": 1}),
-    "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, {"num_layers": 1, "num_single_layers": 1}),
-}
+MODELS = {model.title: model for model in models.MODELS.values()}
 
 
 @dataclass(frozen=True)
@@ -90,9 +86,10 @@ def _storages(tree: Any) -> list[Any]:
 def build(name: str, device: str, small: bool) -> nn.Module:
     import diffusers
 
-    cls, config, depth = MODELS[name]
+    spec = MODELS[name]
+    config = {**spec.released.config, **(spec.shallow if small else {})}
     with torch.device(device):
-        model: nn.Module = getattr(diffusers, cls)(**config, **(depth if small else {})).bfloat16()
+        model: nn.Module = getattr(diffusers, spec.class_name)(**config).bfloat16()
     return model
 
 

@@ -37,15 +37,19 @@ class Model:
     """A transformer class.
 
     Attributes:
+        title: what the model is called.
         blocks: the attributes that hold its repeated blocks, which are compiled one by one.
         inputs: keyword arguments of one call, from the model's config, the grid and the number of text tokens.
+        shallow: beside ``released``, the configuration of a model of the same layers with the fewest blocks.
     """
 
+    title: str
     class_name: str
     blocks: tuple[str, ...]
     inputs: Callable[[Any, tuple[int, int], int], Inputs]
     released: Size
     tiny: Size
+    shallow: Mapping[str, int]
 
     def build(self, tiny: bool, device: str) -> tuple[nn.Module, Inputs]:
         """The model in BF16, as its layers initialise themselves, and the arguments of a call at 1024 x 1024 pixels."""
@@ -70,13 +74,28 @@ def output(result: Any) -> Tensor:
     return first if isinstance(first, Tensor) else torch.stack(list(first))
 
 
-def quantize_with_torchao(block: nn.Module, granularity: str) -> None:
-    """Convert in place, with torchao's dynamic FP8, the linears that ``fp8_diffusion`` runs as FP8 matmuls.
+TORCHAO_SETTINGS: dict[str, Any] = {
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "force_fuse_int_mm_with_mul": True,
+    "fx_graph_cache": True,
+    "triton.unique_kernel_names": True,
+}
+"""What torchao 0.18 recommends to Inductor, and sets for the whole process unless told not to."""
 
-    The modulation, with its one row, is left alone: torchao has no weight-only scheme in the same call.
+
+def quantize_with_torchao(block: nn.Module, granularity: str) -> nn.Module:
+    """Convert, in place and with torchao's dynamic FP8, the linears that ``fp8_diffusion`` runs as FP8 matmuls.
+
+    The modulation, with its one row, is left alone: torchao has no weight-only scheme in the same call. Inductor's
+    settings are left alone too: see `TORCHAO_SETTINGS`. torchao wants a GPU of compute capability 8.9 or higher, and
+    fails on a CPU.
 
     Args:
         granularity: "row" or "tensor".
+
+    Returns:
+        ``block``.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
 
@@ -84,8 +103,12 @@ def quantize_with_torchao(block: nn.Module, granularity: str) -> None:
         modulation = any(part in path for part in ("_mod", "adaLN", "norm"))
         return isinstance(module, nn.Linear) and not modulation and min(module.weight.shape) >= 256
 
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow() if granularity == "row" else PerTensor())
+    # Not its Inductor settings: it would set them for the whole process, so for every other case as well.
+    config = Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow() if granularity == "row" else PerTensor(), set_inductor_config=False
+    )
     quantize_(block, config, filter_fn=chosen)
+    return block
 
 
 def _normal(*shape: int) -> Tensor:
@@ -129,13 +152,16 @@ _WIDE = (64, 64)
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 128}
 MODELS = {
     "qwen-image": Model(
+        "Qwen-Image",
         "QwenImageTransformer2DModel",
         ("transformer_blocks",),
         _qwen_image,
         released=Size({}, _WIDE, text=128),
         tiny=Size({"num_layers": 2, "joint_attention_dim": 64, **_HEADS}, (6, 8), text=20),
+        shallow={"num_layers": 1},
     ),
     "z-image": Model(
+        "Z-Image",
         "ZImageTransformer2DModel",
         ("noise_refiner", "context_refiner", "layers"),
         _z_image,
@@ -145,8 +171,10 @@ MODELS = {
             (6, 8),
             text=20,
         ),
+        shallow={"n_layers": 1, "n_refiner_layers": 1},
     ),
     "flux": Model(
+        "FLUX.1-dev",
         "FluxTransformer2DModel",
         ("transformer_blocks", "single_transformer_blocks"),
         _flux,
@@ -163,6 +191,7 @@ MODELS = {
             (6, 8),
             text=20,
         ),
+        shallow={"num_layers": 1, "num_single_layers": 1},
     ),
 }
 """Qwen-Image (20 B parameters), Z-Image (6 B) and FLUX.1-dev (12 B)."""

@@ -1,28 +1,34 @@
-"""Train the pipeline that the package carries: a small Qwen-Image that draws what simple captions say.
+"""Train the pipelines that the package carries: a small Qwen-Image and a small Z-Image that draw what captions say.
 
 Everything is made here: the scenes and their captions (`fp8_compile.scenes`), the tokenizer's vocabulary, the weights.
-Stages, each resumed from its last checkpoint:
+Stages, each resumed from its last checkpoint (what differs between the two models is in `bench.recipes`):
 
-* ``vae``: `AutoencoderKLQwenImage` on single frames, L1 and a small KL term;
-* ``transformer``: `QwenImageTransformer2DModel` by flow matching on the VAE's latents. The text encoder keeps its
-  random weights: its hidden states tell the words of a caption apart, and the transformer learns what they mean;
-* ``decoder``: the VAE's decoder alone, a little longer;
-* ``evaluate``: how often a picture shows what a caption says that no training step has seen.
+* ``text``: the text encoder, to tell from what the pipeline reads of it each attribute of the scene that a caption
+  describes (heads that are thrown away afterwards);
+* ``vae``: the VAE on single pictures, L1 and a small KL term;
+* ``transformer``: by flow matching on the VAE's latents, now and then without a caption, for classifier-free guidance;
+* ``tune``: the same on pictures that a caption decides fully, as models are tuned on chosen pictures at the end.
+  Which of four places two shapes take is decided place by place otherwise, and some pictures end with three. Z-Image,
+  whose steps take three times as long, has this stage only;
+* ``evaluate``: how often a picture shows what a caption says that no training step has seen;
+* ``pack``: into the package, in BF16.
 
-One caption in ten is held out, chosen by its text alone. Takes a CPU and about an hour; the numbers depend only on
-``--seed``, the number of threads and the versions of the libraries.
+One caption in ten is held out, chosen by its text alone. Takes a CPU and about an hour for
+each pipeline; the numbers depend only on ``--seed``, the number of threads and the versions of the libraries. All is
+float32 until the end, which a CPU without matrix instructions multiplies faster than BF16.
 
-    python -m bench.train_tiny --output RESULTS.json --folder RUN vae transformer evaluate pack
+    python -m bench.train_tiny --folder RUN --output RESULTS.json text vae transformer tune evaluate pack
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +38,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import common
+from bench.recipes import RECIPES
 from fp8_compile import scenes, tiny
 
-ADAMW_RATE = {"vae": 1e-3, "decoder": 5e-4, "transformer": 1e-3}
-MUON_RATE = {"vae": 0.02, "decoder": 0.01, "transformer": 0.02}
-MATRICES = {
-    "vae": r"(conv1|conv2|conv_out|resample\.1|to_qkv|proj)\.weight$",
-    "decoder": r"(conv1|conv2|conv_out|resample\.1|to_qkv|proj)\.weight$",
-    "transformer": r"transformer_blocks.*(attn|_mlp)\..*weight$",
+ADAMW_RATE = {"text": 1e-3, "vae": 1e-3, "transformer": 1e-3, "tune": 1e-3}
+MUON_RATE = {"text": 0.01, "vae": 0.02, "transformer": 0.02, "tune": 0.02}
+STEPS = {
+    "qwen-image": {"text": 500, "vae": 2000, "transformer": 2000, "tune": 400},
+    "z-image": {"text": 250, "vae": 2000, "transformer": 0, "tune": 1000},
 }
-"""Which parameters Muon trains."""
-STEPS = {"vae": 1300, "decoder": 600, "transformer": 1100}
-BATCH = {"vae": 16, "decoder": 16, "transformer": 128}
+BATCH = {
+    "qwen-image": {"text": 64, "vae": 16, "transformer": 128, "tune": 128},
+    "z-image": {"text": 64, "vae": 16, "transformer": 64, "tune": 64},
+}
 WARM_UP = 40
 KL_WEIGHT = 1e-4
-POOL = {"vae": 8192, "decoder": 4096, "transformer": 16384}
+POOL = {"vae": 8192, "transformer": 16384}
 SAVE_EVERY = 100
 EMA = 0.99
+WITHOUT_CAPTION = 0.1
 
 
 def choose(rng: random.Random) -> scenes.Scene:
@@ -63,36 +71,23 @@ def choose(rng: random.Random) -> scenes.Scene:
             return scene
 
 
-def draw_pool(count: int, seed: int) -> tuple[list[scenes.Scene], Tensor]:
-    """``count`` training scenes and their pictures, uint8 (count, 3, 64, 64)."""
+def draw_pool(count: int, seed: int, loose: bool = False, fixed: bool = False) -> tuple[list[scenes.Scene], Tensor]:
+    """``count`` training scenes and their pictures, uint8 (count, 3, 64, 64).
+
+    Args:
+        loose: as in `scenes.Scene.draw`.
+        fixed: the same picture for each scene.
+    """
     rng = random.Random(seed)
     chosen = [choose(rng) for _ in range(count)]
     pictures = torch.empty(count, 3, scenes.SIZE, scenes.SIZE, dtype=torch.uint8)
     for i, scene in enumerate(chosen):
-        pictures[i] = torch.from_numpy(np.asarray(scene.draw(rng)).copy()).permute(2, 0, 1)
+        pictures[i] = torch.from_numpy(np.asarray(scene.draw(None if fixed else rng, loose)).copy()).permute(2, 0, 1)
     return chosen, pictures
 
 
-@contextlib.contextmanager
-def single_frames() -> Iterator[None]:
-    """Run causal 3D convolutions as the 2D ones that they are on a first frame: all but the last tap see zeros."""
-    from diffusers.models.autoencoders import autoencoder_kl_qwenimage as module
-
-    causal: Any = module.QwenImageCausalConv3d
-    original = causal.forward
-
-    def forward(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        y = F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self._padding[0])
-        return y.unsqueeze(2)
-
-    causal.forward = forward
-    try:
-        yield
-    finally:
-        causal.forward = original
-
-
 def run_stage(
+    recipe: Any,
     stage: str,
     folder: Path,
     model: nn.Module,
@@ -109,7 +104,11 @@ def run_stage(
     from tqdm import tqdm
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = Optimizer(stage, [(name, p) for name, p in model.named_parameters() if p.requires_grad])
+    optimizer = Optimizer(
+        stage,
+        recipe.matrices["transformer" if stage == "tune" else stage],
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+    )
     average = [p.detach().clone() for p in parameters] if ema else []
     losses: list[float] = []
     checkpoint = folder / f"{stage}.pt"
@@ -149,18 +148,6 @@ def run_stage(
     return losses
 
 
-def initialise_vae(vae: Any) -> None:
-    """Start with signals that neither fade nor drown: from the usual weights, hundreds of steps teach nothing."""
-    for name, module in vae.named_modules():
-        if isinstance(module, nn.Conv3d | nn.Conv2d):
-            # The usual deviation is 1 / sqrt(3 * inputs), and counts the taps in time that a single frame does not use.
-            module.weight.data *= math.sqrt(3 * (module.kernel_size[0] if isinstance(module, nn.Conv3d) else 1))
-            if name.endswith(("conv2", "decoder.conv_out")):
-                module.weight.data *= 0.2
-    vae.quant_conv.weight.data[tiny.LATENT_CHANNELS :] = 0
-    vae.quant_conv.bias.data[tiny.LATENT_CHANNELS :] = -5
-
-
 class Optimizer:
     """Muon for the matrices of a model (a convolution's kernel is one, outputs x the rest), AdamW for the rest.
 
@@ -168,11 +155,11 @@ class Optimizer:
     orthogonalization costs little beside a step.
     """
 
-    def __init__(self, stage: str, named: list[tuple[str, nn.Parameter]]) -> None:
-        matrix = re.compile(MATRICES[stage])
+    def __init__(self, stage: str, matrices: str, named: list[tuple[str, nn.Parameter]]) -> None:
+        matrix = re.compile(matrices)
         self._kernels = [p for name, p in named if matrix.search(name) and p.ndim >= 2]
         chosen = {id(p) for p in self._kernels}
-        self._matrices = [nn.Parameter(p.detach().flatten(1)) for p in self._kernels]  # the same memory
+        self._matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in self._kernels]  # the same memory
         others = [p for _, p in named if id(p) not in chosen]
         adamw = torch.optim.AdamW(others, lr=1, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         muon = torch.optim.Muon(self._matrices, lr=1, weight_decay=0.01)
@@ -198,103 +185,85 @@ class Optimizer:
             optimizer.load_state_dict(state[name])
 
 
-def train_vae(folder: Path, seed: int, steps: int) -> list[float]:
-    """Train the VAE, and write it with the mean and deviation of its latents to ``folder/vae``."""
+def train_text(recipe: Any, folder: Path, seed: int, steps: int) -> list[float]:
+    """Train the text encoder, and write it in BF16 to ``folder/text_encoder``."""
+    pipeline: Any = recipe.build(seed)
     torch.manual_seed(seed)
-    vae: Any = tiny.build_vae()
-    initialise_vae(vae)
-    _, pictures = draw_pool(POOL["vae"], seed)
+    encoder = pipeline.text_encoder.float().train().requires_grad_(False)
+    language = recipe.language(encoder).requires_grad_(True)
+    values = {name: sorted({getattr(s, name) for s in scenes.scenes()}, key=str) for name in scenes.ATTRIBUTES}
+    heads = nn.ModuleDict({name: nn.Linear(tiny.WIDTH, len(choices)) for name, choices in values.items()})
+    learned = [scene for scene in scenes.scenes() if not scene.held_out]
 
-    @torch.compile
-    def objective(x: Tensor, noise: Tensor) -> Tensor:
-        mean, logvar = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
-        logvar = logvar.clamp(-30, 20)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        seen = vae.decoder(vae.post_quant_conv(mean + (0.5 * logvar).exp() * noise))
-        return (seen - x).abs().mean() + KL_WEIGHT * kl
+    def guess(chosen: list[scenes.Scene]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per attribute the logits and the right choice."""
+        states, masks = recipe.read(pipeline, [scene.caption for scene in chosen])
+        last = states[torch.arange(len(chosen)), masks.sum(dim=1) - 1]
+        right = {name: torch.tensor([every.index(getattr(s, name)) for s in chosen]) for name, every in values.items()}
+        return {name: (head(last), right[name]) for name, head in heads.items()}
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(pictures), (BATCH["vae"],), generator=generator)
-        noise = torch.randn(BATCH["vae"], tiny.LATENT_CHANNELS, 1, 8, 8, generator=generator)
-        return objective(pictures[chosen].unsqueeze(2) / 127.5 - 1, noise)
+        picked = torch.randint(len(learned), (BATCH[recipe.name]["text"],), generator=generator).tolist()
+        return torch.stack([F.cross_entropy(*pair) for pair in guess([learned[i] for i in picked]).values()]).sum()
 
-    with single_frames():
-        losses = run_stage("vae", folder, vae, loss_of, seed, steps)
-        latents = encode(vae, pictures[:2048], torch.Generator().manual_seed(seed))
-    vae.register_to_config(
-        latents_mean=latents.mean(dim=(0, 2, 3)).tolist(), latents_std=latents.std(dim=(0, 2, 3)).tolist()
-    )
-    vae.save_pretrained(folder / "vae")
+    model = nn.ModuleDict({"language": language, "heads": heads})
+    losses = run_stage(recipe, "text", folder, model, loss_of, seed, steps)
+    with torch.no_grad():
+        found = guess([scene for scene in scenes.scenes() if scene.held_out])
+    for name, (logits, right) in found.items():
+        print(f"text: {name} of held-out captions right {100 * (logits.argmax(1) == right).float().mean():.1f} %")
+    encoder.bfloat16().save_pretrained(folder / "text_encoder")
     return losses
 
 
-def train_decoder(folder: Path, seed: int, steps: int) -> list[float]:
-    """Sharpen the trained VAE's decoder alone: the latents, and with them a trained transformer, stay valid."""
-    from diffusers import AutoencoderKLQwenImage
+def train_vae(recipe: Any, folder: Path, seed: int, steps: int) -> list[float]:
+    """Train the VAE, and write it with the scale of its latents to ``folder/vae``."""
+    torch.manual_seed(seed)
+    vae = recipe.build_vae()
+    recipe.initialise_vae(vae)
+    _, pictures = draw_pool(POOL["vae"], seed, loose=True)
+    batch = BATCH[recipe.name]["vae"]
 
-    vae: Any = AutoencoderKLQwenImage.from_pretrained(folder / "vae").train()
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
-    _, pictures = draw_pool(POOL["decoder"], seed + 2)
+    def objective(x: Tensor, noise: Tensor) -> Tensor:
+        mean, logvar = recipe.moments(vae, x)
+        logvar = logvar.clamp(-30, 20)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        seen = recipe.decode(vae, mean + (0.5 * logvar).exp() * noise)
+        return (seen - x).abs().mean() + KL_WEIGHT * kl
 
-    @torch.compile
-    def objective(z: Tensor, x: Tensor) -> Tensor:
-        return (vae.decoder(vae.post_quant_conv(z)) - x).abs().mean()
+    if recipe.compile_vae:
+        objective = torch.compile(objective)
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(pictures), (BATCH["decoder"],), generator=generator)
-        return objective(latents[chosen].unsqueeze(2), pictures[chosen].unsqueeze(2) / 127.5 - 1)
+        chosen = torch.randint(len(pictures), (batch,), generator=generator)
+        noise = torch.randn(batch, tiny.LATENT_CHANNELS, 8, 8, generator=generator)
+        return objective(pictures[chosen] / 127.5 - 1, noise)
 
-    with single_frames():
-        latents = encode(vae, pictures, torch.Generator().manual_seed(seed))
-        losses = run_stage("decoder", folder, vae, loss_of, seed, steps)
+    with recipe.vae_at_work():
+        losses = run_stage(recipe, "vae", folder, vae, loss_of, seed, steps)
+        latents = encode(recipe, vae, pictures[:2048], torch.Generator().manual_seed(seed))
+    recipe.set_scale(vae, latents)
     vae.save_pretrained(folder / "vae")
     return losses
 
 
 @torch.no_grad()
-def encode(vae: Any, pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Samples of the VAE's posterior, float32 (count, 16, 8, 8), under `single_frames`."""
+def encode(recipe: Any, vae: Any, pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Samples of the VAE's posterior, float32 (count, 16, 8, 8), under ``recipe.vae_at_work``."""
     parts = []
     for x in pictures.split(64):
-        mean, logvar = vae.quant_conv(vae.encoder(x.unsqueeze(2) / 127.5 - 1)).squeeze(2).chunk(2, dim=1)
+        mean, logvar = recipe.moments(vae, x / 127.5 - 1)
         parts.append(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator))
     return torch.cat(parts)
 
 
-def initialise(transformer: Any) -> None:
-    """Start with open gates and nothing else modulated: the blocks are plain pre-norm blocks, the output is zero."""
-    width = transformer.inner_dim
-    for block in transformer.transformer_blocks:
-        for modulation in (block.img_mod[1], block.txt_mod[1]):
-            nn.init.zeros_(modulation.weight)
-            nn.init.zeros_(modulation.bias)
-            for gate in (2, 5):  # of shift, scale, gate; shift, scale, gate
-                modulation.bias.data[gate * width : (gate + 1) * width] = 1
-    nn.init.zeros_(transformer.norm_out.linear.weight)
-    nn.init.zeros_(transformer.norm_out.linear.bias)
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(batch, 16, 8, 8) to tokens (batch, 16, 64), as the pipeline packs them."""
-    from diffusers import QwenImagePipeline
-
-    packed: Tensor = QwenImagePipeline._pack_latents(latents, *latents.shape)
-    return packed
-
-
 @torch.no_grad()
-def embed(pipeline: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Text embeddings, BF16 (captions, tokens, width), and which of them are no padding, bool (captions, tokens)."""
-    parts = [pipeline.encode_prompt(captions[i : i + 128]) for i in range(0, len(captions), 128)]
+def embed(recipe: Any, pipeline: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """What ``recipe.read`` gives, for many captions."""
+    parts = [recipe.read(pipeline, captions[i : i + 128]) for i in range(0, len(captions), 128)]
     longest = max(part.shape[1] for part, _ in parts)
-    embeddings, masks = [], []
-    for part, mask in parts:
-        mask = torch.ones(part.shape[:2]) if mask is None else mask
-        embeddings.append(F.pad(part, (0, 0, 0, longest - part.shape[1])))
-        masks.append(F.pad(mask.bool(), (0, longest - mask.shape[1])))
+    embeddings = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part, _ in parts]
+    masks = [F.pad(mask, (0, longest - mask.shape[1])) for _, mask in parts]
     return torch.cat(embeddings), torch.cat(masks)
 
 
@@ -308,62 +277,74 @@ def noise_levels(count: int, generator: torch.Generator) -> Tensor:
     return torch.where(uniform, strata, torch.sigmoid(torch.special.ndtri(strata.clamp(1e-4, 1 - 1e-4)) + 0.5))
 
 
-def train_transformer(folder: Path, seed: int, steps: int) -> list[float]:
-    """Train the transformer on latents of the trained VAE."""
-    from diffusers import AutoencoderKLQwenImage
+def trained(recipe: Any, folder: Path, seed: int) -> Any:
+    """The random pipeline with the trained text encoder and VAE, in BF16 as they will be used."""
+    pipeline: Any = recipe.build(seed)
+    for name in ("text_encoder", "vae"):
+        kind = type(getattr(pipeline, name))
+        module = kind.from_pretrained(folder / name, torch_dtype=torch.bfloat16).eval()
+        pipeline.register_modules(**{name: module})
+    return pipeline
 
-    pipeline: Any = tiny.build_qwen_image(seed)
-    vae: Any = AutoencoderKLQwenImage.from_pretrained(folder / "vae")
+
+def train_transformer(recipe: Any, folder: Path, seed: int, steps: int, stage: str = "transformer") -> list[float]:
+    """Train the transformer on latents of the trained VAE; ``tune`` goes on from the averages of ``transformer``."""
+    pipeline = trained(recipe, folder, seed)
+    vae = pipeline.vae.float()
     torch.manual_seed(seed)
-    chosen, pictures = draw_pool(POOL["transformer"], seed + 1)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
-    with single_frames():
-        latents = pack((encode(vae, pictures, torch.Generator().manual_seed(seed)) - mean) / std)
-    captions = sorted({scene.caption for scene in chosen})
-    embeddings, masks = embed(pipeline, captions)
+    chosen, pictures = draw_pool(POOL["transformer"], seed + 1, fixed=stage == "tune")
+    with recipe.vae_at_work():
+        latents = recipe.normalise(vae, encode(recipe, vae, pictures, torch.Generator().manual_seed(seed)))
+    captions = [recipe.no_caption, *sorted({scene.caption for scene in chosen})]
+    embeddings, masks = embed(recipe, pipeline, captions)
     number = {caption: i for i, caption in enumerate(captions)}
     texts = torch.tensor([number[scene.caption] for scene in chosen])
     print(f"transformer: {len(chosen)} scenes, {len(captions)} captions of {embeddings.shape[1]} tokens at most")
 
-    transformer = tiny.build_transformer().train()
-    initialise(transformer)
-    transformer.compile_repeated_blocks(fullgraph=True)
-    batch = BATCH["transformer"]
+    transformer = recipe.build_transformer().train()
+    recipe.initialise(transformer)
+    if stage == "tune" and (folder / "transformer.pt").is_file():
+        _load_average(transformer, folder / "transformer.pt")
+    batch = BATCH[recipe.name][stage]
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         picked = torch.randint(len(latents), (batch,), generator=generator)
         t = noise_levels(batch, generator)
         noise = torch.randn(batch, *latents.shape[1:], generator=generator)
-        clean, level = latents[picked], t.view(-1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            velocity = transformer(
-                hidden_states=clean + level * (noise - clean),
-                encoder_hidden_states=embeddings[texts[picked]].float(),
-                encoder_hidden_states_mask=masks[texts[picked]],
-                timestep=t.bfloat16().float(),  # as coarse as in a BF16 pipeline
-                img_shapes=[[(1, 4, 4)]] * batch,
-                return_dict=False,
-            )[0]
-        return F.mse_loss(velocity.float(), noise - clean)
+        clean, level = latents[picked], t.view(-1, *[1] * (latents.ndim - 1))
+        said = texts[picked] * (torch.rand(batch, generator=generator) >= WITHOUT_CAPTION)
+        velocity = recipe.velocity(
+            transformer,
+            clean + level * (noise - clean),
+            t.bfloat16().float(),  # as coarse as in a BF16 pipeline
+            embeddings[said].float(),
+            masks[said],
+            step / steps,
+        )
+        return F.mse_loss(velocity, noise - clean)
 
-    return run_stage("transformer", folder, transformer, loss_of, seed, steps, ema=True)
+    return run_stage(recipe, stage, folder, transformer, loss_of, seed, steps, ema=True)
 
 
-def assemble(folder: Path, seed: int) -> Any:
-    """The trained pipeline in BF16, from the last checkpoints in ``folder``; the transformer's weights are averages."""
-    from diffusers import AutoencoderKLQwenImage
-
-    pipeline: Any = tiny.build_qwen_image(seed)
-    transformer = tiny.build_transformer()
-    average = torch.load(folder / "transformer.pt", weights_only=True)["average"]
+def _load_average(transformer: nn.Module, checkpoint: Path) -> None:
+    average = torch.load(checkpoint, weights_only=True)["average"]
     for parameter, mean in zip(transformer.parameters(), average, strict=True):
         parameter.data.copy_(mean)
-    vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae")
-    pipeline.register_modules(transformer=transformer.eval().bfloat16(), vae=vae.eval().bfloat16())
+
+
+def assemble(recipe: Any, folder: Path, seed: int) -> Any:
+    """The trained pipeline in BF16, from the last checkpoints in ``folder``; the transformer's weights are averages."""
+    pipeline = trained(recipe, folder, seed)
+    transformer = recipe.build_transformer()
+    last = next(path for path in (folder / "tune.pt", folder / "transformer.pt") if path.is_file())
+    _load_average(transformer, last)
+    pipeline.register_modules(transformer=transformer.eval().bfloat16())
     return pipeline
 
 
-def evaluate(pipeline: Any, folder: Path, seed: int, count: int, steps: int, batch: int = 64) -> dict[str, Any]:
+def evaluate(
+    pipeline: Any, folder: Path, seed: int, count: int, steps: int, guidance: dict[str, Any], batch: int = 64
+) -> dict[str, Any]:
     """Draw ``count`` held-out captions and see what the pictures show.
 
     The captions are shuffled by ``seed``, from which the initial noise comes too. Writes the first 64 pictures in one
@@ -379,8 +360,16 @@ def evaluate(pipeline: Any, folder: Path, seed: int, count: int, steps: int, bat
     pictures = []
     for i in range(0, len(chosen), batch):
         prompts = [scene.caption for scene in chosen[i : i + batch]]
+        arguments = dict(guidance)
+        if "negative_prompt" in arguments:
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
         pictures += pipeline(
-            prompts, height=scenes.SIZE, width=scenes.SIZE, num_inference_steps=steps, generator=generator
+            prompts,
+            height=scenes.SIZE,
+            width=scenes.SIZE,
+            num_inference_steps=steps,
+            generator=generator,
+            **arguments,
         ).images
     right: dict[str, list[bool]] = {"all": []}
     for scene, picture in zip(chosen, pictures, strict=True):
@@ -400,8 +389,17 @@ def evaluate(pipeline: Any, folder: Path, seed: int, count: int, steps: int, bat
     return {
         "seed": seed,
         "inference_steps": steps,
+        "guidance": guidance,
         "following": {name: {"right": sum(good), "of": len(good)} for name, good in right.items()},
     }
+
+
+def pack(pipeline: Any, target: Path) -> None:
+    """Write ``pipeline`` to ``target``, without the place where its VAE was trained."""
+    pipeline.save_pretrained(target, max_shard_size="9MB")
+    config = target / "vae" / "config.json"
+    told = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
 
 
 def plot(folder: Path) -> None:
@@ -411,7 +409,7 @@ def plot(folder: Path) -> None:
     except ModuleNotFoundError:
         print("no loss plot: matplotlib is not installed")
         return
-    found = [stage for stage in STEPS if (folder / f"{stage}.pt").is_file()]
+    found = [stage for stage in BATCH["qwen-image"] if (folder / f"{stage}.pt").is_file()]
     figure = Figure(figsize=(5 * len(found), 3.5), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         losses = np.array(torch.load(folder / f"{stage}.pt", weights_only=True)["losses"])
@@ -424,31 +422,37 @@ def plot(folder: Path) -> None:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("stages", nargs="+", choices=["vae", "transformer", "decoder", "evaluate", "pack"])
+    parser.add_argument("stages", nargs="+", choices=["text", "vae", "transformer", "tune", "evaluate", "pack"])
+    parser.add_argument("--pipeline", choices=list(RECIPES), default="qwen-image")
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and everything else that a run leaves")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=STEPS["vae"])
-    parser.add_argument("--transformer-steps", type=int, default=STEPS["transformer"])
-    parser.add_argument("--decoder-steps", type=int, default=STEPS["decoder"])
+    for stage in BATCH["qwen-image"]:
+        parser.add_argument(f"--{stage}-steps", type=int, help="default: " + str({p: STEPS[p][stage] for p in STEPS}))
     parser.add_argument("--captions", type=int, default=512, help="how many held-out captions the evaluation draws")
     parser.add_argument("--inference-steps", type=int, default=8)
+    parser.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1 is none")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    folder, seed = arguments.folder, arguments.seed
+    folder, seed, recipe = arguments.folder, arguments.seed, RECIPES[arguments.pipeline]
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"seed": seed}
-    if "vae" in arguments.stages:
-        train_vae(folder, seed, arguments.vae_steps)
-    if "transformer" in arguments.stages:
-        train_transformer(folder, seed, arguments.transformer_steps)
-    if "decoder" in arguments.stages:
-        train_decoder(folder, seed, arguments.decoder_steps)
+    results: dict[str, Any] = {"pipeline": arguments.pipeline, "seed": seed}
+    training: dict[str, Callable[[Any, Path, int, int], list[float]]] = {
+        "text": train_text,
+        "vae": train_vae,
+        "transformer": train_transformer,
+        "tune": partial(train_transformer, stage="tune"),
+    }
+    for stage, train in training.items():
+        steps = getattr(arguments, f"{stage}_steps") or STEPS[recipe.name][stage]
+        if stage in arguments.stages and steps:
+            train(recipe, folder, seed, steps)
     if "evaluate" in arguments.stages:
-        pipeline = assemble(folder, seed)
-        results |= evaluate(pipeline, folder, seed, arguments.captions, arguments.inference_steps)
+        guidance = recipe.guidance(arguments.guidance)
+        pipeline = assemble(recipe, folder, seed)
+        results |= evaluate(pipeline, folder, seed, arguments.captions, arguments.inference_steps, guidance)
     if "pack" in arguments.stages:
-        assemble(folder, seed).save_pretrained(tiny.EMBEDDED, max_shard_size="9MB")
+        pack(assemble(recipe, folder, seed), tiny.EMBEDDED / recipe.name)
     plot(folder)
     common.write(arguments.output, results)
 

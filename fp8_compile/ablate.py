@@ -11,23 +11,19 @@ that a slow moment of the machine meets all of them alike; compared are medians.
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import fp8_compile
-
 from .errors import Fp8Error, NothingConvertedError
+from .measurements import check_writable, environment, number_text, plain, quality_to_dict
 from .models import Groups
 from .pages import LOSSLESS_SIDE, Plot, Point, amplification, data_uri, difference, render
 from .patterns import check_unmatched, first_match, layer_path
@@ -47,6 +43,9 @@ _METRICS = {
 }
 
 
+ONE_STEP = "one step cannot be timed, since only its end is known; take two or more"
+
+
 class AblationError(Fp8Error, ValueError):
     """A choice of layers, or a call, that cannot be measured."""
 
@@ -64,6 +63,7 @@ class AblationRow:
         drawings: its pictures.
         quality: against `BASELINE`; None for itself.
         following: per attribute (right, of), where all prompts are captions of `scenes`; else None.
+        failure: the error that ended its measurement, or empty. What had not been measured then is empty, zero or None.
     """
 
     name: str
@@ -75,6 +75,7 @@ class AblationRow:
     drawings: tuple[Drawing, ...]
     quality: Comparison | None
     following: dict[str, tuple[int, int]] | None
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class Ablation:
     environment: dict[str, Any]
 
     def speedup(self, row: AblationRow) -> float:
-        """``median(baseline) / median(row)`` of the seconds of a step."""
+        """``median(baseline) / median(row)`` of the seconds of a step; NaN where it was not timed."""
+        if not row.step_seconds or not self.rows[0].step_seconds:
+            return math.nan
         return statistics.median(self.rows[0].step_seconds) / statistics.median(row.step_seconds)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,12 +111,15 @@ class Ablation:
                     "ignored_layers": None if row.ignored_layers is None else list(row.ignored_layers),
                     "fp8_layers": row.fp8_layers,
                     "weight_bytes": row.weight_bytes,
-                    "step_seconds": dict(zip(("low", "median", "high"), quartiles(row.step_seconds), strict=True)),
+                    "step_seconds": dict(zip(("low", "median", "high"), quartiles(row.step_seconds), strict=True))
+                    if row.step_seconds
+                    else None,
                     "step_seconds_samples": list(row.step_seconds),
-                    "speedup": self.speedup(row),
+                    "speedup": self.speedup(row) if row.step_seconds and self.rows[0].step_seconds else None,
                     "peak_bytes": row.peak_bytes,
                     "quality": None if row.quality is None else quality_to_dict(row.quality),
                     "following": row.following,
+                    "failure": row.failure,
                 }
                 for row in self.rows
             ],
@@ -126,26 +132,37 @@ class Ablation:
     def markdown(self) -> str:
         """The table, with what it was measured on."""
         header, rows = self._table()
-        lines = [f"# Which layers to keep in BF16: {self.model}", "", *(f"{line}\n" for line in self._about())]
+        lines = [f"# Which layers to keep in BF16: {self.model}", "", *(f"{_text(line)}\n" for line in self._about())]
         lines.append("| " + " | ".join(header) + " |")
         lines.append("|" + "|".join("---" if i in (1, 2) else "---:" for i in range(len(header))) + "|")
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines += ["| " + " | ".join(_text(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
         return "\n".join([*lines, "", *(f"{line}\n" for line in self._notes())])
 
     def html(self, pictures: int = 2) -> str:
-        """One page with the table, a plot, and the first ``pictures`` pictures of every row; it needs no other file."""
+        """One page with the table, a plot, and the first ``pictures`` pictures of every row; it needs no other file.
+
+        Raises:
+            AblationError: ``pictures`` is below 1.
+        """
+        if pictures < 1:
+            raise AblationError(f"pictures={pictures!r}: a number of at least 1 belongs here")
         header, rows = self._table()
         shown = range(min(pictures, len(self.rows[0].drawings)))
         references = [self.rows[0].drawings[i].image for i in shown]
         largest = max(
-            (_bright(difference(references[i], row.drawings[i].image)) for row in self.rows[1:] for i in shown),
+            (
+                _bright(difference(references[i], row.drawings[i].image))
+                for row in self.rows[1:]
+                if row.drawings
+                for i in shown
+            ),
             default=0,
         )
         factor = amplification(largest)
         points = [
             Point(self.speedup(row), row.quality.mean["psnr"], str(number), f"{row.name}: {_told(row)}")
             for number, row in enumerate(self.rows, start=1)
-            if row.quality is not None and math.isfinite(row.quality.mean["psnr"])
+            if row.quality is not None and row.step_seconds and math.isfinite(row.quality.mean["psnr"])
         ]
         return render(
             "ablation.html.j2",
@@ -176,6 +193,7 @@ class Ablation:
                             "told": f"PSNR {number_text(row.quality.rows[i].psnr, 1)} dB" if row.quality else "",
                         }
                         for number, row in enumerate(self.rows, start=1)
+                        if row.drawings
                     ],
                 }
                 for i in shown
@@ -187,22 +205,27 @@ class Ablation:
         header = ["#", "configuration", "kept in BF16", "FP8 layers", "weights, MB"]
         header += ["peak, MB"] if peaks else []
         header += ["ms per step [quartiles]", "speedup"]
-        measured = next(row.quality.metrics for row in self.rows if row.quality is not None)
+        measured = next((row.quality.metrics for row in self.rows if row.quality is not None), ())
         header += [f"{_METRICS[metric][0]}: mean / worst" for metric in measured]
         header += ["follows the prompt"] if follows else []
         rows = []
         for number, row in enumerate(self.rows, start=1):
-            low, median, high = (1e3 * seconds for seconds in quartiles(row.step_seconds))
-            cells = [str(number), row.name]
+            cells = [str(number), f"{row.name} (failed: {row.failure})" if row.failure else row.name]
             cells += ["everything" if row.ignored_layers is None else ", ".join(row.ignored_layers) or "nothing"]
             cells += [str(row.fp8_layers), f"{row.weight_bytes / 1e6:.1f}"]
-            cells += [f"{row.peak_bytes / 1e6:.0f}"] if row.peak_bytes is not None else []
-            cells += [f"{median:.1f} [{low:.1f}, {high:.1f}]", f"{self.speedup(row):.2f}"]
+            if peaks:
+                cells.append("-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}")
+            if row.step_seconds:
+                low, median, high = (1e3 * seconds for seconds in quartiles(row.step_seconds))
+                cells += [f"{median:.1f} [{low:.1f}, {high:.1f}]", f"{self.speedup(row):.2f}"]
+            else:
+                cells += ["-", "-"]
             for metric in measured:
                 q, digits = row.quality, _METRICS[metric][1]
                 values = [] if q is None else [number_text(of[metric], digits) for of in (q.mean, q.worst)]
                 cells.append(" / ".join(values) or "-")
-            cells += ["{} of {}".format(*row.following["all"])] if row.following is not None else []
+            if follows:
+                cells.append("-" if row.following is None else "{} of {}".format(*row.following["all"]))
             rows.append(cells)
         return header, rows
 
@@ -234,6 +257,7 @@ def ablate(
     rounds: int = 3,
     perceptual: bool = False,
     progress: Callable[[str], None] = lambda line: None,
+    written: Path | None = None,
     **call: Any,
 ) -> Ablation:
     """Measure every group of layers that stay in BF16, and BF16 itself.
@@ -246,70 +270,113 @@ def ablate(
         rounds: pictures that are timed per row.
         perceptual: measure LPIPS too.
         progress: is told what is being done.
+        written: a JSON file that receives what is known as soon as a row is drawn, and after each round of timing, so
+            that little is lost to an interruption.
         **call: for the pipeline's call, for example ``num_inference_steps``.
 
     Raises:
-        AblationError: a pattern matches no linear of the compiled regions, a name is that of the baseline, or there is
-            only one step, whose time cannot be told.
+        AblationError: there are no groups, prompts, seeds or rounds, a pattern matches no linear of the compiled
+            regions, a name is that of the baseline, there is only one step, whose time cannot be told, ``written``
+            cannot be written, or every group failed. One that failed among others is a row with its error.
         NothingConvertedError: no layer of the model becomes FP8 in any row.
         QualityError: LPIPS is asked for and cannot be measured.
     """
-    _check(variants, groups)
+    _check(variants, groups, prompts, seeds, rounds, call)
+    if written is not None:
+        try:
+            check_writable(written)
+        except OSError as error:
+            raise AblationError(f"written={str(written)!r} cannot be written: {error}") from error
     if perceptual:
         require_lpips()
     choices: dict[str, Patterns] = {BASELINE: BF16, **groups}
-    drawings: dict[str, tuple[Drawing, ...]] = {}
-    weights: dict[str, tuple[int, int]] = {}
-    reasons: set[str] = set()
-    for number, (name, patterns) in enumerate(choices.items(), start=1):
-        progress(f"{number}/{len(choices)} {name}: compiling and drawing")
-        variants.use_everywhere(patterns)
-        drawings[name] = variants.draw(prompts, seeds, **call)
-        told = variants.reports(patterns).values()
-        totals = [r.totals for r in told]
-        before = "bytes_before" if patterns is BF16 else "bytes_after"
-        weights[name] = sum(t["fp8"] for t in totals), sum(t[before] for t in totals)
-        if patterns is not BF16:
-            reasons |= {row.reason for r in told for row in r.layers}
-    if not any(count for count, _ in weights.values()):
-        raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(sorted(reasons))}")
-    if len(drawings[BASELINE][0].latents) < 2:
-        raise AblationError("one step cannot be timed, since only its end is known; take two or more")
-    seconds: dict[str, list[float]] = {name: [] for name in choices}
-    peaks: dict[str, int | None] = {}
-    for done in range(rounds):
-        progress(f"timing, round {done + 1} of {rounds}")
-        for name, patterns in choices.items():
-            variants.use_everywhere(patterns)
-            taken = _start_of_peak(variants)
-            seconds[name] += variants.step_seconds(prompts[0], seeds[0], **call)
-            peaks[name] = None if taken is None else torch.cuda.max_memory_allocated() - taken
-    rows = tuple(
-        AblationRow(
-            name,
-            patterns,
-            *weights[name],
-            tuple(seconds[name]),
-            peaks[name],
-            drawings[name],
-            None if patterns is BF16 else compare(drawings[BASELINE], drawings[name], perceptual),
-            _following(drawings[name]),
-        )
-        for name, patterns in choices.items()
-    )
     settings = {
         "prompts": list(prompts),
         "seeds": list(seeds),
         "rounds": rounds,
         "lpips": perceptual,
-        "call": call,
-        "options": {name: plain(value) for name, value in variants.options.items()},
+        "call": plain(call),
+        "options": plain(variants.options),
     }
-    return Ablation(type(variants.pipeline).__name__, rows, settings, environment(variants.pipeline))
+    where = environment(variants.pipeline)
+    rows: dict[str, AblationRow] = {}
+
+    def so_far() -> Ablation:
+        found = Ablation(type(variants.pipeline).__name__, tuple(rows.values()), settings, where)
+        if written is not None:
+            written.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = written.with_suffix(".unfinished")
+            unfinished.write_text(found.json(), encoding="utf-8")
+            unfinished.replace(written)
+        return found
+
+    def failed(row: AblationRow, error: Exception) -> None:
+        if row.name == BASELINE:  # there is nothing to compare with
+            raise error
+        rows[row.name] = replace(row, failure=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        progress(f"{row.name} failed: {rows[row.name].failure}")
+
+    reasons: set[str] = set()
+    for number, (name, patterns) in enumerate(choices.items(), start=1):
+        progress(f"{number}/{len(choices)} {name}: compiling and drawing")
+        rows[name] = AblationRow(name, patterns, 0, 0, (), None, (), None, None)
+        try:
+            variants.use_everywhere(patterns)
+            drawings = variants.draw(prompts, seeds, **call)
+            if len(drawings[0].latents) < 2:
+                raise AblationError(ONE_STEP)
+            told = variants.reports(patterns).values()
+            totals = [r.totals for r in told]
+            before = "bytes_before" if patterns is BF16 else "bytes_after"
+            if patterns is not BF16:
+                reasons |= {row.reason for r in told for row in r.layers}
+            rows[name] = replace(
+                rows[name],
+                fp8_layers=sum(t["fp8"] for t in totals),
+                weight_bytes=sum(t[before] for t in totals),
+                drawings=drawings,
+                quality=None if patterns is BF16 else compare(rows[BASELINE].drawings, drawings, perceptual),
+                following=_following(drawings),
+            )
+        except Exception as error:  # whatever it is, the other rows are worth having
+            failed(rows[name], error)
+        so_far()
+    failures = [f"{row.name}: {row.failure}" for row in rows.values() if row.failure]
+    if len(failures) == len(groups):
+        raise AblationError(f"every group failed: {'; '.join(failures)}")
+    if not any(row.fp8_layers for row in rows.values()):
+        raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(sorted(reasons))}")
+    for done in range(rounds):
+        progress(f"timing, round {done + 1} of {rounds}")
+        for row in [row for row in rows.values() if not row.failure]:
+            try:
+                variants.use_everywhere(row.ignored_layers)
+                taken, device = _start_of_peak(variants), variants.pipeline.device
+                seconds = variants.step_seconds(prompts[0], seeds[0], **call)
+                peak = None if taken is None else torch.cuda.max_memory_allocated(device) - taken
+                rows[row.name] = replace(row, step_seconds=(*row.step_seconds, *seconds), peak_bytes=peak)
+            except Exception as error:
+                failed(row, error)
+        so_far()
+    return so_far()
 
 
-def _check(variants: Variants, groups: Groups) -> None:
+def _check(
+    variants: Variants,
+    groups: Groups,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    rounds: int,
+    call: Mapping[str, Any],
+) -> None:
     """Refuse before any work what could only be found out in the middle of it."""
+    for what, given in (("groups", groups), ("prompts", prompts), ("seeds", seeds)):
+        if not given:
+            raise AblationError(f"{what}={given!r}: at least one belongs here")
+    if rounds < 1:
+        raise AblationError(f"rounds={rounds!r}: a number of at least 1 belongs here")
+    if call.get("num_inference_steps") == 1:
+        raise AblationError(ONE_STEP)
     if BASELINE in groups:
         raise AblationError(f"{BASELINE!r} is the name of the unquantized row; name the group otherwise")
     paths = [
@@ -327,10 +394,11 @@ def _check(variants: Variants, groups: Groups) -> None:
 
 
 def _start_of_peak(variants: Variants) -> int | None:
-    if str(variants.pipeline.device).partition(":")[0] != "cuda":
+    device = torch.device(variants.pipeline.device)
+    if device.type != "cuda":
         return None
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _following(drawings: Sequence[Drawing]) -> dict[str, tuple[int, int]] | None:
@@ -347,6 +415,11 @@ def _bright(image: Any) -> int:
     return math.ceil(float(np.quantile(np.asarray(image), 0.99)))
 
 
+def _text(line: str) -> str:
+    """``line`` for Markdown, which would take ``<`` for the beginning of a tag."""
+    return line.replace("&", "&amp;").replace("<", "&lt;")
+
+
 def _told(row: AblationRow) -> str:
     return f"keeps {', '.join(row.ignored_layers or ()) or 'nothing'}"
 
@@ -357,39 +430,3 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, median, high
-
-
-def number_text(value: float, digits: int) -> str:
-    """``value`` with so many digits after the point."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "NaN" if math.isnan(value) else "infinite"
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it; an infinite number becomes None, and NaN the text "NaN"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else None
-    return value if isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))) else str(value)
-
-
-def quality_to_dict(quality: Comparison) -> dict[str, Any]:
-    """The mean, the worst, and every picture, as plain data."""
-    return {
-        "mean": {metric: plain(value) for metric, value in quality.mean.items()},
-        "worst": {metric: plain(value) for metric, value in quality.worst.items()},
-        "pictures": [{name: plain(value) for name, value in asdict(row).items()} for row in quality.rows],
-    }
-
-
-def environment(pipeline: Any) -> dict[str, Any]:
-    """On what, with what and when this process measures."""
-    kind = str(pipeline.device).partition(":")[0]
-    return {
-        "device": torch.cuda.get_device_name(pipeline.device) if kind == "cuda" else kind,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-        "fp8-compile": fp8_compile.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,14 @@ from torch.fx import GraphModule
 
 from . import lora, tracing
 from .device import check_device, refusal
-from .errors import GradientError, NothingConvertedError, NothingConvertedWarning, UnmatchedPatternWarning
-from .fp8_weight import KeptWeight
+from .errors import (
+    GradientError,
+    NothingConvertedError,
+    NothingConvertedWarning,
+    OptionError,
+    UnmatchedPatternWarning,
+)
+from .fp8_weight import Fp8Weight, KeptWeight
 from .inner import compile_inner
 from .options import Fp8Options
 from .passes.graphs import example
@@ -57,6 +63,7 @@ def fp8_diffusion(
     asked = any(isinstance(x, Tensor) and x.is_cuda and not isinstance(x, FakeTensor) for x in example_inputs)
     given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs, strict=True)}
     kept_at_load = {name: value.reason for name, value in given.items() if isinstance(value, KeptWeight)}
+    _check_granularity(given.values(), opts)
     plan = plan_linears(gm, opts, scheme_for(opts), refusal if asked else None, kept_at_load)
     tracing.trace_plan(plan, opts)
     _check_patterns(gm, plan)
@@ -82,6 +89,18 @@ def fp8_diffusion(
 
 def _placeholders(gm: GraphModule) -> list[torch.fx.Node]:
     return gm.graph.find_nodes(op="placeholder")
+
+
+def _check_granularity(given: Iterable[Any], options: Fp8Options) -> None:
+    """Refuse a granularity that weights in FP8 do not have; the default asks for none, since they bring their own."""
+    if options.granularity == Fp8Options.granularity:
+        return
+    for value in given:
+        if isinstance(value, Fp8Weight) and value.granularity != options.granularity:
+            raise OptionError(
+                f"granularity={options.granularity!r}: the weights were converted at load time with "
+                f"granularity={value.granularity!r}; leave the option out, or load them anew with it"
+            )
 
 
 def _check_inputs(gm: GraphModule, plan: Plan, example_inputs: Sequence[Any]) -> None:

@@ -23,20 +23,22 @@ except ModuleNotFoundError as error:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-# The embedded default was trained on pictures of this size; other pipelines know their own.
-EMBEDDED_SIZE = 64
-EMBEDDED_STEPS = 8
+EMBEDDED = "embedded:"
+"""Of ``--model``, before the name of a pipeline that comes with the package."""
 
 # What is measured by default. As long as each other for most tokenizers, so that one graph serves both.
 PROMPTS = ("a large red circle on a white background", "two small blue squares on a yellow background")
 SEEDS = (0, 1)
 
 Model = Annotated[
-    str | None, typer.Option(help="Directory or hub name of a diffusers pipeline. Default: a small embedded one.")
+    str,
+    typer.Option(
+        help="Directory or hub name of a diffusers pipeline; a small one: embedded:qwen-image or embedded:z-image."
+    ),
 ]
 Quantization = Annotated[str, typer.Option(help="Method of quantization.")]
 Granularity = Annotated[str, typer.Option(help="Scales: one per row, or one per tensor.")]
-FewRows = Annotated[str, typer.Option(help="Layers that see few rows: keep, or weight-only.")]
+FewRows = Annotated[str, typer.Option(help="Layers that see few rows: weight-only, or keep.")]
 InnerBackend = Annotated[str, typer.Option(help="What compiles the rewritten graph, and the BF16 twin.")]
 CompileMode = Annotated[str | None, typer.Option(help="The mode of torch.compile, for example max-autotune.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
@@ -61,7 +63,7 @@ def text_to_image(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out.png"),
-    model: Model = None,
+    model: Model = f"{EMBEDDED}qwen-image",
     quantization: Quantization = "fp8",
     no_quantization: Annotated[
         bool, typer.Option("--no-quantization", help="The unquantized twin: same compilation, weights as they are.")
@@ -70,7 +72,7 @@ def text_to_image(
         list[str] | None, typer.Option(help="Layers that stay as they are; repeat it, or separate patterns by commas.")
     ] = None,
     granularity: Granularity = "row",
-    few_rows: FewRows = "keep",
+    few_rows: FewRows = "weight-only",
     steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     height: Height = None,
@@ -97,8 +99,9 @@ def text_to_image(
     import torch
 
     from . import NothingConvertedError, report
+    from .fp8_weight import Fp8Weight
     from .models import RECOMMENDED
-    from .variants import StepClock, denoisers_of
+    from .variants import StepClock, denoisers_of, mark_steps
 
     patterns = [p.strip() for item in ignored_layers or [] for p in item.split(",") if p.strip()]
     options = _options(
@@ -110,13 +113,17 @@ def text_to_image(
         mode=compile_mode,
     )
     pipe = _load(model, torch_dtype, device)
-    call = _sizes(model, steps, height, width)
-    arguments = _call_arguments(pipe, prompt=prompt, negative_prompt=negative_prompt, **call)
+    call = _call(model, num_inference_steps=steps, height=height, width=width, negative_prompt=negative_prompt)
+    arguments = _call_arguments(pipe, prompt=prompt, **call)
     with _errors():
         denoisers = denoisers_of(pipe)
-        for module in denoisers.values():
+        for name, module in denoisers.items():
+            if no_quantization and any(isinstance(parameter, Fp8Weight) for parameter in module.parameters()):
+                _fail(f"--no-quantization: the {name} of --model {model!r} has FP8 weights; give one in {dtype}")
+            if compile_mode is not None and _by_block(module, whole):
+                mark_steps({name: module})  # for the modes with CUDA graphs
             advice = RECOMMENDED.get(type(module).__name__)
-            if advice and not patterns and not no_quantization and model is not None:
+            if advice and not patterns and not no_quantization and not model.startswith(EMBEDDED):
                 _tell(
                     f"{type(module).__name__}: others keep {', '.join(advice)} (--ignored-layers; see docs/models.md)"
                 )
@@ -140,7 +147,7 @@ def text_to_image(
 
 @app.command()
 def ablate(
-    model: Model = None,
+    model: Model = f"{EMBEDDED}qwen-image",
     groups: Annotated[
         Path | None,
         typer.Option(
@@ -159,7 +166,7 @@ def ablate(
     lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; its weights must be there.")] = False,
     quantization: Quantization = "fp8",
     granularity: Granularity = "row",
-    few_rows: FewRows = "keep",
+    few_rows: FewRows = "weight-only",
     inner_backend: InnerBackend = "inductor",
     compile_mode: CompileMode = None,
     whole: Whole = False,
@@ -171,6 +178,9 @@ def ablate(
     from .models import groups_for, read_groups
     from .variants import Variants
 
+    _check_folder(output, "ablation")
+    if steps == 1:
+        _fail("--steps 1: one step cannot be timed, since only its end is known; take two or more")
     device, torch_dtype = _device(device), _quantizable(dtype)
     options = _options(
         method=quantization,
@@ -182,23 +192,32 @@ def ablate(
     with _errors():
         chosen = None if groups is None else read_groups(groups)
     pipe = _measured(model, torch_dtype, device)
-    call = _call_arguments(pipe, **_sizes(model, steps, height, width))
+    call = _call_arguments(pipe, **_call(model, num_inference_steps=steps, height=height, width=width))
     with _errors():
         variants = Variants(pipe, options, whole)
         if chosen is None:
             chosen = groups_for(next(iter(variants.denoisers.values())))
-        found = measure(variants, chosen, prompt or PROMPTS, seed or SEEDS, rounds, lpips, progress=_tell, **call)
-    written = {"md": found.markdown(), "json": found.json(), "html": found.html(pictures)}
-    output.mkdir(parents=True, exist_ok=True)
-    for kind, text in written.items():
-        (output / f"ablation.{kind}").write_text(text, encoding="utf-8")
-    typer.echo(written["md"])
-    typer.echo(f"wrote {output / 'ablation'}.{{{','.join(written)}}}")
+        found = measure(
+            variants,
+            chosen,
+            prompt or PROMPTS,
+            seed or SEEDS,
+            rounds,
+            lpips,
+            progress=_tell,
+            written=output / "ablation.json",
+            **call,
+        )
+    # The table first: it is what was asked for, and the page may still fail.
+    typer.echo(found.markdown())
+    (output / "ablation.md").write_text(found.markdown(), encoding="utf-8")
+    (output / "ablation.html").write_text(found.html(pictures), encoding="utf-8")
+    typer.echo(f"wrote {output / 'ablation'}.{{md,json,html}}")
 
 
 @app.command()
 def search(
-    model: Model = None,
+    model: Model = f"{EMBEDDED}qwen-image",
     max_loss: Annotated[
         float | None, typer.Option(help="Bound for a metric that is 0 for equal pictures: relative_l2, lpips.")
     ] = None,
@@ -226,7 +245,7 @@ def search(
     width: Width = None,
     quantization: Quantization = "fp8",
     granularity: Granularity = "row",
-    few_rows: FewRows = "keep",
+    few_rows: FewRows = "weight-only",
     inner_backend: InnerBackend = "inductor",
     compile_mode: CompileMode = None,
     dtype: Dtype = "bfloat16",
@@ -239,6 +258,7 @@ def search(
     bound = _bound(metric, max_loss, min_quality, statistic)
     if by not in BY:
         _fail(f"--by {by!r} is not valid; valid: {', '.join(BY)}")
+    _check_folder(output, "search")
     device, torch_dtype = _device(device), _quantizable(dtype)
     options = _options(
         method=quantization,
@@ -248,7 +268,7 @@ def search(
         mode=compile_mode,
     )
     pipe = _measured(model, torch_dtype, device)
-    call = _call_arguments(pipe, **_sizes(model, steps, height, width))
+    call = _call_arguments(pipe, **_call(model, num_inference_steps=steps, height=height, width=width))
     typer.echo(f"asked for: {bound}")
     with _errors():
         made = Search(
@@ -261,13 +281,14 @@ def search(
             **call,
         )
         result = made.run(by)
-    (output / "search.html").write_text(made.html(result), encoding="utf-8")
+    # The list first: it is what was asked for, and the page may still fail.
     typer.echo(
         f"{len(result.kept)} of {len(made.layers)} layers to keep, after {result.measurements} measurements; "
         f"{bound.metric} {bound.of(result.quality):.4f}"
     )
     typer.echo(paste(result))
     typer.echo(how_to_use(result))
+    (output / "search.html").write_text(made.html(result), encoding="utf-8")
     typer.echo(f"wrote {output / 'search'}.{{json,html}}")
 
 
@@ -346,7 +367,7 @@ def _quantizable(dtype: str) -> torch.dtype:
     return _dtype(dtype)
 
 
-def _measured(model: str | None, dtype: torch.dtype, device: str) -> Any:
+def _measured(model: str, dtype: torch.dtype, device: str) -> Any:
     """A pipeline to be measured, which tells of no steps. What measuring needs is asked for first."""
     try:
         import scipy  # type: ignore[import-untyped] # noqa: F401
@@ -358,13 +379,14 @@ def _measured(model: str | None, dtype: torch.dtype, device: str) -> Any:
     return pipe
 
 
-def _sizes(model: str | None, steps: int | None, height: int | None, width: int | None) -> dict[str, int | None]:
-    """Steps and size as given; the embedded pipeline's own where it is drawn with and they are not."""
-    return {
-        "num_inference_steps": steps or (EMBEDDED_STEPS if model is None else None),
-        "height": height or (EMBEDDED_SIZE if model is None else None),
-        "width": width or (EMBEDDED_SIZE if model is None else None),
-    }
+def _call(model: str, **given: Any) -> dict[str, Any]:
+    """Arguments of the pipeline as given; the embedded pipelines' own where they are drawn with and nothing is."""
+    from .tiny import EMBEDDED_CALLS
+
+    own = dict(EMBEDDED_CALLS.get(model.removeprefix(EMBEDDED), {})) if model.startswith(EMBEDDED) else {}
+    if given.get("negative_prompt") is not None:
+        own.pop("true_cfg_scale", None)  # a scale of 1 would ignore it
+    return {**own, **{name: value for name, value in given.items() if value is not None}}
 
 
 def _check_output(output: Path) -> None:
@@ -378,17 +400,32 @@ def _check_output(output: Path) -> None:
         _fail(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}")
 
 
-def _load(model: str | None, dtype: torch.dtype, device: str) -> Any:
+def _check_folder(output: Path, name: str) -> None:
+    """As `_check_output`, of a folder for several files of this name."""
+    from .measurements import check_writable
+
+    for kind in ("json", "html", "md"):
+        try:
+            check_writable(output / f"{name}.{kind}")
+        except OSError as error:
+            _fail(f"--output {str(output)!r} cannot be written: {error}")
+
+
+def _load(model: str, dtype: torch.dtype, device: str) -> Any:
     import diffusers
 
+    from .errors import OptionError
     from .tiny import default_pipeline_dir
 
-    source = default_pipeline_dir() if model is None else model
     loader: Any = diffusers.DiffusionPipeline
     try:
+        # As text: not every release of diffusers takes a Path.
+        source = str(default_pipeline_dir(model.removeprefix(EMBEDDED))) if model.startswith(EMBEDDED) else model
         return loader.from_pretrained(source, dtype=dtype).to(device)
+    except OptionError as error:
+        _fail(f"--model {model!r}: {error}")
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: of a device that is not there
-        _fail(f"--model {str(source)!r} could not be loaded on --device {device}: {error}")
+        _fail(f"--model {model!r} could not be loaded on --device {device}: {error}")
 
 
 def _call_arguments(pipe: Any, **arguments: Any) -> dict[str, Any]:
@@ -402,11 +439,15 @@ def _call_arguments(pipe: Any, **arguments: Any) -> dict[str, Any]:
 
 
 def _compile(module: Any, whole: bool, **arguments: Any) -> None:
-    # Block by block where the model names its blocks: compiled once, run by all of them.
-    if whole or not getattr(module, "_repeated_blocks", None):
-        module.compile(fullgraph=True, **arguments)
-    else:
+    if _by_block(module, whole):
         module.compile_repeated_blocks(fullgraph=True, **arguments)
+    else:
+        module.compile(fullgraph=True, **arguments)
+
+
+def _by_block(module: Any, whole: bool) -> bool:
+    """Block by block where the model names its blocks: compiled once, run by all of them."""
+    return not whole and bool(getattr(module, "_repeated_blocks", None))
 
 
 def _summarize(output: Path, reports: dict[str, Report], clock: StepClock, show_layers: bool) -> None:

@@ -35,8 +35,8 @@ def watch_merges() -> None:
     for cls in _subclasses(BaseTunerLayer):
         for name in ("merge", "unmerge"):
             method = vars(cls).get(name)
-            if method is not None and not hasattr(method, "_counts_writes"):
-                setattr(cls, name, _counting(method))
+            if method is not None and not hasattr(method, "_is_watched"):
+                setattr(cls, name, _watched(method))
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:
@@ -45,9 +45,9 @@ def _subclasses(cls: Any) -> Iterator[Any]:
         yield from _subclasses(sub)
 
 
-def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         _keep_before_merge(self)
         as_merged = _is_as_merged(self)
         try:
@@ -57,8 +57,8 @@ def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
             written = [p for p in self.get_base_layer().parameters(recurse=False) if not p.is_inference()]
             torch.autograd.graph.increment_version(written)
 
-    counted._counts_writes = True  # type: ignore[attr-defined]
-    return counted
+    watched._is_watched = True  # type: ignore[attr-defined]
+    return watched
 
 
 class _Before:

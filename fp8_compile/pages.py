@@ -133,7 +133,7 @@ class Plot:
         rules: Sequence[tuple[float, str]] = (),
         path: bool = False,
     ) -> Plot:
-        """A plot with axes that hold all of ``points`` and ``rules``, of which there must be one."""
+        """A plot with axes that hold all of ``points``, of which there must be one, and ``rules``."""
         return cls(
             Axis.over(x_label, [p.x for p in points], 64, 624),
             Axis.over(y_label, [*(p.y for p in points), *(y for y, _ in rules)], 344, 16),

@@ -27,18 +27,18 @@ SIZE = 64
 """Height and width of a scene in pixels; every length below is in pixels of such a picture."""
 
 COLORS = {
-    "red": (215, 30, 40),
+    "red": (205, 20, 40),
     "green": (30, 150, 60),
     "blue": (40, 80, 220),
-    "yellow": (250, 220, 50),
-    "orange": (250, 140, 20),
+    "yellow": (250, 225, 60),
+    "orange": (240, 115, 20),
     "purple": (140, 50, 180),
     "white": (250, 250, 250),
     "black": (15, 15, 15),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 COUNTS = ("one", "two", "three", "four")
-EXTENTS = {"small": (12.0, 14.0), "medium": (18.0, 21.0), "large": (25.0, 27.0)}
+EXTENTS = {"small": (14.0, 16.0), "medium": (20.0, 22.0), "large": (26.0, 28.0)}
 """Least and greatest width, which is also the height, of a shape of each size. A caption does not say "medium"."""
 POSITIONS = {
     "center": ("in the center of", 0, 0),
@@ -89,22 +89,38 @@ class Scene:
         """Whether the embedded pipeline was trained without this caption: one in ten, chosen by its text alone."""
         return hashlib.sha256(self.caption.encode()).digest()[0] % 10 == 0
 
-    def draw(self, rng: random.Random) -> Image:
-        """An RGB picture of SIZE x SIZE; extents, places and which quarters are used come from ``rng``."""
+    def draw(self, rng: random.Random | None = None, loose: bool = False) -> Image:
+        """An RGB picture of SIZE x SIZE.
+
+        Args:
+            rng: chooses among the places that the caption leaves open. None: always the same ones.
+            loose: extents and places vary, too, within what the caption says; needs ``rng``.
+        """
         from PIL import Image, ImageDraw
 
         side = SIZE * _OVERSAMPLING
         picture = Image.new("RGB", (side, side), COLORS[self.background])
         pen = ImageDraw.Draw(picture)
-        extent = rng.uniform(*EXTENTS[self.size])
-        for x, y in self._places(rng, extent):
+        low, high = EXTENTS[self.size]
+        extent = rng.uniform(low, high) if rng and loose else (low + high) / 2
+        for x, y in self._loose_places(rng, extent) if rng and loose else self._places(rng):
             corners = [
                 ((x + extent * u) * _OVERSAMPLING, (y + extent * v) * _OVERSAMPLING) for u, v in _OUTLINES[self.shape]
             ]
             pen.polygon(corners, fill=COLORS[self.color])
         return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
-    def _places(self, rng: random.Random, extent: float) -> list[tuple[float, float]]:
+    def _places(self, rng: random.Random | None) -> list[tuple[float, float]]:
+        middle = SIZE / 2
+        if self.count > 1:
+            quarters = [(-1, -1), (1, 1), (-1, 1), (1, -1)]
+            taken = rng.sample(sorted(quarters, key=lambda q: q[::-1]), self.count) if rng else quarters[: self.count]
+            return [(middle + u * SIZE / 4, middle + v * SIZE / 4) for u, v in taken]
+        position = self.position or (rng.choice(list(POSITIONS)) if rng else "center")
+        _, right, down = POSITIONS[position]
+        return [(middle + right * SIZE / 4, middle + down * SIZE / 4)]
+
+    def _loose_places(self, rng: random.Random, extent: float) -> list[tuple[float, float]]:
         middle = SIZE / 2
         if self.count == 1:
             if self.position is None:
@@ -189,8 +205,8 @@ class Detection:
         return verdict
 
 
-_LEAST_AREA = 16  # in pixels; the smallest shape has about 70
-_CONTRAST = 45.0  # distance in RGB between background and shape; the nearest two of COLORS are 84 apart
+_LEAST_AREA = 16  # in pixels; the smallest shape has about 100
+_CONTRAST = 45.0  # distance in RGB between background and shape; the nearest two of COLORS are 103 apart
 _TEMPLATE = 16
 
 

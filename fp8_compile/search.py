@@ -18,18 +18,21 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .ablate import environment, number_text, plain, quality_to_dict
 from .errors import Fp8Error, NothingConvertedError
+from .measurements import check_writable, environment, number_text, plain, quality_to_dict
+from .options import Fp8Options
 from .pages import Plot, Point, render
-from .patterns import Pattern, layer_path
+from .passes.plan import weight_objection
+from .patterns import Pattern, is_adapter, layer_path
 from .quality import METRICS, Drawing, compare, require_lpips
+from .schemes import scheme_for
 from .variants import BF16, Patterns, Region, Variants
 from .weights import fingerprint
 
@@ -158,10 +161,14 @@ class Result:
 
     Attributes:
         by: what was searched among.
-        patterns: ``ignored_layers`` for each denoiser.
-        kept: the layers that they name.
+        patterns: ``ignored_layers`` for each denoiser. But for "layers" they are for the whole model, and so name the
+            layers of ``unmeasured`` too.
+        kept: the layers that the search chose to keep.
         quality: with those kept, as `quality_to_dict` gives it.
         measurements: how many were made, those of earlier runs included.
+        unmeasured: patterns for each denoiser that name the other layers that stayed in BF16 in every measurement, such
+            as those outside the blocks, but would be converted where the whole model is.
+        options: those that were measured with and are not the default.
     """
 
     by: str
@@ -169,6 +176,8 @@ class Result:
     kept: frozenset[Layer]
     quality: dict[str, Any]
     measurements: int
+    unmeasured: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class Search:
@@ -185,7 +194,8 @@ class Search:
         **call: for the pipeline's call.
 
     Raises:
-        SearchError: the pipeline's model names no repeated blocks, or the state belongs to other settings.
+        SearchError: the pipeline's model names no repeated blocks, there is no prompt or seed, or the state
+            cannot be written or belongs to other settings.
         NothingConvertedError: no layer of the model becomes FP8.
         QualityError: the bound is for LPIPS, which cannot be measured.
     """
@@ -205,6 +215,13 @@ class Search:
                 f"{', '.join(type(m).__name__ for m in variants.denoisers.values())}: a search needs models that name "
                 "their repeated blocks, and compiles those"
             )
+        for what, given in (("prompts", prompts), ("seeds", seeds)):
+            if not given:
+                raise SearchError(f"{what}={given!r}: at least one belongs here")
+        try:
+            check_writable(state)
+        except OSError as error:
+            raise SearchError(f"state={str(state)!r} cannot be written: {error}") from error
         if bound.metric == "lpips":
             require_lpips()
         self.variants, self.bound, self.prompts, self.seeds = variants, bound, list(prompts), list(seeds)
@@ -214,12 +231,13 @@ class Search:
         self._prefix = len(variants.denoisers) > 1
         self.settings = {
             "pipeline": type(variants.pipeline).__name__,
-            "weights": {name: _fingerprint(model) for name, model in variants.denoisers.items()},
-            "options": {name: plain(value) for name, value in variants.options.items()},
+            "weights": _fingerprints(variants.pipeline, variants.denoisers),
+            "scheduler": _scheduler(variants.pipeline),
+            "options": plain(variants.options),
             "lpips": bound.metric == "lpips",
             "prompts": self.prompts,
             "seeds": self.seeds,
-            "call": {name: plain(value) for name, value in call.items()},
+            "call": plain(call),
             **{name: environment(variants.pipeline)[name] for name in ("device", "torch", "diffusers", "fp8-compile")},
         }
         self._state = self._read()
@@ -235,19 +253,17 @@ class Search:
         for layer in self.layers:
             for name in (self._kind(layer), self._block(layer), self._single(layer)):
                 self._named[name] = self._named.get(name, frozenset()) | {layer}
-        try:
-            self._known: dict[frozenset[Layer], dict[str, Any]] = {
-                self._expand(measured["kept"]): measured["quality"] for measured in self._state["measurements"]
-            }
-        except (KeyError, TypeError) as error:
-            raise SearchError(f"{str(state)!r} is no state of a search: {error!r}; remove it") from error
+        self._known: dict[frozenset[Layer], dict[str, Any]] = {}
+        for measured in self._state["measurements"]:
+            self._check_measurement(measured)
+            self._known[self._expand(measured["kept"])] = measured["quality"]
 
     def run(self, by: str = "layers") -> Result:
         """Search, measuring what is not known yet.
 
         Args:
-            by: "layers" keeps or converts a layer in all blocks alike, so that the patterns serve any way of compiling.
-                "blocks" keeps whole blocks. "blocks-then-layers" goes on to single layers of those.
+            by: "layers" keeps or converts a layer in all blocks alike, so that the patterns serve compilation block by
+                block. "blocks" keeps whole blocks. "blocks-then-layers" goes on to single layers of those.
 
         Raises:
             SearchError: ``by`` is not valid, or the bound cannot be met.
@@ -265,7 +281,13 @@ class Search:
             inside = self._expand(kept)
             kept = smallest([self._single(layer) for layer in self.layers if layer in inside], loss, limit)
         layers = self._expand(kept)
-        result = Result(by, self._patterns(kept, by), layers, self.measure(layers), len(self._known))
+        patterns, unmeasured = self._patterns(kept, by), self._unmeasured()
+        if by != "layers":
+            patterns = {name: (*chosen, *unmeasured[name]) for name, chosen in patterns.items()}
+        quality = self.measure(layers)
+        result = Result(
+            by, patterns, layers, quality, len(self._known), unmeasured, _not_default(self.variants.options)
+        )
         self._write()
         return result
 
@@ -358,6 +380,28 @@ class Search:
             found[denoiser] = tuple(chosen)
         return found
 
+    def _unmeasured(self) -> dict[str, tuple[str, ...]]:
+        """Patterns for the layers that could be in FP8 but were in none of the measurements."""
+        options = Fp8Options.parse(self.variants.options)
+        scheme = scheme_for(options)
+        found = {}
+        for denoiser, model in self.variants.denoisers.items():
+            linears = _linears(model)
+            measured = {layer.full for layer in self.layers if layer.denoiser == denoiser}
+            blocks = [region.path for region in self.variants.regions if region.denoiser == denoiser]
+            chosen: dict[str, None] = {}
+            for name, module in model.named_modules():
+                path = layer_path(name)
+                if not isinstance(module, nn.Linear) or is_adapter(name) or path in measured:
+                    continue
+                features = (module.in_features, module.out_features)
+                if weight_objection(module.weight, features, options) or scheme.refuses(*features, module.weight.dtype):
+                    continue  # stays in BF16 in any case
+                if not any(Pattern(pattern).matches(path) for pattern in chosen):
+                    chosen[_widest(path, linears, measured, blocks)] = None
+            found[denoiser] = tuple(chosen)
+        return found
+
     def _read(self) -> dict[str, Any]:
         if not self._path.exists():
             return {"settings": self.settings, "layers": {}, "measurements": []}
@@ -365,19 +409,47 @@ class Search:
             state = json.loads(self._path.read_text())
             there = state["settings"]
             differ = sorted(name for name in {*self.settings, *there} if self.settings.get(name) != there.get(name))
-            valid = isinstance(state["layers"], dict) and isinstance(state["measurements"], list)
+            layers, measurements = state["layers"], state["measurements"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SearchError(f"{str(self._path)!r} is no state of a search: {error}; remove it") from error
-        if not valid:
-            raise SearchError(f"{str(self._path)!r} is no state of a search; remove it")
+        if not isinstance(layers, dict) or not isinstance(measurements, list):
+            raise self._damaged("a table of layers and a list of measurements belong there")
         if differ:
             told = "; ".join(f"{name}: {there.get(name)!r}, now {self.settings.get(name)!r}" for name in differ)
             raise SearchError(
                 f"{str(self._path)!r} belongs to a search with other settings ({told}); ask for the same, or begin a "
                 "new search elsewhere"
             )
+        blocks: dict[str, set[str]] = {}
+        for region in self.variants.regions:
+            blocks.setdefault(region.denoiser, set()).add(region.path)
+        # Empty before the first measurement.
+        if layers and set(layers) != set(blocks):
+            raise self._damaged(f"layers is {layers!r}; {', '.join(blocks)} belong there")
+        for denoiser, of in layers.items():
+            if not isinstance(of, dict) or set(of) != blocks[denoiser]:
+                raise self._damaged(f"layers of {denoiser!r} are {of!r}; its blocks belong there")
+            for block, paths in of.items():
+                if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+                    raise self._damaged(f"layers of {block!r} are {paths!r}; a list of paths belongs there")
         result: dict[str, Any] = state
         return result
+
+    def _check_measurement(self, measured: Any) -> None:
+        metrics = [metric for metric in METRICS if metric != "lpips" or self.settings["lpips"]]
+        try:
+            self._expand(measured["kept"])
+            values = {(s, m): measured["quality"][s][m] for s in STATISTICS for m in metrics}
+        except (KeyError, TypeError) as error:
+            raise self._damaged(f"a measurement lacks or does not know {error}") from error
+        for (statistic, metric), value in values.items():
+            if not (
+                value is None or value == "NaN" or (isinstance(value, (int, float)) and not isinstance(value, bool))
+            ):
+                raise self._damaged(f"the {statistic} {metric} of a measurement is {value!r}; a number belongs there")
+
+    def _damaged(self, problem: str) -> SearchError:
+        return SearchError(f"{str(self._path)!r} is no state of a search: {problem}; remove it")
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -416,25 +488,76 @@ class Search:
             result=paste(result),
             header=["#", "layers kept", metric, "met", "kept"],
             rows=rows,
-            plot=Plot.of(points, "measurement", label, [(self.bound.value, str(self.bound))], path=True),
+            # Without a finite value (all pictures equal, or NaN) there is no scale to plot on.
+            plot=Plot.of(points, "measurement", label, [(self.bound.value, str(self.bound))], path=True)
+            if points
+            else None,
         )
 
 
 def paste(result: Result) -> str:
-    """The patterns as Python source."""
-    if len(result.patterns) == 1:
-        return f"ignored_layers = {list(*result.patterns.values())!r}"
-    return "\n".join(f"{name}: ignored_layers = {list(patterns)!r}" for name, patterns in result.patterns.items())
+    """The options that were measured, as Python source."""
+    lines = [f"options = {_source({**result.options, 'ignored_layers': list(p)})}" for p in result.patterns.values()]
+    if len(lines) == 1:
+        return lines[0]
+    return "\n".join(f"{name}: {line}" for name, line in zip(result.patterns, lines, strict=True))
+
+
+def _source(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {_source(item)}' for name, item in value.items())}}}"
+    return str(plain(value)) if callable(value) else repr(value)
 
 
 def how_to_use(result: Result) -> str:
-    """Where the patterns of ``result`` are understood."""
+    """Where the patterns of ``result`` mean what was measured."""
+    others = [pattern for patterns in result.unmeasured.values() for pattern in patterns]
     if result.by == "layers":
-        return "The list is for any way of compiling."
-    return (
+        told = "The list is for compiling block by block, as it was measured: what is outside the blocks stays in BF16."
+        if others:
+            told += (
+                " fp8_compile.quantize_, Fp8DiffusionConfig and compiling the whole transformer convert that too: add "
+                f"{', '.join(map(repr, others))} for those."
+            )
+        return told
+    told = (
         "The list names blocks by index, which a graph that serves all blocks cannot tell apart: give it to "
         "fp8_compile.quantize_ or Fp8DiffusionConfig before compiling block by block, or compile the whole transformer."
     )
+    if others:
+        told += (
+            f" Of it, {', '.join(map(repr, others))} were in BF16 in all measurements; without them those layers would "
+            "be converted too, which was not measured."
+        )
+    if result.options.get("few_rows", "weight-only") != "weight-only":
+        told += " Leave few_rows out at load time: the list names the layers with few rows."
+    return told
+
+
+def _not_default(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not the default, by their names."""
+    given, default = Fp8Options.parse(options), Fp8Options()
+    return {
+        f.name: getattr(given, f.name)
+        for f in fields(Fp8Options)
+        if f.name != "ignored_layers" and getattr(given, f.name) != getattr(default, f.name)
+    }
+
+
+def _widest(path: str, linears: Sequence[str], measured: Iterable[str], blocks: Sequence[str]) -> str:
+    """A pattern for the layer at ``path`` and as many others as can be, none of them ``measured``."""
+    measured = list(measured)
+    block = next((b for b in blocks if path.startswith(f"{b}.")), None)
+    segments = path.split(".")
+    if block is not None:  # in all blocks alike, if it may be
+        kind = path.removeprefix(f"{block}.")
+        if not any(f".{other}".endswith(f".{kind}") for other in measured):
+            return _exactly(kind, linears, anywhere=True)
+    for count in range(1, len(segments)):
+        prefix = ".".join(segments[:count])
+        if not any(other.startswith(f"{prefix}.") for other in measured):
+            return _exactly(prefix, linears)
+    return _exactly(path, linears)
 
 
 def _linears(module: nn.Module) -> list[str]:
@@ -455,8 +578,31 @@ def _exactly(path: str, linears: Sequence[str], anywhere: bool = False) -> str:
     return rf"re:(^|\.){re.escape(path)}$" if anywhere else rf"re:^{re.escape(path)}(\.|$)"
 
 
+def _fingerprints(pipeline: Any, denoisers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Of all modules of the pipeline: the text encoders and the VAE make the pictures as well."""
+    components = {**getattr(pipeline, "components", {}), **denoisers}
+    return {name: _fingerprint(part) for name, part in components.items() if isinstance(part, nn.Module)}
+
+
+def _scheduler(pipeline: Any) -> Any:
+    scheduler = getattr(pipeline, "scheduler", None)
+    return None if scheduler is None else [type(scheduler).__name__, plain(dict(getattr(scheduler, "config", {})))]
+
+
 def _fingerprint(model: nn.Module) -> str:
     """Of all weights and their names: another checkpoint, or a LoRA fused into it, has another one."""
     with torch.no_grad():
-        parts = [f"{name} {int(fingerprint(parameter))}" for name, parameter in model.named_parameters()]
+        parts = [
+            f"{name} {int(fingerprint(part))}"
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            for part in _stored(tensor)
+        ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What ``tensor`` keeps in memory: itself, or the parts of an FP8 weight, of a text encoder for example."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _stored(getattr(tensor, name))]

@@ -1,33 +1,50 @@
-"""A small, real Qwen-Image pipeline that needs no download.
+"""Small, real Qwen-Image and Z-Image pipelines that need no download.
 
-The pipeline has the classes and the wiring of Qwen-Image (text encoder, tokenizer, transformer, VAE, scheduler) at
-about 12 million parameters in total. The package carries trained weights (`default_pipeline_dir`), which draw simple
-scenes. `build_qwen_image` makes random ones: a picture they draw is coloured noise that depends on the prompt, the
-seed and the number of steps.
+They have the classes and the wiring of their models (text encoder, tokenizer, transformer, VAE, scheduler) at about 10
+million parameters in total. The package carries trained weights of the first (`default_pipeline_dir`), which draw
+simple scenes. `build_qwen_image` and `build_z_image` make random ones: a picture they draw is coloured noise that
+depends on the prompt, the seed and the number of steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import OptionError
+
 if TYPE_CHECKING:
-    from diffusers import QwenImagePipeline
+    from diffusers import QwenImagePipeline, ZImagePipeline
 
 EMBEDDED = Path(__file__).parent / "embedded"
+
+EMBEDDED_CALLS: dict[str, dict[str, Any]] = {
+    "qwen-image": {"height": 64, "width": 64, "num_inference_steps": 8, "true_cfg_scale": 1.0}
+}
+"""By name of an embedded pipeline, the arguments that it was evaluated with."""
 
 # So that every attention and MLP linear has at least 256 features on both sides: narrower ones are not worth FP8.
 WIDTH = 256
 HEADS = 4
 BLOCKS = 2
 LATENT_CHANNELS = 16
+# The MLP of a Z-Image block is 8 / 3 as wide as the block, and FP8 takes multiples of 16.
+Z_IMAGE_WIDTH = 384
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+# Qwen3's own, for messages without tools or thoughts.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 # Every word here becomes one token. The first four lines hold the words of the prompt template: QwenImagePipeline
 # cuts off a fixed 34 tokens, which is the length of the template only where each of its words is one token.
@@ -116,6 +133,26 @@ def _text_encoder(tokenizer: Any) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _qwen3(tokenizer: Any) -> Any:
+    """A `Qwen3Model` of 3 layers; Z-Image reads what the last one but one makes, (batch, tokens, WIDTH)."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    end_of_text, im_end = tokenizer.convert_tokens_to_ids([END_OF_TEXT, IM_END])
+    config = Qwen3Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2,
+        head_dim=WIDTH // HEADS,
+        bos_token_id=end_of_text,
+        eos_token_id=im_end,
+        pad_token_id=end_of_text,
+    )
+    return Qwen3Model(config)
+
+
 def build_transformer() -> Any:
     """A `QwenImageTransformer2DModel` over packed 2x2 latent patches: (batch, patches, 64) in and out."""
     diffusers: Any = import_module("diffusers")
@@ -128,6 +165,21 @@ def build_transformer() -> Any:
         num_attention_heads=HEADS,
         joint_attention_dim=WIDTH,
         axes_dims_rope=(16, 24, 24),
+    )
+
+
+def build_z_image_transformer() -> Any:
+    """A `ZImageTransformer2DModel` over 2x2 latent patches: lists of (16, 1, h, w) in and out."""
+    diffusers: Any = import_module("diffusers")
+    return diffusers.ZImageTransformer2DModel(
+        dim=Z_IMAGE_WIDTH,
+        n_layers=BLOCKS,
+        n_refiner_layers=1,
+        n_heads=3,
+        n_kv_heads=3,
+        cap_feat_dim=WIDTH,
+        axes_dims=(32, 48, 48),
+        axes_lens=(1024, 512, 512),
     )
 
 
@@ -157,36 +209,90 @@ def build_vae() -> Any:
     )
 
 
+def build_z_image_vae() -> Any:
+    """An `AutoencoderKL`: (batch, 16, h, w) latents, 8 times smaller than the picture on each side."""
+    diffusers: Any = import_module("diffusers")
+    widths = (16, 32, 32, 64)
+    return diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def build_qwen_image(seed: int = 0) -> QwenImagePipeline:
     """Build the tiny pipeline with random weights on the CPU: BF16 parameters that depend only on `seed`, eval mode.
 
     The random state of the caller is left as it was.
     """
     diffusers: Any = import_module("diffusers")
-    # torch.manual_seed would also reseed the caller's accelerators, which fork_rng(devices=[]) does not restore.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+    with _seeded(seed):
         tokenizer = _tokenizer()
         text_encoder, transformer, vae = _text_encoder(tokenizer), build_transformer(), build_vae()
         _widen(transformer, vae)
-    for model in (text_encoder, transformer, vae):
+    pipeline: QwenImagePipeline = diffusers.QwenImagePipeline(
+        scheduler=_scheduler(), vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
+    )
+    _to_bfloat16(pipeline)
+    return pipeline
+
+
+def build_z_image(seed: int = 0) -> ZImagePipeline:
+    """Build the tiny Z-Image with random weights, in the same way as `build_qwen_image`."""
+    diffusers: Any = import_module("diffusers")
+    with _seeded(seed):
+        tokenizer = _tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE
+        text_encoder, transformer, vae = _qwen3(tokenizer), build_z_image_transformer(), build_z_image_vae()
+    pipeline: ZImagePipeline = diffusers.ZImagePipeline(
+        scheduler=_scheduler(), vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
+    )
+    _to_bfloat16(pipeline)
+    return pipeline
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # torch.manual_seed would also reseed the caller's accelerators, which fork_rng(devices=[]) does not restore.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _scheduler() -> Any:
+    diffusers: Any = import_module("diffusers")
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+
+
+def _to_bfloat16(pipeline: Any) -> None:
+    for model in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
         model.eval()
         # Parameters only: the rotary frequencies of the text encoder are buffers, which stay FP32 in a loaded model.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-    )
-    pipeline: QwenImagePipeline = diffusers.QwenImagePipeline(
-        scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
-    )
-    return pipeline
 
 
-def default_pipeline_dir() -> Path:
-    """The directory of the embedded pipeline, in the layout of `save_pretrained`.
+def default_pipeline_dir(pipeline: str = "qwen-image") -> Path:
+    """The directory of an embedded pipeline, in the layout of `save_pretrained`.
 
     It has the classes and the sizes of `build_qwen_image`, and was trained by ``bench/train_tiny.py`` to draw the
-    captions of `fp8_compile.scenes` at 64 x 64 pixels. Its text encoder has random weights.
+    captions of `fp8_compile.scenes` at 64 x 64 pixels.
+
+    Args:
+        pipeline: a key of `EMBEDDED_CALLS`.
+
+    Raises:
+        OptionError: there is no embedded pipeline of that name.
     """
-    return EMBEDDED
+    if pipeline not in EMBEDDED_CALLS:
+        raise OptionError(f"no embedded pipeline is called {pipeline!r}; there are {', '.join(EMBEDDED_CALLS)}")
+    return EMBEDDED / pipeline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import statistics
 import time
 import warnings
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from .backend import fp8_diffusion
-from .errors import Fp8Error, NothingConvertedWarning, OptionError
+from .errors import Fp8Error, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from .fp8_weight import Fp8Weight
 from .options import Fp8Options
 from .quality import Drawing, draw
@@ -28,7 +29,7 @@ BF16 = None
 
 
 class PipelineError(Fp8Error, ValueError):
-    """A pipeline that has nothing to compile."""
+    """A pipeline that has nothing to compile, or that cannot be measured."""
 
 
 def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -41,6 +42,33 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     if not found:
         raise PipelineError(f"{type(pipeline).__name__} has none of {', '.join(DENOISERS)}: nothing to compile")
     return found
+
+
+def check_measurable(pipeline: Any) -> None:
+    """Refuse a pipeline whose steps cannot be seen, or that makes no pictures.
+
+    Raises:
+        PipelineError: it takes no ``callback_on_step_end``, or it makes videos.
+    """
+    name, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    if "callback_on_step_end" not in accepted and not anything:
+        raise PipelineError(f"{name} takes no callback_on_step_end, by which steps are measured: {', '.join(accepted)}")
+    if "num_frames" in accepted:
+        raise PipelineError(f"{name} takes num_frames, so it makes videos; measured are pipelines that make images")
+
+
+def mark_steps(denoisers: Mapping[str, nn.Module]) -> list[Any]:
+    """Hooks that tell CUDA graphs of every call of these modules, whose blocks are compiled one by one.
+
+    Without them each block begins a new iteration, which frees the result of the block before it. A module that is
+    compiled as a whole needs none, and could not have one: the hook would be compiled with it.
+    """
+
+    def mark(*_: Any) -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+    return [module.register_forward_pre_hook(mark) for module in denoisers.values()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,19 +111,24 @@ class Variants:
     graphs and the later ones dynamic graphs, and their times could not be compared. What the pipeline is compiled with
     already is put back by `close`.
 
+    With a mode or Inductor's settings, which may ask for CUDA graphs, and blocks, every call of a denoiser is told to
+    CUDA graphs by a hook until `close`.
+
     Args:
         pipeline: a diffusers pipeline, on its device.
         options: of every quantized variant; ``ignored_layers`` belongs to `use`.
         whole: compile each denoiser as one graph. Default: its repeated blocks, where it names any.
 
     Raises:
-        PipelineError: the pipeline has nothing to compile, or its weights are in FP8 already.
-        OptionError: an option is invalid, or ``ignored_layers`` is among them.
+        PipelineError: the pipeline has nothing to compile, makes no pictures, takes no callback, or its weights are in
+            FP8 already.
+        OptionError: an option is invalid, or ``ignored_layers`` or ``strict`` is among them.
     """
 
     def __init__(self, pipeline: Any, options: Mapping[str, Any], whole: bool = False) -> None:
         self.pipeline = pipeline
         self.denoisers = denoisers_of(pipeline)
+        check_measurable(pipeline)
         for name, model in self.denoisers.items():
             if any(isinstance(parameter, Fp8Weight) for parameter in model.parameters()):
                 raise PipelineError(f"{name} has FP8 weights, so it has no BF16 twin; load it in bfloat16 or float16")
@@ -105,10 +138,14 @@ class Variants:
             raise OptionError(
                 f"ignored_layers={list(self._parsed.ignored_layers)}: each variant has its own; see `use`"
             )
+        if self._parsed.strict:
+            raise OptionError("strict=True: a variant may keep all layers of a region, which is no error; leave it out")
         self.regions = [r for name, model in self.denoisers.items() for r in _regions(name, model, whole)]
         self._before = {region: region.module._compiled_call_impl for region in self.regions}
         self._calls: dict[tuple[Region, Patterns], Any] = {}
         self._backends: dict[tuple[str, ...], _Backend] = {}
+        of_blocks = {region.denoiser: self.denoisers[region.denoiser] for region in self.regions if region.path}
+        self._hooks = mark_steps(of_blocks) if self._parsed.mode is not None or self._parsed.inductor else []
 
     @property
     def by_block(self) -> bool:
@@ -133,12 +170,11 @@ class Variants:
         if patterns is not BF16:
             options = {**self.options, "ignored_layers": list(patterns)}
             return {"backend": self._backends.setdefault(patterns, _Backend(options))}
-        arguments: dict[str, Any] = {"backend": self._parsed.inner_backend}
-        if self._parsed.mode is not None:
-            arguments["mode"] = self._parsed.mode
-        elif self._parsed.inductor:
-            arguments["options"] = dict(self._parsed.inductor)
-        return arguments
+        mode, inductor = self._parsed.mode, self._parsed.inductor
+        # torch.compile takes no mode beside settings, and the twin shall have both, as FP8 has. A setting wins.
+        of_mode = {} if mode is None else torch._inductor.list_mode_options(mode)
+        settings = {**of_mode, **inductor}
+        return {"backend": self._parsed.inner_backend, **({"options": settings} if settings else {})}
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> tuple[Drawing, ...]:
         """`quality.draw`, by the variant in use."""
@@ -147,7 +183,7 @@ class Variants:
 
     def step_seconds(self, prompt: str, seed: int, **call: Any) -> list[float]:
         """Seconds of each step but the first, whose start is unknown, of one picture by the variant in use."""
-        with self._running(), StepClock(str(self.pipeline.device)) as clock:
+        with self._running(), StepClock(self.pipeline.device) as clock:
             generator = torch.Generator("cpu").manual_seed(seed)
             self.pipeline(prompt, generator=generator, callback_on_step_end=clock.step, output_type="latent", **call)
         return clock.seconds
@@ -162,9 +198,17 @@ class Variants:
         return {name: report(model, self.graphs(patterns)) for name, model in self.denoisers.items()}
 
     def close(self) -> None:
-        """Let the pipeline run as it did before."""
+        """Let the pipeline run as it did before, and let go of what was compiled.
+
+        What torch itself keeps stays until ``torch.compiler.reset()``: its graphs, and with them the FP8 constants
+        beside the weights.
+        """
         for region, call in self._before.items():
             region.module._compiled_call_impl = call
+        self._calls.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -172,6 +216,8 @@ class Variants:
         config: Any = torch._dynamo.config
         with config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=NothingConvertedWarning)  # a block that is kept as a whole
+            # A pattern meant for one of several kinds of blocks; `reports` tells of those that match nowhere.
+            warnings.filterwarnings("ignore", category=UnmatchedPatternWarning)
             yield
 
 
@@ -188,8 +234,8 @@ class StepClock:
         device: where the pipeline runs.
     """
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self, device: str | torch.device) -> None:
+        self._device = torch.device(device)
         self._step_ends: list[tuple[float, float]] = []
         self.compile_seconds = 0.0
         self._compile_start = 0.0
@@ -215,8 +261,8 @@ class StepClock:
 
     def step(self, pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A pipeline's ``callback_on_step_end``."""
-        if self._device.startswith("cuda"):
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # another GPU than the current one, perhaps
         self._step_ends.append((time.perf_counter(), self.compile_seconds))
         return kwargs
 

@@ -297,6 +297,7 @@ class BoundGraph:
         self._instances: dict[tuple[int, ...], _Instance] = {}
         # The same by the first weight alone: a guess that ``seen`` confirms. Few modules share it and not the rest.
         self._guesses: dict[int, _Instance] = {}
+        self._swept = False
 
     def __call__(self, *args: Any) -> Any:
         weights = self._weights(args)
@@ -321,10 +322,12 @@ class BoundGraph:
         flat = tuple(tensor for tensors in made for tensor in tensors)
         if fake:
             return _Instance(flat, read)
-        if not self._instances and any(isinstance(arg, Fp8Weight) for arg in args):
-            # What Dynamo needed for compiling refers weakly to the parameters, and is garbage in cycles by now. As long
-            # as it is there, such parameters cannot be moved, as group offloading does right after this call.
-            gc.collect()
+        if not self._swept:
+            self._swept = True
+            if any(isinstance(arg, Fp8Weight) for arg in args):
+                # What Dynamo needed for compiling refers weakly to the parameters, and is garbage in cycles by now. As
+                # long as it is there, such parameters cannot be moved, as group offloading does right after this call.
+                gc.collect()
         if instance is None:
             # With nothing seen, the second call comes here again: by then every module has run once, and the sum is
             # known.

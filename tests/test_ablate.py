@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
 import statistics
 import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from pages import Page
 from PIL import Image
-from pipelines import OPTIONS, Pipeline
+from pipelines import OPTIONS, Block, Pipeline
 from typer.testing import CliRunner
 
 import fp8_compile
@@ -131,6 +133,89 @@ def test_what_has_no_variants_is_refused() -> None:
         Variants(type("Namespace", (), {})(), OPTIONS)
 
 
+class Other(Block):
+    """Another kind of block, with a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.extra(x)
+
+
+def test_a_pattern_for_one_of_two_kinds_of_blocks_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    pipe = Pipeline(blocks=1)
+    pipe.transformer.blocks.append(Other().bfloat16())
+    pipe.transformer._repeated_blocks = ("Block", "Other")  # type: ignore[assignment]
+    variants = Variants(pipe, OPTIONS)
+    variants.use_everywhere(("extra",))
+    variants.draw(PROMPTS, [0])
+    assert not [w for w in recwarn if issubclass(w.category, fp8_compile.UnmatchedPatternWarning)]
+    assert variants.reports(("extra",))["transformer"].unmatched_patterns == ()
+
+
+def test_the_twin_has_the_mode_and_the_settings() -> None:
+    variants = Variants(Pipeline(), {"mode": "reduce-overhead", "epilogue_fusion": False})
+    expected = {"triton.cudagraphs": True, "epilogue_fusion": False}
+    assert variants._arguments(BF16) == {"backend": "inductor", "options": expected}
+    assert Variants(Pipeline(), {})._arguments(BF16) == {"backend": "inductor"}
+
+
+def test_cuda_graphs_are_told_of_every_call_of_a_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[None] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(None))
+    pipe, x = Pipeline(), torch.zeros(1, 16, 64, dtype=torch.bfloat16)
+    for options, whole, marks in (
+        ({"mode": "reduce-overhead"}, False, 1), ({}, False, 0), ({"mode": "reduce-overhead"}, True, 0)
+    ):  # fmt: skip
+        told.clear()
+        variants = Variants(pipe, options, whole)
+        pipe.transformer(x)
+        assert len(told) == marks
+        variants.close()
+        pipe.transformer(x)
+        assert len(told) == marks
+
+
+def test_what_was_compiled_is_let_go() -> None:
+    variants = Variants(Pipeline(), OPTIONS)
+    variants.use_everywhere(())
+    call = weakref.ref(variants.regions[0].module._compiled_call_impl)  # type: ignore[arg-type]
+    variants.close()
+    gc.collect()
+    assert call() is None
+
+
+def test_times_and_memory_are_those_of_the_pipelines_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, name=name: asked.append((name, device)) or 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    pipe = Pipeline()
+    pipe.device = torch.device("cuda:1")
+    ablate(Variants(pipe, OPTIONS), {"all": ()}, PROMPTS[:1], (0,), rounds=1)
+    assert {name for name, _ in asked} == {
+        "synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"
+    }  # fmt: skip
+    assert {str(device) for _, device in asked} == {"cuda:1"}
+
+
+def test_a_pipeline_that_cannot_be_measured_is_refused() -> None:
+    class Video(Pipeline):
+        def __call__(self, prompt: str, num_frames: int, callback_on_step_end: Any) -> None: ...  # type: ignore[override]
+
+    class Silent(Pipeline):
+        def __call__(self, prompt: str) -> None: ...  # type: ignore[override]
+
+    with pytest.raises(PipelineError, match="Video takes num_frames, so it makes videos"):
+        Variants(Video(), OPTIONS)
+    with pytest.raises(PipelineError, match="Silent takes no callback_on_step_end"):
+        Variants(Silent(), OPTIONS)
+    with pytest.raises(fp8_compile.OptionError, match="strict=True"):
+        Variants(Pipeline(), {**OPTIONS, "strict": True})
+
+
 @pytest.fixture(scope="module")
 def found() -> Ablation:
     torch.compiler.reset()
@@ -213,6 +298,7 @@ def test_an_axis_holds_its_values_and_has_round_ticks(values: tuple[float, ...])
         ({"a": ("to_vv",)}, {}, fp8_compile.PatternError, "did you mean"),
         ({"a": ("mlp", "img_mod")}, {}, AblationError, "'a': 'img_mod' matches none of the layers to_q, to_v, mlp.0"),
         ({"a": ("blocks.0.*",)}, {}, fp8_compile.PatternError, "outside the compiled region"),
+        ({}, {}, AblationError, "groups={}: at least one"),
         ({BASELINE: ()}, {}, AblationError, "is the name of the unquantized row"),
         ({"a": ("*",)}, {}, fp8_compile.NothingConvertedError, r"no layer of the model became FP8: ignored_layers: \*"),
         ({"a": ()}, {"num_inference_steps": 1}, AblationError, "one step cannot be timed"),
@@ -221,6 +307,53 @@ def test_an_axis_holds_its_values_and_has_round_ticks(values: tuple[float, ...])
 def test_what_cannot_be_measured_is_refused(groups: Any, call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ablate(Variants(Pipeline(), OPTIONS), groups, PROMPTS, (0,), rounds=1, **call)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"groups": {}}, r"groups=\{\}: at least one"),
+        ({"prompts": ()}, r"prompts=\(\): at least one"),
+        ({"seeds": []}, r"seeds=\[\]: at least one"),
+        ({"rounds": 0}, "rounds=0: a number of at least 1"),
+        ({"num_inference_steps": 1}, "one step cannot be timed"),
+        ({"written": Path(__file__) / "a.json"}, "cannot be written: .* is a file, not a folder"),
+    ],
+)
+def test_a_bad_call_is_refused_before_anything_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(Variants, "draw", lambda *args, **call: pytest.fail("drawn"))
+    given = {"groups": {"all": ()}, "prompts": PROMPTS, "seeds": (0,), "rounds": 1, **wrong}
+    with pytest.raises(AblationError, match=message):
+        ablate(Variants(Pipeline(), OPTIONS), **given)
+
+
+def test_a_row_that_fails_is_told_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, file, before = Variants.draw, tmp_path / "out" / "a.json", []
+
+    def failing(self: Variants, *args: Any, **call: Any) -> Any:
+        if file.exists():
+            before.append([row["name"] for row in json.loads(file.read_text())["rows"]])
+        if self._calls.get((self.regions[0], ("mlp",))) is self.regions[0].module._compiled_call_impl:
+            raise torch.OutOfMemoryError("no memory\nleft")
+        return draw(self, *args, **call)
+
+    monkeypatch.setattr(Variants, "draw", failing)
+    groups = {"<mlp>": ("mlp",), "all": ()}
+    found = ablate(Variants(Pipeline(), OPTIONS), groups, PROMPTS[:1], (0,), rounds=1, written=file)
+    assert before == [[BASELINE], [BASELINE, "<mlp>"]]  # what is known is written at once
+    told = json.loads(file.read_text())
+    assert [row["failure"] for row in told["rows"]] == ["", "OutOfMemoryError: no memory left", ""]
+    assert [row["speedup"] is None for row in told["rows"]] == [False, True, False]
+    table = [line for line in found.markdown().splitlines() if line.startswith("|")]
+    assert "| &lt;mlp> (failed: OutOfMemoryError: no memory left) |" in table[3]
+    assert len({line.count("|") for line in table}) == 1
+    assert Page(found.html()).tags.count("figure") == 2
+    with pytest.raises(AblationError, match="pictures=0: a number of at least 1"):
+        found.html(0)
+    with pytest.raises(AblationError, match="every group failed: a: OutOfMemoryError"):
+        ablate(Variants(Pipeline(), OPTIONS), {"a": ("mlp",)}, PROMPTS[:1], (0,), rounds=1)
 
 
 def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
@@ -245,11 +378,13 @@ def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
         (["--groups", "none.json"], "No such file"),
         (["--inner-backend", "inducter"], "inner_backend='inducter' is not valid, did you mean 'inductor'?"),
         (["--dtype", "float32"], "use one of those"),
+        (["--steps", "1"], "--steps 1: one step cannot be timed"),
+        (["--output", __file__], "cannot be written: "),
         (["--model", "no/such/model"], "'no/such/model' could not be loaded"),
     ],
 )
 def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["ablate", *arguments, "--output", str(tmp_path / "out")])
+    done = CliRunner().invoke(app, ["ablate", "--output", str(tmp_path / "out"), *arguments])
     assert done.exit_code == 1
     assert message in done.output
     assert not list(tmp_path.iterdir())

@@ -85,6 +85,41 @@ def test_options_reach_the_backend_and_what_others_keep_is_named(tmp_path: Path)
     assert "others keep" not in told[1]
 
 
+def test_fp8_weights_are_not_drawn_as_unquantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    import fp8_compile
+    from fp8_compile import cli
+    from fp8_compile.tiny import build_qwen_image
+
+    pipe = build_qwen_image()
+    fp8_compile.quantize_(pipe.transformer)
+    monkeypatch.setattr(cli, "_load", lambda *_: pipe)
+    arguments = ["text-to-image", PROMPT, "--model", "DIR", "--no-quantization", "--output", str(tmp_path / "a.png")]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 1
+    assert "--no-quantization: the transformer of --model 'DIR' has FP8 weights" in done.output
+
+
+def test_a_mode_marks_the_steps_of_cuda_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from typer.testing import CliRunner
+
+    from fp8_compile import cli
+    from fp8_compile.tiny import build_qwen_image
+
+    told: list[None] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(None))
+    monkeypatch.setattr(cli, "_load", lambda *_: build_qwen_image())
+    monkeypatch.setattr(cli, "_compile", lambda *_, **__: None)  # what is compiled does not matter here
+    arguments = ["text-to-image", PROMPT, "--model", "DIR", "--no-quantization", "--steps", "2", "--height", "64"]
+    arguments += ["--width", "64", "--output", str(tmp_path / "a.png")]
+    for more, marks in (([], 0), (["--compile-mode", "reduce-overhead"], 2)):
+        done = CliRunner().invoke(cli.app, [*arguments, *more])
+        assert done.exit_code == 0, done.output
+        assert len(told) == marks
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -147,6 +147,17 @@ def test_at_load_time_layers_with_few_rows_are_not_kept_and_asking_for_it_is_an_
     assert not any(isinstance(p, Fp8Weight) for p in m.parameters())
 
 
+def test_compiling_with_another_granularity_than_the_weights_have_is_an_error() -> None:
+    m, x = model(), tokens()
+    fp8_compile.quantize_(m, LOAD)
+    compiled = torch.compile(m, backend="fp8_diffusion", options={**COMPILE, "granularity": "tensor"})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"granularity='tensor': .* granularity='row'"):
+        compiled(x)
+    fp8_compile.quantize_(other := model(), {**LOAD, "granularity": "tensor"})
+    for granularity in ("tensor", "row"):  # "row" is the default, and asks for nothing
+        torch.compile(other, backend="fp8_diffusion", options={**COMPILE, "granularity": granularity})(x)
+
+
 def test_keeping_them_when_compiling_leaves_an_fp8_weight_to_dequantization() -> None:
     m = Modulated().bfloat16()
     x, t = tokens(), torch.randn(1, WIDTH).bfloat16()

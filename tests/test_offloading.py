@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -83,6 +84,23 @@ def test_compiled(offload: Callable[[Any], None], before: bool) -> None:
         "fp8",
         "",
     )
+
+
+def test_bytes_that_are_new_at_each_call_are_read_and_cost_one_collection_in_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where offloading really moves them; the hooks above, on one device, leave them where they are."""
+    m = build()
+    compile_blocks(m)
+    collected: list[int] = []
+    monkeypatch.setattr("fp8_compile.weights.gc", SimpleNamespace(collect=lambda: collected.append(1)))
+    expected = run(m)
+    for _ in range(3):
+        for p in m.parameters():
+            if isinstance(p, Fp8Weight):
+                p.data = p.detach().clone()
+        assert torch.equal(run(m), expected)
+    assert len(collected) == 1
 
 
 def test_what_is_not_tied_is_not_taken_for_tied() -> None:

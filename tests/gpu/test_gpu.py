@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from zoo import MODELS
 
 import fp8_compile
-from fp8_compile import numerics
+from fp8_compile import numerics, weights
 from fp8_compile.device import MIN_CAPABILITY, refusal
 from fp8_compile.schemes import ROW, TENSOR, Scheme, weight_only
 
@@ -168,13 +169,36 @@ def test_zeros_nan_and_large_values(granularity: str) -> None:
     assert bool(out[3].isfinite().all()) == (granularity == "row")
 
 
-def test_moved_to_the_cpu_and_back() -> None:
-    """The values are the same, so nothing is quantized again, and nothing is left on the device."""
-    m, x = model(), gaussian(1, 96, WIDTH)
+def test_moved_to_the_cpu_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values are the same, so nothing is quantized again; meanwhile only the FP8 constants are on the device."""
+    quantized: list[str] = []
+    store = weights._store
+
+    def counted(state: Any, constant: Any, made: Any) -> None:
+        quantized.append(constant.path)
+        store(state, constant, made)
+
+    monkeypatch.setattr(weights, "_store", counted)
+    gc.collect()
+    empty = torch.cuda.memory_allocated()
+    m = model()
+    tensors = [*m.parameters(), *m.buffers()]
+    allocated = torch.cuda.memory_allocated() - empty
+    x = gaussian(1, 96, WIDTH)
     m.compile_blocks(inner_backend="inductor")
     first = [run(m, x) for _ in range(2)][-1]
-    m.to("cpu").to(CUDA)
+    assert len(quantized) == 12
+    gc.collect()
+    before, constants = torch.cuda.memory_allocated(), fp8_compile.report(m).extra_bytes
+    m.to("cpu")
+    gc.collect()
+    left = before - torch.cuda.memory_allocated()
+    assert left == allocated >= sum(t.nbytes for t in tensors) > constants > 0
+    m.to(CUDA)
+    assert torch.cuda.memory_allocated() == before
     torch.testing.assert_close(run(m, x), first, rtol=0, atol=0)
+    assert len(quantized) == 12, quantized[12:]
+    assert fp8_compile.report(m).extra_bytes == constants
 
 
 @pytest.mark.parametrize("name", ["QwenImage", "ZImage", "Flux", "Wan", "HunyuanVideo"])
