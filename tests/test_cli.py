@@ -74,14 +74,14 @@ def test_options_reach_the_backend_and_what_others_keep_is_named(tmp_path: Path)
     arguments = ["text-to-image", PROMPT, "--model", tmp_path / "own", "--steps", 1, "--height", 64, "--width", 64]
     arguments += ["--inner-backend", "eager", "--output", tmp_path / "own.png"]
     told = []
-    for more in ([], ["--few-rows", "weight-only", "--ignored-layers", "txt_mlp"]):
+    for more in ([], ["--few-rows", "keep", "--ignored-layers", "txt_mlp"]):
         done = CliRunner().invoke(app, [str(a) for a in [*arguments, *more]])
         assert done.exit_code == 0, done.output
         told.append(done.output)
     assert "QwenImageTransformer2DModel: others keep img_mlp" in told[0]
-    assert "24 layers in FP8, 10 kept" in told[0]
-    # Without the four of txt_mlp, with the four of modulation.
-    assert "24 layers in FP8, 10 kept" in told[1]
+    assert "28 layers in FP8, 6 kept" in told[0]
+    # Without the four of txt_mlp and the four of modulation.
+    assert "20 layers in FP8, 14 kept" in told[1]
     assert "others keep" not in told[1]
 
 
