@@ -42,9 +42,9 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        if len(values) < 2:
-            return cls(values[0], values[0], values[0], values[0], 1)
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        from fp8_compile.measurements import quartiles
+
+        low, median, high = quartiles(values)
         return cls(median, low, high, min(values), len(values))
 
     def text(self, factor: float = 1.0, digits: int = 2) -> str:

@@ -61,16 +61,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fp8_compile.backend import fp8_diffusion
 from fp8_compile.errors import Fp8Error
+from fp8_compile.measurements import write_whole
 from fp8_compile.models import QWEN_IMAGE_GROUPS
+from fp8_compile.variants import NotedBackend
 from fp8_compile.weights import state_of
 
 from .common import Spread, environment, interleave, parser, table
@@ -113,19 +113,6 @@ class Case:
 
 class BenchError(Fp8Error, RuntimeError):
     """A case that cannot be measured, or did not compute what it was meant to."""
-
-
-class _Backend:
-    """``fp8_diffusion`` as one case runs it: notes which graphs are its own, since all cases share a model's report."""
-
-    reset = staticmethod(fp8_diffusion.reset)  # type: ignore[attr-defined]  # for torch.compiler.reset
-
-    def __init__(self) -> None:
-        self.graphs: set[str] = set()
-
-    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **arguments: Any) -> Callable[..., Any]:
-        self.graphs.add(str(torch._guards.CompileContext.current_compile_id()))
-        return fp8_diffusion(gm, inputs, **arguments)
 
 
 def _keep(*patterns: str) -> Case:
@@ -223,7 +210,7 @@ class Runner:
         self.blocks = self.spec.repeated_blocks(self.model)
         self._calls: dict[str, list[Any]] = {}
         self._replaced: dict[str, list[nn.Module]] = {}
-        self._backends: dict[str, _Backend] = {}
+        self._backends: dict[str, NotedBackend] = {}
         self.attention = self._choose_attention()
         self.linears, self.attention_flops = self._count()
 
@@ -244,7 +231,7 @@ class Runner:
             arguments["mode"] = case.mode
         backend: Any = case.backend
         if backend == "fp8_diffusion":
-            backend = self._backends[name] = _Backend()
+            backend = self._backends[name] = NotedBackend()
         self._calls[name] = [
             torch.compile(block._call_impl, backend=backend, fullgraph=True, dynamic=False, **arguments)
             for block in blocks
@@ -740,7 +727,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             def store(result: dict[str, Any], key: str = key, about: dict[str, Any] = about) -> None:
                 stored["results"][key] = {**about, **result}
                 if given.output is not None:
-                    _store(given.output, stored)
+                    write_whole(given.output, json.dumps(_plain(stored), indent=1, allow_nan=False))
 
             if known:
                 stored.setdefault("earlier", {}).setdefault(key, []).append(known)
@@ -783,13 +770,6 @@ def _run(
     if part == "gemm":
         return run_gemms(runner, given.rounds, given.budget, store)
     return run_part(runner, PARTS[part], given.rounds, given.budget, store, fatal)
-
-
-def _store(path: Path, stored: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(_plain(stored), indent=1, allow_nan=False))
-    unfinished.replace(path)
 
 
 def _plain(value: Any) -> Any:

@@ -87,8 +87,8 @@ def draw_pool(count: int, seed: int, loose: bool = False, fixed: bool = False) -
 
 
 def run_stage(
-    recipe: Any,
     stage: str,
+    matrices: str,
     folder: Path,
     model: nn.Module,
     loss_of: Callable[[int, torch.Generator], Tensor],
@@ -96,7 +96,7 @@ def run_stage(
     steps: int,
     ema: bool = False,
 ) -> list[float]:
-    """Train ``model`` to the end of its schedule, from the last checkpoint if there is one.
+    """Train ``model`` to the end of its schedule, from the last checkpoint if there is one; Muon its ``matrices``.
 
     ``loss_of(step, generator)`` draws its batch from ``generator``, which depends on the seed and the step alone, so
     that a resumed run goes on as the interrupted one would have. Returns the loss of every step.
@@ -104,11 +104,7 @@ def run_stage(
     from tqdm import tqdm
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = Optimizer(
-        stage,
-        recipe.matrices["transformer" if stage == "tune" else stage],
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-    )
+    optimizer = Optimizer(stage, matrices, [(name, p) for name, p in model.named_parameters() if p.requires_grad])
     average = [p.detach().clone() for p in parameters] if ema else []
     losses: list[float] = []
     checkpoint = folder / f"{stage}.pt"
@@ -207,7 +203,7 @@ def train_text(recipe: Any, folder: Path, seed: int, steps: int) -> list[float]:
         return torch.stack([F.cross_entropy(*pair) for pair in guess([learned[i] for i in picked]).values()]).sum()
 
     model = nn.ModuleDict({"language": language, "heads": heads})
-    losses = run_stage(recipe, "text", folder, model, loss_of, seed, steps)
+    losses = run_stage("text", recipe.matrices["text"], folder, model, loss_of, seed, steps)
     with torch.no_grad():
         found = guess([scene for scene in scenes.scenes() if scene.held_out])
     for name, (logits, right) in found.items():
@@ -240,7 +236,7 @@ def train_vae(recipe: Any, folder: Path, seed: int, steps: int) -> list[float]:
         return objective(pictures[chosen] / 127.5 - 1, noise)
 
     with recipe.vae_at_work():
-        losses = run_stage(recipe, "vae", folder, vae, loss_of, seed, steps)
+        losses = run_stage("vae", recipe.matrices["vae"], folder, vae, loss_of, seed, steps)
         latents = encode(recipe, vae, pictures[:2048], torch.Generator().manual_seed(seed))
     recipe.set_scale(vae, latents)
     vae.save_pretrained(folder / "vae")
@@ -323,7 +319,7 @@ def train_transformer(recipe: Any, folder: Path, seed: int, steps: int, stage: s
         )
         return F.mse_loss(velocity, noise - clean)
 
-    return run_stage(recipe, stage, folder, transformer, loss_of, seed, steps, ema=True)
+    return run_stage(stage, recipe.matrices["transformer"], folder, transformer, loss_of, seed, steps, ema=True)
 
 
 def _load_average(transformer: nn.Module, checkpoint: Path) -> None:

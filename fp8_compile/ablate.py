@@ -23,7 +23,15 @@ import torch
 from torch import nn
 
 from .errors import Fp8Error, NothingConvertedError
-from .measurements import check_writable, environment, number_text, plain, quality_to_dict
+from .measurements import (
+    check_writable,
+    environment,
+    number_text,
+    plain,
+    quality_to_dict,
+    quartiles,
+    write_whole,
+)
 from .models import Groups
 from .pages import LOSSLESS_SIDE, Plot, Point, amplification, data_uri, difference, render
 from .patterns import check_unmatched, first_match, layer_path
@@ -177,7 +185,6 @@ class Ablation:
             amplification=factor,
             hidden=len(self.rows[0].drawings) - len(shown),
             small=max(max(image.size) for image in references) <= LOSSLESS_SIDE,
-            lossy=max(max(image.size) for image in references) > LOSSLESS_SIDE,
             drawings=[
                 {
                     "prompt": self.rows[0].drawings[i].prompt,
@@ -304,10 +311,7 @@ def ablate(
     def so_far() -> Ablation:
         found = Ablation(type(variants.pipeline).__name__, tuple(rows.values()), settings, where)
         if written is not None:
-            written.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = written.with_suffix(".unfinished")
-            unfinished.write_text(found.json(), encoding="utf-8")
-            unfinished.replace(written)
+            write_whole(written, found.json())
         return found
 
     def failed(row: AblationRow, error: Exception) -> None:
@@ -422,11 +426,3 @@ def _text(line: str) -> str:
 
 def _told(row: AblationRow) -> str:
     return f"keeps {', '.join(row.ignored_layers or ()) or 'nothing'}"
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high

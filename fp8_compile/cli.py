@@ -23,18 +23,16 @@ except ModuleNotFoundError as error:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-EMBEDDED = "embedded:"
+PREFIX = "embedded:"
 """Of ``--model``, before the name of a pipeline that comes with the package."""
+DEFAULT_MODEL = f"{PREFIX}qwen-image"
 
 # What is measured by default. As long as each other for most tokenizers, so that one graph serves both.
 PROMPTS = ("a large red circle on a white background", "two small blue squares on a yellow background")
 SEEDS = (0, 1)
 
 Model = Annotated[
-    str,
-    typer.Option(
-        help="Directory or hub name of a diffusers pipeline; a small one: embedded:qwen-image or embedded:z-image."
-    ),
+    str, typer.Option(help="Directory or hub name of a diffusers pipeline, or a small one that comes with the package.")
 ]
 Quantization = Annotated[str, typer.Option(help="Method of quantization.")]
 Granularity = Annotated[str, typer.Option(help="Scales: one per row, or one per tensor.")]
@@ -63,7 +61,7 @@ def text_to_image(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out.png"),
-    model: Model = f"{EMBEDDED}qwen-image",
+    model: Model = DEFAULT_MODEL,
     quantization: Quantization = "fp8",
     no_quantization: Annotated[
         bool, typer.Option("--no-quantization", help="The unquantized twin: same compilation, weights as they are.")
@@ -91,17 +89,13 @@ def text_to_image(
         _fail("--quantization and --no-quantization exclude each other; leave one out")
     _check_output(output)
 
-    device = _device(device)
-    torch_dtype = _dtype(dtype)
-    if dtype == "float32" and not no_quantization:
-        _fail("--dtype float32: FP8 takes the place of bfloat16 and float16 weights; use one of those")
+    device, torch_dtype = _device(device), _dtype(dtype, quantized=not no_quantization)
 
     import torch
 
     from . import NothingConvertedError, report
-    from .fp8_weight import Fp8Weight
     from .models import RECOMMENDED
-    from .variants import StepClock, denoisers_of, mark_steps
+    from .variants import StepClock, denoisers_of, has_fp8_weights, mark_steps
 
     patterns = [p.strip() for item in ignored_layers or [] for p in item.split(",") if p.strip()]
     options = _options(
@@ -118,12 +112,12 @@ def text_to_image(
     with _errors():
         denoisers = denoisers_of(pipe)
         for name, module in denoisers.items():
-            if no_quantization and any(isinstance(parameter, Fp8Weight) for parameter in module.parameters()):
+            if no_quantization and has_fp8_weights(module):
                 _fail(f"--no-quantization: the {name} of --model {model!r} has FP8 weights; give one in {dtype}")
             if compile_mode is not None and _by_block(module, whole):
-                mark_steps({name: module})  # for the modes with CUDA graphs
+                mark_steps([module])  # for the modes with CUDA graphs
             advice = RECOMMENDED.get(type(module).__name__)
-            if advice and not patterns and not no_quantization and not model.startswith(EMBEDDED):
+            if advice and not patterns and not no_quantization and _embedded(model) is None:
                 _tell(
                     f"{type(module).__name__}: others keep {', '.join(advice)} (--ignored-layers; see docs/models.md)"
                 )
@@ -147,7 +141,7 @@ def text_to_image(
 
 @app.command()
 def ablate(
-    model: Model = f"{EMBEDDED}qwen-image",
+    model: Model = DEFAULT_MODEL,
     groups: Annotated[
         Path | None,
         typer.Option(
@@ -174,14 +168,15 @@ def ablate(
     device: Device = None,
 ) -> None:
     """Compare choices of layers that stay in BF16: time, memory, and quality against compiled BF16."""
+    from .ablate import ONE_STEP
     from .ablate import ablate as measure
     from .models import groups_for, read_groups
     from .variants import Variants
 
     _check_folder(output, "ablation")
     if steps == 1:
-        _fail("--steps 1: one step cannot be timed, since only its end is known; take two or more")
-    device, torch_dtype = _device(device), _quantizable(dtype)
+        _fail(f"--steps 1: {ONE_STEP}")
+    device, torch_dtype = _device(device), _dtype(dtype, quantized=True)
     options = _options(
         method=quantization,
         granularity=granularity,
@@ -217,7 +212,7 @@ def ablate(
 
 @app.command()
 def search(
-    model: Model = f"{EMBEDDED}qwen-image",
+    model: Model = DEFAULT_MODEL,
     max_loss: Annotated[
         float | None, typer.Option(help="Bound for a metric that is 0 for equal pictures: relative_l2, lpips.")
     ] = None,
@@ -259,7 +254,7 @@ def search(
     if by not in BY:
         _fail(f"--by {by!r} is not valid; valid: {', '.join(BY)}")
     _check_folder(output, "search")
-    device, torch_dtype = _device(device), _quantizable(dtype)
+    device, torch_dtype = _device(device), _dtype(dtype, quantized=True)
     options = _options(
         method=quantization,
         granularity=granularity,
@@ -352,19 +347,15 @@ def _device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _dtype(dtype: str) -> torch.dtype:
+def _dtype(dtype: str, quantized: bool) -> torch.dtype:
     import torch
 
     valid = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in valid:
         _fail(f"--dtype {dtype!r} is not valid; valid: {', '.join(valid)}")
-    return valid[dtype]
-
-
-def _quantizable(dtype: str) -> torch.dtype:
-    if dtype == "float32":
+    if dtype == "float32" and quantized:
         _fail("--dtype float32: FP8 takes the place of bfloat16 and float16 weights; use one of those")
-    return _dtype(dtype)
+    return valid[dtype]
 
 
 def _measured(model: str, dtype: torch.dtype, device: str) -> Any:
@@ -379,11 +370,16 @@ def _measured(model: str, dtype: torch.dtype, device: str) -> Any:
     return pipe
 
 
+def _embedded(model: str) -> str | None:
+    """The name of the embedded pipeline that ``--model`` asks for, or None."""
+    return model.removeprefix(PREFIX) if model.startswith(PREFIX) else None
+
+
 def _call(model: str, **given: Any) -> dict[str, Any]:
     """Arguments of the pipeline as given; the embedded pipelines' own where they are drawn with and nothing is."""
     from .tiny import EMBEDDED_CALLS
 
-    own = dict(EMBEDDED_CALLS.get(model.removeprefix(EMBEDDED), {})) if model.startswith(EMBEDDED) else {}
+    own = dict(EMBEDDED_CALLS.get(_embedded(model) or "", {}))
     if given.get("negative_prompt") is not None:
         own.pop("true_cfg_scale", None)  # a scale of 1 would ignore it
     return {**own, **{name: value for name, value in given.items() if value is not None}}
@@ -418,9 +414,10 @@ def _load(model: str, dtype: torch.dtype, device: str) -> Any:
     from .tiny import default_pipeline_dir
 
     loader: Any = diffusers.DiffusionPipeline
+    embedded = _embedded(model)
     try:
         # As text: not every release of diffusers takes a Path.
-        source = str(default_pipeline_dir(model.removeprefix(EMBEDDED))) if model.startswith(EMBEDDED) else model
+        source = model if embedded is None else str(default_pipeline_dir(embedded))
         return loader.from_pretrained(source, dtype=dtype).to(device)
     except OptionError as error:
         _fail(f"--model {model!r}: {error}")

@@ -48,6 +48,12 @@ class GroupsError(Fp8Error, ValueError):
     """A file of groups that cannot be read, or does not map names to lists of patterns."""
 
 
+def repeated_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Path and module of the blocks that ``compile_repeated_blocks`` compiles; none where the model names no kind."""
+    kinds = getattr(denoiser, "_repeated_blocks", None) or ()
+    return [(path, module) for path, module in denoiser.named_modules() if type(module).__name__ in kinds]
+
+
 def groups_for(denoiser: nn.Module) -> Groups:
     """The choices to compare for a model: `QWEN_IMAGE_GROUPS`, or for another class one per part of its blocks.
 
@@ -57,8 +63,7 @@ def groups_for(denoiser: nn.Module) -> Groups:
     """
     if type(denoiser).__name__ == "QwenImageTransformer2DModel":
         return dict(QWEN_IMAGE_GROUPS)
-    repeated = getattr(denoiser, "_repeated_blocks", None) or ()
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in repeated] or [denoiser]
+    blocks = [block for _, block in repeated_blocks(denoiser)] or [denoiser]
     parts = {
         name: None
         for block in blocks

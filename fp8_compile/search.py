@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .errors import Fp8Error, NothingConvertedError
-from .measurements import check_writable, environment, number_text, plain, quality_to_dict
+from .measurements import check_writable, environment, number_text, plain, quality_to_dict, write_whole
 from .options import Fp8Options
 from .pages import Plot, Point, render
 from .passes.plan import weight_objection
@@ -229,6 +229,7 @@ class Search:
         self._reference: tuple[Drawing, ...] | None = None
         self._in_fp8: tuple[Drawing, ...] | None = None
         self._prefix = len(variants.denoisers) > 1
+        here = environment(variants.pipeline)
         self.settings = {
             "pipeline": type(variants.pipeline).__name__,
             "weights": _fingerprints(variants.pipeline, variants.denoisers),
@@ -238,7 +239,7 @@ class Search:
             "prompts": self.prompts,
             "seeds": self.seeds,
             "call": plain(call),
-            **{name: environment(variants.pipeline)[name] for name in ("device", "torch", "diffusers", "fp8-compile")},
+            **{name: here[name] for name in ("device", "torch", "diffusers", "fp8-compile")},
         }
         self._state = self._read()
         if not self._state["layers"]:
@@ -285,11 +286,7 @@ class Search:
         if by != "layers":
             patterns = {name: (*chosen, *unmeasured[name]) for name, chosen in patterns.items()}
         quality = self.measure(layers)
-        result = Result(
-            by, patterns, layers, quality, len(self._known), unmeasured, _not_default(self.variants.options)
-        )
-        self._write()
-        return result
+        return Result(by, patterns, layers, quality, len(self._known), unmeasured, _not_default(self.variants.options))
 
     def measure(self, kept: frozenset[Layer]) -> dict[str, Any]:
         """The quality with ``kept`` in BF16, as `quality_to_dict` gives it; drawn only if it is not known."""
@@ -325,7 +322,8 @@ class Search:
         convertible = self._state["layers"][region.denoiser].get(region.path, [])
         if paths and len(paths) == len(convertible):
             return ("*",)
-        return tuple(sorted(_exactly(path, _linears(region.module)) for path in paths))
+        linears = _linears(region.module)
+        return tuple(sorted(_exactly(path, linears) for path in paths))
 
     def _convertible(self) -> dict[str, dict[str, list[str]]]:
         """The layers that become FP8 if none is kept, by denoiser and block."""
@@ -367,16 +365,17 @@ class Search:
     def _patterns(self, kept: frozenset[str], by: str) -> dict[str, tuple[str, ...]]:
         found = {}
         for denoiser, model in self.variants.denoisers.items():
+            linears = _linears(model)
             chosen: dict[str, None] = {}
             for layer in self.layers:
                 if layer.denoiser != denoiser:
                     continue
                 if by == "layers" and self._kind(layer) in kept:
-                    chosen[_exactly(layer.path, _linears(model), anywhere=True)] = None
+                    chosen[_exactly(layer.path, linears, anywhere=True)] = None
                 elif self._block(layer) in kept:
-                    chosen[_exactly(layer.block, _linears(model))] = None
+                    chosen[_exactly(layer.block, linears)] = None
                 elif self._single(layer) in kept:
-                    chosen[_exactly(layer.full, _linears(model))] = None
+                    chosen[_exactly(layer.full, linears)] = None
             found[denoiser] = tuple(chosen)
         return found
 
@@ -452,10 +451,7 @@ class Search:
         return SearchError(f"{str(self._path)!r} is no state of a search: {problem}; remove it")
 
     def _write(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self._state, indent=1, allow_nan=False) + "\n")
-        unfinished.replace(self._path)
+        write_whole(self._path, json.dumps(self._state, indent=1, allow_nan=False) + "\n")
 
     def html(self, result: Result) -> str:
         """One page with the result and the path to it; it needs no other file."""

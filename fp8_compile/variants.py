@@ -7,7 +7,7 @@ import inspect
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from .backend import fp8_diffusion
 from .errors import Fp8Error, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from .fp8_weight import Fp8Weight
+from .models import repeated_blocks
 from .options import Fp8Options
 from .quality import Drawing, draw
 from .report import Report, report
@@ -58,7 +59,12 @@ def check_measurable(pipeline: Any) -> None:
         raise PipelineError(f"{name} takes num_frames, so it makes videos; measured are pipelines that make images")
 
 
-def mark_steps(denoisers: Mapping[str, nn.Module]) -> list[Any]:
+def has_fp8_weights(model: nn.Module) -> bool:
+    """Whether a weight of ``model`` was converted at load time."""
+    return any(isinstance(parameter, Fp8Weight) for parameter in model.parameters())
+
+
+def mark_steps(denoisers: Iterable[nn.Module]) -> list[Any]:
     """Hooks that tell CUDA graphs of every call of these modules, whose blocks are compiled one by one.
 
     Without them each block begins a new iteration, which frees the result of the block before it. A module that is
@@ -68,7 +74,7 @@ def mark_steps(denoisers: Mapping[str, nn.Module]) -> list[Any]:
     def mark(*_: Any) -> None:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
-    return [module.register_forward_pre_hook(mark) for module in denoisers.values()]
+    return [module.register_forward_pre_hook(mark) for module in denoisers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +95,17 @@ Patterns = tuple[str, ...] | None
 """The ``ignored_layers`` of a region, or `BF16`."""
 
 
-class _Backend:
-    """``fp8_diffusion`` with the options of one variant; notes the graphs that it compiles."""
+class NotedBackend:
+    """``fp8_diffusion``; notes in ``graphs`` which it compiled, since all variants share a model's report."""
 
     reset = staticmethod(fp8_diffusion.reset)  # type: ignore[attr-defined]  # for torch.compiler.reset
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self._options = options
+    def __init__(self) -> None:
         self.graphs: set[str] = set()
 
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[..., Any]:
         self.graphs.add(str(torch._guards.CompileContext.current_compile_id()))
-        return fp8_diffusion(gm, example_inputs, options=self._options)
+        return fp8_diffusion(gm, example_inputs, **arguments)
 
 
 class Variants:
@@ -130,7 +135,7 @@ class Variants:
         self.denoisers = denoisers_of(pipeline)
         check_measurable(pipeline)
         for name, model in self.denoisers.items():
-            if any(isinstance(parameter, Fp8Weight) for parameter in model.parameters()):
+            if has_fp8_weights(model):
                 raise PipelineError(f"{name} has FP8 weights, so it has no BF16 twin; load it in bfloat16 or float16")
         self.options = dict(options)
         self._parsed = Fp8Options.parse(self.options)
@@ -143,8 +148,8 @@ class Variants:
         self.regions = [r for name, model in self.denoisers.items() for r in _regions(name, model, whole)]
         self._before = {region: region.module._compiled_call_impl for region in self.regions}
         self._calls: dict[tuple[Region, Patterns], Any] = {}
-        self._backends: dict[tuple[str, ...], _Backend] = {}
-        of_blocks = {region.denoiser: self.denoisers[region.denoiser] for region in self.regions if region.path}
+        self._backends: dict[tuple[str, ...], NotedBackend] = {}
+        of_blocks = [self.denoisers[name] for name in {region.denoiser for region in self.regions if region.path}]
         self._hooks = mark_steps(of_blocks) if self._parsed.mode is not None or self._parsed.inductor else []
 
     @property
@@ -169,7 +174,7 @@ class Variants:
     def _arguments(self, patterns: Patterns) -> dict[str, Any]:
         if patterns is not BF16:
             options = {**self.options, "ignored_layers": list(patterns)}
-            return {"backend": self._backends.setdefault(patterns, _Backend(options))}
+            return {"backend": self._backends.setdefault(patterns, NotedBackend()), "options": options}
         mode, inductor = self._parsed.mode, self._parsed.inductor
         # torch.compile takes no mode beside settings, and the twin shall have both, as FP8 has. A setting wins.
         of_mode = {} if mode is None else torch._inductor.list_mode_options(mode)
@@ -222,8 +227,7 @@ class Variants:
 
 
 def _regions(name: str, model: nn.Module, whole: bool) -> list[Region]:
-    repeated = getattr(model, "_repeated_blocks", None) or ()
-    blocks = [Region(name, path, module) for path, module in model.named_modules() if type(module).__name__ in repeated]
+    blocks = [Region(name, path, block) for path, block in repeated_blocks(model)]
     return blocks if blocks and not whole else [Region(name, "", model)]
 
 
