@@ -11,7 +11,7 @@ from sqnr import sqnr
 from torch import Tensor, nn
 
 from fp8_compile.outliers import OutlierError, add_outliers
-from fp8_compile.tiny import build_transformer
+from fp8_compile.tiny import build_transformer, build_z_image_transformer
 
 
 def _model() -> Any:
@@ -95,6 +95,40 @@ def test_per_tensor_scales_suffer_most() -> None:
     assert found["plain", "row"] > found["hard", "row"], found
     assert found["hard", "tensor"] < found["hard", "row"] - 3, found
     assert found["hard", "tensor"] < found["plain", "tensor"] - 3, found
+
+
+def test_a_z_image_keeps_its_function_and_gets_outliers_in_every_linear_of_its_layers() -> None:
+    torch.manual_seed(0)
+    plain = build_z_image_transformer().eval()
+    hard = copy.deepcopy(plain)
+    places = add_outliers(hard, 2.0**8)
+    generator = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(16, 1, 8, 8, generator=generator), torch.randn(13, 256, generator=generator)
+    inputs: dict[str, dict[str, float]] = {"plain": {}, "hard": {}}
+    out = {}
+    for name, model in (("plain", plain), ("hard", hard)):
+        for path, linear in model.layers.named_modules():
+            if isinstance(linear, nn.Linear) and "adaLN" not in path:
+                linear.register_forward_pre_hook(
+                    lambda _, args, path=path, name=name: inputs[name].__setitem__(path, args[0].abs().max().item())
+                )
+        with torch.no_grad():
+            out[name] = model([latents], torch.tensor([0.5]), [text], return_dict=False)[0][0]
+    assert sqnr(out["plain"], out["hard"]) > 90
+    assert len(inputs["hard"]) == 2 * 7
+    assert all(inputs["hard"][path] > 30 * largest for path, largest in inputs["plain"].items())
+    assert set(places) == {
+        f"layers.{i}.{place}"
+        for i in range(2)
+        for place in ("attention_norm1", "ffn_norm1", "attention.to_v", "feed_forward.w3")
+    }
+    first, second = (model.noise_refiner.state_dict() for model in (plain, hard))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_model_of_another_class_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(OutlierError, match=r"Linear has no known places.*QwenImageTransformer2DModel, ZImage"):
+        add_outliers(nn.Linear(2, 2), 2.0)
 
 
 @pytest.mark.parametrize(

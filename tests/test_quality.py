@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fp8_compile.outliers import add_outliers
 from fp8_compile.quality import (
     METRICS,
     Drawing,
@@ -164,6 +165,12 @@ def _load(name: str) -> Any:
     return pipe
 
 
+def _in_fp8(pipe: Any, granularity: str) -> Any:
+    options = {"granularity": granularity, "inner_backend": "aot_eager", "strict": True}
+    pipe.transformer.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options=options)
+    return pipe
+
+
 # Of the mean over 12 pictures, and of the worst. Measured for row: 50.2 and 44.2 dB, SSIM 0.997 and 0.996, relative L2
 # 0.035 and 0.042, cosine 0.9994 and 0.9992; for tensor: 51.0 and 46.8 dB, the rest the same: there are no outliers.
 FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
@@ -184,10 +191,8 @@ FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
 
 @pytest.mark.parametrize(("name", "granularity"), FLOORS)
 def test_gate_compiled_fp8_draws_what_bf16_draws(name: str, granularity: str) -> None:
-    plain, pipe = _plain(name), _load(name)
-    options = {"granularity": granularity, "inner_backend": "aot_eager", "strict": True}
-    pipe.transformer.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options=options)
-    fp8 = draw(pipe, HELD_OUT, SEEDS, **EMBEDDED_CALLS[name])
+    plain = _plain(name)
+    fp8 = draw(_in_fp8(_load(name), granularity), HELD_OUT, SEEDS, **EMBEDDED_CALLS[name])
     found = compare(plain, fp8)
     for metric, (mean, worst) in FLOORS[name, granularity].items():
         better = METRICS[metric]
@@ -195,3 +200,25 @@ def test_gate_compiled_fp8_draws_what_bf16_draws(name: str, granularity: str) ->
         assert better(found.worst[metric], worst) == found.worst[metric], f"{metric}, worst:\n{found}"
     assert found.worst["relative_l2"] > 0  # FP8 was at work
     assert following(fp8)["all"][0] >= following(plain)["all"][0] - 1
+
+
+# Measured on these 3 pictures, PSNR, mean: row 39.3 dB, and all show what they should; tensor 9.7 dB, and none does.
+HARD = {"qwen-image": 2.0**17}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_gate_outliers_spare_row_wise_scales_and_ruin_one_per_tensor(name: str) -> None:
+    prompts, call = HELD_OUT[:3], EMBEDDED_CALLS[name]
+    pipes = [_load(name) for _ in range(3)]
+    for pipe in pipes:
+        add_outliers(pipe.transformer, HARD[name])
+    plain = draw(pipes[0], prompts, (0,), **call)
+    row, tensor = (
+        draw(_in_fp8(pipe, granularity), prompts, (0,), **call)
+        for pipe, granularity in zip(pipes[1:], ("row", "tensor"), strict=True)
+    )
+    assert following(plain)["all"] == (3, 3)
+    assert following(row)["all"] == (3, 3)
+    assert following(tensor)["all"][0] == 0
+    assert compare(plain, row).mean["psnr"] > 33
+    assert compare(plain, tensor).mean["psnr"] < 15
