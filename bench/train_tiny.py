@@ -45,7 +45,7 @@ ADAMW_RATE = {"text": 1e-3, "vae": 1e-3, "transformer": 1e-3, "tune": 1e-3}
 MUON_RATE = {"text": 0.01, "vae": 0.02, "transformer": 0.02, "tune": 0.02}
 STEPS = {
     "qwen-image": {"text": 500, "vae": 2000, "transformer": 2000, "tune": 400},
-    "z-image": {"text": 250, "vae": 2000, "transformer": 0, "tune": 1000},
+    "z-image": {"text": 250, "vae": 2000, "transformer": 0, "tune": 1500},
 }
 BATCH = {
     "qwen-image": {"text": 64, "vae": 16, "transformer": 128, "tune": 128},

@@ -1,8 +1,8 @@
 """Small, real Qwen-Image and Z-Image pipelines that need no download.
 
 They have the classes and the wiring of their models (text encoder, tokenizer, transformer, VAE, scheduler) at about 10
-million parameters in total. The package carries trained weights of the first (`default_pipeline_dir`), which draw
-simple scenes. `build_qwen_image` and `build_z_image` make random ones: a picture they draw is coloured noise that
+million parameters in total. The package carries trained weights of both (`default_pipeline_dir`), which draw simple
+scenes. `build_qwen_image` and `build_z_image` make random ones: a picture they draw is coloured noise that
 depends on the prompt, the seed and the number of steps.
 """
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "embedded"
 
 EMBEDDED_CALLS: dict[str, dict[str, Any]] = {
-    "qwen-image": {"height": 64, "width": 64, "num_inference_steps": 8, "true_cfg_scale": 1.0}
+    "qwen-image": {"height": 64, "width": 64, "num_inference_steps": 8, "true_cfg_scale": 1.0},
+    "z-image": {"height": 64, "width": 64, "num_inference_steps": 8, "guidance_scale": 0.0},
 }
 """By name of an embedded pipeline, the arguments that it was evaluated with."""
 
@@ -284,7 +285,7 @@ def _to_bfloat16(pipeline: Any) -> None:
 def default_pipeline_dir(pipeline: str = "qwen-image") -> Path:
     """The directory of an embedded pipeline, in the layout of `save_pretrained`.
 
-    It has the classes and the sizes of `build_qwen_image`, and was trained by ``bench/train_tiny.py`` to draw the
+    It has the classes and the sizes of `build_qwen_image` or `build_z_image`, and was trained by ``bench/train_tiny.py`` to draw the
     captions of `fp8_compile.scenes` at 64 x 64 pixels.
 
     Args:
