@@ -216,7 +216,9 @@ class ZImage:
 
     def guidance(self, scale: float) -> dict[str, Any]:
         """As above; this pipeline adds its scale to 1, so that 0 is none."""
-        return {"negative_prompt": self.no_caption, "guidance_scale": scale - 1} if scale > 1 else {"guidance_scale": 0.0}
+        return (
+            {"negative_prompt": self.no_caption, "guidance_scale": scale - 1} if scale > 1 else {"guidance_scale": 0.0}
+        )
 
 
 RECIPES = {recipe.name: recipe for recipe in (QwenImage(), ZImage())}

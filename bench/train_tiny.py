@@ -13,8 +13,8 @@ Stages, each resumed from its last checkpoint (what differs between the two mode
 * ``evaluate``: how often a picture shows what a caption says that no training step has seen;
 * ``pack``: into the package, in BF16.
 
-One caption in ten is held out, chosen by its text alone. Takes a CPU and about an hour for
-each pipeline; the numbers depend only on ``--seed``, the number of threads and the versions of the libraries. All is
+One caption in ten is held out, chosen by its text alone. Takes a CPU and one to one and a half hours for each pipeline
+on one thread; the numbers depend only on ``--seed``, the number of threads and the versions of the libraries. All is
 float32 until the end, which a CPU without matrix instructions multiplies faster than BF16.
 
     python -m bench.train_tiny --folder RUN --output RESULTS.json text vae transformer tune evaluate pack

@@ -296,7 +296,7 @@ def ablate(
             raise AblationError(f"written={str(written)!r} cannot be written: {error}") from error
     if perceptual:
         require_lpips()
-    choices: dict[str, Patterns] = {BASELINE: BF16, **groups}
+    choices: dict[str, Patterns] = {BASELINE: BF16, **{name: tuple(patterns) for name, patterns in groups.items()}}
     settings = {
         "prompts": list(prompts),
         "seeds": list(seeds),
@@ -377,6 +377,11 @@ def _check(
     for what, given in (("groups", groups), ("prompts", prompts), ("seeds", seeds)):
         if not given:
             raise AblationError(f"{what}={given!r}: at least one belongs here")
+    if isinstance(prompts, str):
+        raise AblationError(f"prompts={prompts!r}: a list of prompts belongs here, also for one")
+    for name, patterns in groups.items():
+        if isinstance(patterns, str):
+            raise AblationError(f"{name!r}: {patterns!r}: a list of patterns belongs here, also for one")
     if rounds < 1:
         raise AblationError(f"rounds={rounds!r}: a number of at least 1 belongs here")
     if call.get("num_inference_steps") == 1:

@@ -67,7 +67,7 @@ def fp8_diffusion(
     plan = plan_linears(gm, opts, scheme_for(opts), refusal if asked else None, kept_at_load)
     tracing.trace_plan(plan, opts)
     _check_patterns(gm, plan)
-    if not kept_at_load:  # else `quantize_` has said it, of the whole model
+    if opts.strict or not kept_at_load:  # else `quantize_` has said it, of the whole model
         _check_conversion(plan, opts)
     if plan.converted:
         _check_inputs(gm, plan, example_inputs)

@@ -32,7 +32,11 @@ PROMPTS = ("a large red circle on a white background", "two small blue squares o
 SEEDS = (0, 1)
 
 Model = Annotated[
-    str, typer.Option(help="Directory or hub name of a diffusers pipeline, or a small one that comes with the package.")
+    str,
+    typer.Option(
+        help="Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
+        "embedded:z-image."
+    ),
 ]
 Quantization = Annotated[str, typer.Option(help="Method of quantization.")]
 Granularity = Annotated[str, typer.Option(help="Scales: one per row, or one per tensor.")]
@@ -84,9 +88,10 @@ def text_to_image(
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
 ) -> None:
     """Draw one picture from a text."""
-    given_quantization = context.get_parameter_source("quantization")
-    if no_quantization and given_quantization is not None and given_quantization.name == "COMMANDLINE":
-        _fail("--quantization and --no-quantization exclude each other; leave one out")
+    for name in ("quantization", "ignored_layers", "granularity", "few_rows", "show_layers") if no_quantization else ():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            _fail(f"--{name.replace('_', '-')} and --no-quantization exclude each other; leave one out")
     _check_output(output)
 
     device, torch_dtype = _device(device), _dtype(dtype, quantized=not no_quantization)
@@ -381,7 +386,8 @@ def _call(model: str, **given: Any) -> dict[str, Any]:
 
     own = dict(EMBEDDED_CALLS.get(_embedded(model) or "", {}))
     if given.get("negative_prompt") is not None:
-        own.pop("true_cfg_scale", None)  # a scale of 1 would ignore it
+        for scale in ("true_cfg_scale", "guidance_scale"):  # these switch guidance off, which would ignore it
+            own.pop(scale, None)
     return {**own, **{name: value for name, value in given.items() if value is not None}}
 
 

@@ -48,8 +48,8 @@ def add_outliers(
         Per changed place, by module path, the channels.
 
     Raises:
-        OutlierError: another class of transformer, a factor of 1 or less, a block that is not there, or more channels
-            than there are.
+        OutlierError: another class of transformer, a factor of 1 or less or one that its weights overflow with, a
+            block that is not there, or more channels than there are.
     """
     kind = type(transformer).__name__
     if kind not in _KINDS:
@@ -59,6 +59,10 @@ def add_outliers(
     chosen = list(range(len(all_blocks))) if blocks is None else list(blocks)
     if not factor > 1:
         raise OutlierError(f"factor={factor!r}: outliers need more than 1")
+    dtype = transformer.dtype
+    largest = max(p.abs().max().item() for p in all_blocks.parameters())
+    if not max(largest, 1) * factor <= torch.finfo(dtype).max:
+        raise OutlierError(f"factor={factor!r}: weights up to {largest:.3g} overflow {dtype}")
     if not all(0 <= index < len(all_blocks) for index in chosen):
         raise OutlierError(f"blocks={chosen!r}: the transformer has blocks 0 to {len(all_blocks) - 1}")
     if not 1 <= channels <= width:

@@ -60,7 +60,12 @@ def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **argument
         prompts: a picture of each for every seed.
         seeds: of the initial noise, which is drawn on the CPU and so the same on every device.
         **arguments: for the pipeline's call, for example ``num_inference_steps``.
+
+    Raises:
+        QualityError: ``prompts`` is one string.
     """
+    if isinstance(prompts, str):
+        raise QualityError(f"prompts={prompts!r}: a list of prompts belongs here, also for one")
     drawings = []
     for prompt in prompts:
         for seed in seeds:

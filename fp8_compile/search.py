@@ -218,6 +218,8 @@ class Search:
         for what, given in (("prompts", prompts), ("seeds", seeds)):
             if not given:
                 raise SearchError(f"{what}={given!r}: at least one belongs here")
+        if isinstance(prompts, str):
+            raise SearchError(f"prompts={prompts!r}: a list of prompts belongs here, also for one")
         try:
             check_writable(state)
         except OSError as error:

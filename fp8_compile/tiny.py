@@ -285,8 +285,8 @@ def _to_bfloat16(pipeline: Any) -> None:
 def default_pipeline_dir(pipeline: str = "qwen-image") -> Path:
     """The directory of an embedded pipeline, in the layout of `save_pretrained`.
 
-    It has the classes and the sizes of `build_qwen_image` or `build_z_image`, and was trained by ``bench/train_tiny.py`` to draw the
-    captions of `fp8_compile.scenes` at 64 x 64 pixels.
+    It has the classes and the sizes of `build_qwen_image` or `build_z_image`, and was trained by
+    ``bench/train_tiny.py`` to draw the captions of `fp8_compile.scenes` at 64 x 64 pixels.
 
     Args:
         pipeline: a key of `EMBEDDED_CALLS`.

@@ -158,9 +158,16 @@ class Variants:
         return all(region.path for region in self.regions)
 
     def use(self, patterns_of: Callable[[Region], Patterns]) -> None:
-        """Let every region run with its ``ignored_layers``, or as `BF16`. It is compiled when it first runs."""
+        """Let every region run with its ``ignored_layers``, or as `BF16`. It is compiled when it first runs.
+
+        Raises:
+            OptionError: the patterns are one string.
+        """
         for region in self.regions:
             patterns = patterns_of(region)
+            if isinstance(patterns, str):
+                raise OptionError(f"ignored_layers={patterns!r}: a tuple of patterns belongs here, also for one")
+            patterns = BF16 if patterns is BF16 else tuple(patterns)
             key = (region, patterns)
             if key not in self._calls:
                 region.module.compile(fullgraph=True, dynamic=False, **self._arguments(patterns))

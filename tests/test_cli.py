@@ -125,6 +125,7 @@ def test_a_mode_marks_the_steps_of_cuda_graphs(tmp_path: Path, monkeypatch: pyte
     [
         (["--quantization", "int4"], "method='int4' is not valid"),
         (["--quantization", "fp8", "--no-quantization"], "exclude each other"),
+        (["--ignored-layers", "img_mlp", "--no-quantization"], "--ignored-layers and --no-quantization exclude"),
         (["--granularity", "column"], "granularity='column' is not valid"),
         (["--dtype", "float8"], "'float8' is not valid; valid: bfloat16, float16, float32"),
         (["--compile-mode", "fast"], "mode='fast' is not valid"),

@@ -80,6 +80,16 @@ def test_blocks_share_a_graph_for_each_combination_of_weights() -> None:
     assert len(kept) == 6
 
 
+def test_strict_fails_where_all_was_kept_at_load() -> None:
+    m = model(1)
+    with pytest.warns(fp8_compile.NothingConvertedWarning):
+        fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["blocks"]})
+    m.compile(backend="fp8_diffusion", fullgraph=True, options={**OPTIONS, "strict": True})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as raised:
+        m(tokens())
+    assert isinstance(raised.value.inner_exception, fp8_compile.NothingConvertedError)
+
+
 def test_what_was_kept_stays_kept_beside_a_model_that_is_compiled_alone() -> None:
     """Their graphs have the same code and the same options; what tells them apart is the class of the parameters."""
     loaded, other, x = model(1), model(1), tokens()

@@ -136,6 +136,7 @@ def test_a_model_of_another_class_is_refused_with_those_that_are_known() -> None
     [
         ({"factor": 1.0}, r"factor=1\.0: outliers need more than 1"),
         ({"factor": float("nan")}, "factor=nan"),
+        ({"factor": float("inf")}, r"factor=inf: weights up to \S+ overflow torch\.float32"),
         ({"factor": 2.0, "blocks": [2]}, r"blocks=\[2\]: the transformer has blocks 0 to 1"),
         ({"factor": 2.0, "channels": 257}, "channels=257: from 1 to 256"),
     ],

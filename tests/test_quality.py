@@ -173,6 +173,7 @@ def _in_fp8(pipe: Any, granularity: str) -> Any:
 
 # Of the mean over 12 pictures, and of the worst. Measured for row: 50.2 and 44.2 dB, SSIM 0.997 and 0.996, relative L2
 # 0.035 and 0.042, cosine 0.9994 and 0.9992; for tensor: 51.0 and 46.8 dB, the rest the same: there are no outliers.
+# Z-Image, row: 54.2 and 52.9 dB, SSIM 0.998 and 0.997, relative L2 0.017 and 0.019; tensor: 54.0, 51.8, 0.018, 0.023.
 FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
     ("qwen-image", "row"): {
         "psnr": (46, 39),
@@ -185,6 +186,18 @@ FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
         "ssim": (0.993, 0.988),
         "relative_l2": (0.06, 0.08),
         "cosine": (0.998, 0.997),
+    },
+    ("z-image", "row"): {
+        "psnr": (50, 47),
+        "ssim": (0.995, 0.992),
+        "relative_l2": (0.03, 0.04),
+        "cosine": (0.999, 0.998),
+    },
+    ("z-image", "tensor"): {
+        "psnr": (50, 46),
+        "ssim": (0.995, 0.992),
+        "relative_l2": (0.03, 0.045),
+        "cosine": (0.999, 0.998),
     },
 }
 
@@ -202,8 +215,9 @@ def test_gate_compiled_fp8_draws_what_bf16_draws(name: str, granularity: str) ->
     assert following(fp8)["all"][0] >= following(plain)["all"][0] - 1
 
 
-# Measured on these 3 pictures, PSNR, mean: row 39.3 dB, and all show what they should; tensor 9.7 dB, and none does.
-HARD = {"qwen-image": 2.0**17}
+# Measured on these 3 pictures, PSNR, mean: row 39.3 and 41.3 dB, and all show what they should; tensor 9.7 and 17.2 dB,
+# and none does.
+HARD = {"qwen-image": 2.0**17, "z-image": 2.0**18}
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -221,4 +235,4 @@ def test_gate_outliers_spare_row_wise_scales_and_ruin_one_per_tensor(name: str) 
     assert following(row)["all"] == (3, 3)
     assert following(tensor)["all"][0] == 0
     assert compare(plain, row).mean["psnr"] > 33
-    assert compare(plain, tensor).mean["psnr"] < 15
+    assert compare(plain, tensor).mean["psnr"] < 20

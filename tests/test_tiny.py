@@ -65,7 +65,7 @@ def test_files_of_an_embedded_pipeline_are_small(name: str) -> None:
 
 
 def test_a_pipeline_that_is_not_embedded_is_refused_with_those_that_are() -> None:
-    with pytest.raises(OptionError, match="'flux'; there are qwen-image"):
+    with pytest.raises(OptionError, match="'flux'; there are qwen-image, z-image"):
         default_pipeline_dir("flux")
 
 
@@ -78,7 +78,7 @@ def _embedded(name: str) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize(("name", "least"), [("qwen-image", 23)])
+@pytest.mark.parametrize(("name", "least"), [("qwen-image", 23), ("z-image", 23)])
 def test_an_embedded_pipeline_draws_held_out_captions(name: str, least: int) -> None:
     captions = [scene.caption for scene in random.Random(1).sample([s for s in scenes() if s.held_out], 24)]
     found = following(draw(_embedded(name), captions, (0,), **EMBEDDED_CALLS[name]))
