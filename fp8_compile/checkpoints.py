@@ -139,13 +139,14 @@ def load_fp8_checkpoint(
     the model's parameters and buffers, in their dtypes.
 
     Args:
-        model: may be on the meta device; what it then gets is on the CPU.
+        model: its parameters may be on the meta device; what they then get is on the CPU.
         path: a file, a directory of ``*.safetensors``, or several files.
         rename: from a name in the files to one in the model, where they differ.
 
     Raises:
         CheckpointError: a file cannot be read, a tensor is missing, unknown, of another shape, or FP8 without a valid
-            scale. It names file and tensor. The model is as it was.
+            scale, or something of the model is on the meta device that no file can fill. It names file and tensor. The
+            model is as it was.
     """
     files = _files(path)
     owner: dict[str, Path] = {}
@@ -158,6 +159,13 @@ def load_fp8_checkpoint(
             tensors[name], owner[name] = tensor, file
     expected = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
     found = _matched(tensors, expected, owner)
+    for name in _left_on_meta(model, found):
+        raise CheckpointError(
+            f"tensor {name!r} of the model is on the meta device and in no checkpoint; put only parameters there, as "
+            "accelerate.init_empty_weights does",
+            files,
+            name,
+        )
     _fill(model, found)
     choices = choose(model, Fp8Options(min_features=1))
     for choice in choices:
@@ -258,6 +266,15 @@ def _with_scale(
     dtype = expected[name].dtype
     dtype = dtype if dtype in WEIGHT_DTYPES else torch.bfloat16
     return fp8_weight(qdata, tensors[scales[0]], dtype, [owner[name]], name, scales[0])
+
+
+def _left_on_meta(model: nn.Module, found: Mapping[str, Tensor]) -> Iterator[str]:
+    """What `_fill` leaves there: buffers that are not saved, and tensors that are plain attributes."""
+    for path, module in model.named_modules():
+        for name, value in [*module._buffers.items(), *vars(module).items()]:
+            full = f"{path}.{name}" if path else name
+            if isinstance(value, Tensor) and value.is_meta and full not in found:
+                yield full
 
 
 def _fill(model: nn.Module, found: Mapping[str, Tensor]) -> None:

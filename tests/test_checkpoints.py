@@ -169,3 +169,20 @@ def test_a_truncated_file_and_an_empty_directory(tmp_path: Path) -> None:
         file.truncate(5000)
     with pytest.raises(fp8_compile.CheckpointError, match=r"model\.safetensors: not a readable safetensors file"):
         fp8_compile.load_fp8_checkpoint(model(1), tmp_path / FILE)
+
+
+def test_a_rotary_table_on_the_meta_device_is_named_and_init_empty_weights_leaves_it_real(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is optional")
+    from fp8_compile.tiny import build_transformer
+
+    fp8_compile.save_fp8_checkpoint(build_transformer().bfloat16(), tmp_path / FILE)
+    with torch.device("meta"):
+        m = build_transformer().bfloat16()
+    with pytest.raises(fp8_compile.CheckpointError, match=r"'pos_embed\.\w+_freqs' .* on the meta device"):
+        fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
+    assert all(parameter.is_meta for parameter in m.parameters())
+    with accelerate.init_empty_weights():
+        m = build_transformer().bfloat16()
+    fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
+    assert not any(parameter.is_meta for parameter in m.parameters())
+    assert not m.pos_embed.pos_freqs.is_meta
