@@ -432,7 +432,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     folder, seed, recipe = arguments.folder, arguments.seed, RECIPES[arguments.pipeline]
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"pipeline": arguments.pipeline, "seed": seed}
+    results: dict[str, Any] = {"pipeline": arguments.pipeline, "seed": seed, "threads": arguments.threads}
     training: dict[str, Callable[[Any, Path, int, int], list[float]]] = {
         "text": train_text,
         "vae": train_vae,
@@ -442,7 +442,9 @@ def main() -> None:
     for stage, train in training.items():
         steps = getattr(arguments, f"{stage}_steps") or STEPS[recipe.name][stage]
         if stage in arguments.stages and steps:
+            started = time.perf_counter()
             train(recipe, folder, seed, steps)
+            results.setdefault("seconds", {})[stage] = round(time.perf_counter() - started)
     if "evaluate" in arguments.stages:
         guidance = recipe.guidance(arguments.guidance)
         pipeline = assemble(recipe, folder, seed)
