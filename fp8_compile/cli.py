@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -31,6 +32,9 @@ DEFAULT_MODEL = f"{PREFIX}qwen-image"
 PROMPTS = ("a large red circle on a white background", "two small blue squares on a yellow background")
 SEEDS = (0, 1)
 
+LARGEST_SEED = 2**64 - 1
+"""That a generator of torch takes."""
+
 Model = Annotated[
     str,
     typer.Option(
@@ -44,15 +48,24 @@ FewRows = Annotated[str, typer.Option(help="Layers that see few rows: weight-onl
 InnerBackend = Annotated[str, typer.Option(help="What compiles the rewritten graph, and the BF16 twin.")]
 CompileMode = Annotated[str | None, typer.Option(help="The mode of torch.compile, for example max-autotune.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
-Height = Annotated[int | None, typer.Option(min=8, help="In pixels.")]
-Width = Annotated[int | None, typer.Option(min=8, help="In pixels.")]
+Height = Annotated[int | None, typer.Option(min=16, help="In pixels.")]
+Width = Annotated[int | None, typer.Option(min=16, help="In pixels.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What the picture should not show; needs guidance.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="The pipeline's guidance_scale; 0 for Z-Image-Turbo, 1 for most to draw without.")
+]
+TrueCfgScale = Annotated[
+    float | None, typer.Option(help="The pipeline's true_cfg_scale: classifier-free guidance of Qwen-Image and others.")
+]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
 Whole = Annotated[
     bool, typer.Option("--whole", help="Compile the whole transformer at once instead of block by block.")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What the pictures show; repeat it.")]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Of the initial noise; repeat it.")]
+Seeds = Annotated[
+    list[int] | None, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the initial noise; repeat it.")
+]
 
 
 @app.callback()
@@ -76,10 +89,12 @@ def text_to_image(
     granularity: Granularity = "row",
     few_rows: FewRows = "weight-only",
     steps: Steps = None,
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the initial noise.")] = 0,
     height: Height = None,
     width: Width = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What the picture should not show.")] = None,
+    negative_prompt: NegativePrompt = None,
+    guidance_scale: GuidanceScale = None,
+    true_cfg_scale: TrueCfgScale = None,
     dtype: Dtype = "bfloat16",
     device: Device = None,
     inner_backend: InnerBackend = "inductor",
@@ -102,7 +117,7 @@ def text_to_image(
     from .models import RECOMMENDED
     from .variants import StepClock, denoisers_of, has_fp8_weights, mark_steps
 
-    patterns = [p.strip() for item in ignored_layers or [] for p in item.split(",") if p.strip()]
+    patterns = [p.strip() for item in ignored_layers or [] for p in item.split(",")]
     options = _options(
         method=quantization,
         ignored_layers=patterns,
@@ -112,8 +127,17 @@ def text_to_image(
         mode=compile_mode,
     )
     pipe = _load(model, torch_dtype, device)
-    call = _call(model, num_inference_steps=steps, height=height, width=width, negative_prompt=negative_prompt)
-    arguments = _call_arguments(pipe, prompt=prompt, **call)
+    call = _call(
+        model,
+        pipe,
+        prompt=prompt,
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        negative_prompt=negative_prompt,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+    )
     with _errors():
         denoisers = denoisers_of(pipe)
         for name, module in denoisers.items():
@@ -132,7 +156,7 @@ def text_to_image(
                 _compile(module, whole, backend="fp8_diffusion", options=options)
         with StepClock(device) as clock:
             image = pipe(
-                **arguments,
+                **call,
                 generator=torch.Generator("cpu").manual_seed(seed),
                 **_call_arguments(pipe, callback_on_step_end=clock.step),
             ).images[0]
@@ -160,6 +184,9 @@ def ablate(
     steps: Steps = None,
     height: Height = None,
     width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    guidance_scale: GuidanceScale = None,
+    true_cfg_scale: TrueCfgScale = None,
     rounds: Annotated[int, typer.Option(min=1, help="Pictures that are timed for each choice, in turn.")] = 3,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures of each choice on the page.")] = 2,
     lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; its weights must be there.")] = False,
@@ -192,7 +219,16 @@ def ablate(
     with _errors():
         chosen = None if groups is None else read_groups(groups)
     pipe = _measured(model, torch_dtype, device)
-    call = _call_arguments(pipe, **_call(model, num_inference_steps=steps, height=height, width=width))
+    call = _call(
+        model,
+        pipe,
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        negative_prompt=negative_prompt,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+    )
     with _errors():
         variants = Variants(pipe, options, whole)
         if chosen is None:
@@ -243,6 +279,9 @@ def search(
     steps: Steps = None,
     height: Height = None,
     width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    guidance_scale: GuidanceScale = None,
+    true_cfg_scale: TrueCfgScale = None,
     quantization: Quantization = "fp8",
     granularity: Granularity = "row",
     few_rows: FewRows = "weight-only",
@@ -268,7 +307,16 @@ def search(
         mode=compile_mode,
     )
     pipe = _measured(model, torch_dtype, device)
-    call = _call_arguments(pipe, **_call(model, num_inference_steps=steps, height=height, width=width))
+    call = _call(
+        model,
+        pipe,
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        negative_prompt=negative_prompt,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+    )
     typer.echo(f"asked for: {bound}")
     with _errors():
         made = Search(
@@ -322,7 +370,10 @@ def _fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """End with the message of an error of this package, also of one that arose while a graph was compiled."""
+    """End with the message of an error of this package, also of one that arose while a graph was compiled.
+
+    What a pipeline says of the arguments of its call, such as a size, is the message too.
+    """
     import torch
 
     from .errors import Fp8Error
@@ -334,6 +385,11 @@ def _errors() -> Iterator[None]:
             raise
         _fail(str(error.inner_exception))
     except Fp8Error as error:
+        _fail(str(error))
+    except ValueError as error:
+        *_, raised = traceback.walk_tb(error.__traceback__)
+        if raised[0].f_code.co_name not in ("__call__", "check_inputs"):
+            raise
         _fail(str(error))
 
 
@@ -380,7 +436,7 @@ def _embedded(model: str) -> str | None:
     return model.removeprefix(PREFIX) if model.startswith(PREFIX) else None
 
 
-def _call(model: str, **given: Any) -> dict[str, Any]:
+def _call(model: str, pipe: Any, **given: Any) -> dict[str, Any]:
     """Arguments of the pipeline as given; the embedded pipelines' own where they are drawn with and nothing is."""
     from .tiny import EMBEDDED_CALLS
 
@@ -388,7 +444,7 @@ def _call(model: str, **given: Any) -> dict[str, Any]:
     if given.get("negative_prompt") is not None:
         for scale in ("true_cfg_scale", "guidance_scale"):  # these switch guidance off, which would ignore it
             own.pop(scale, None)
-    return {**own, **{name: value for name, value in given.items() if value is not None}}
+    return _call_arguments(pipe, **{**own, **{name: value for name, value in given.items() if value is not None}})
 
 
 def _check_output(output: Path) -> None:

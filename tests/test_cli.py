@@ -120,6 +120,20 @@ def test_a_mode_marks_the_steps_of_cuda_graphs(tmp_path: Path, monkeypatch: pyte
         assert len(told) == marks
 
 
+def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fp8_compile.cli import app
+
+    arguments = ["text-to-image", PROMPT, "--model", "embedded:z-image", "--steps", "2", "--inner-backend", "eager"]
+    drawn = []
+    for i, more in enumerate(([], ["--guidance-scale", "3"], ["--guidance-scale", "3", "--negative-prompt", "green"])):
+        done = CliRunner().invoke(app, [*arguments, *more, "--output", str(tmp_path / f"{i}.png")])
+        assert done.exit_code == 0, done.output
+        drawn.append((tmp_path / f"{i}.png").read_bytes())
+    assert len(set(drawn)) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -132,6 +146,9 @@ def test_a_mode_marks_the_steps_of_cuda_graphs(tmp_path: Path, monkeypatch: pyte
         (["--output", "picture.xyz"], "no picture format ends in '.xyz'"),
         (["--output", "nowhere/picture.png"], "there is no directory 'nowhere'"),
         (["--model", "no/such/model"], "'no/such/model' could not be loaded"),
+        (["--ignored-layers", "img_mlp,"], "ignored_layers: '': a module path"),
+        (["--height", "40", "--model", "embedded:z-image"], "Height must be divisible by 16 (got 40)"),
+        (["--true-cfg-scale", "4", "--model", "embedded:z-image"], "ZImagePipeline takes no true_cfg_scale; it takes"),
         ([*SMALL, "--ignored-layers", "img_mpl"], "did you mean 'img_mlp'"),
         ([*SMALL, "--ignored-layers", "transformer_blocks.0.*"], "outside the compiled region"),
         ([*SMALL, "--ignored-layers", "transformer_blocks,attn,*_mlp,*_mod"], "no layer of the model became FP8"),
