@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -264,7 +265,7 @@ def ablate(
     rounds: int = 3,
     perceptual: bool = False,
     progress: Callable[[str], None] = lambda line: None,
-    written: Path | None = None,
+    written: str | os.PathLike[str] | None = None,
     **call: Any,
 ) -> Ablation:
     """Measure every group of layers that stay in BF16, and BF16 itself.
@@ -290,6 +291,7 @@ def ablate(
     """
     _check(variants, groups, prompts, seeds, rounds, call)
     if written is not None:
+        written = Path(written)
         try:
             check_writable(written)
         except OSError as error:
@@ -382,8 +384,8 @@ def _check(
     for name, patterns in groups.items():
         if isinstance(patterns, str):
             raise AblationError(f"{name!r}: {patterns!r}: a list of patterns belongs here, also for one")
-    if rounds < 1:
-        raise AblationError(f"rounds={rounds!r}: a number of at least 1 belongs here")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise AblationError(f"rounds={rounds!r}: an integer of at least 1 belongs here")
     if call.get("num_inference_steps") == 1:
         raise AblationError(ONE_STEP)
     if BASELINE in groups:

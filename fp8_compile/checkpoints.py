@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, NothingConvertedWarning
 from .fp8_weight import WEIGHT_DTYPES, Fp8Weight
 from .load import choose, keep_others, remember
 from .numerics import FP8_DTYPE
@@ -143,10 +144,13 @@ def load_fp8_checkpoint(
         path: a file, a directory of ``*.safetensors``, or several files.
         rename: from a name in the files to one in the model, where they differ.
 
+    Warns:
+        NothingConvertedWarning: the files hold no FP8 weight, so that none of the model's is in FP8.
+
     Raises:
-        CheckpointError: a file cannot be read, a tensor is missing, unknown, of another shape, or FP8 without a valid
-            scale, or something of the model is on the meta device that no file can fill. It names file and tensor. The
-            model is as it was.
+        CheckpointError: there is no file or one cannot be read, a tensor is missing, unknown, of another shape, or FP8
+            without a valid scale, or something of the model is on the meta device that no file can fill. It names file
+            and tensor. The model is as it was.
     """
     files = _files(path)
     owner: dict[str, Path] = {}
@@ -170,6 +174,13 @@ def load_fp8_checkpoint(
     choices = choose(model, Fp8Options(min_features=1))
     for choice in choices:
         choice.reason = "not in FP8 in the checkpoint"
+    if not any(isinstance(value, Fp8Weight) for value in found.values()):
+        warnings.warn(
+            f"{', '.join(map(str, files))}: no weight is in FP8, so none of the model's will be, compiled or not; to "
+            "convert it, read the files by load_state_dict and call quantize_",
+            NothingConvertedWarning,
+            stacklevel=2,
+        )
     keep_others(model, choices)
     remember(model, choices, Fp8Options())
 
@@ -205,7 +216,10 @@ def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _files(path: Any) -> list[Path]:
     if not isinstance(path, (str, os.PathLike)):
-        return [Path(one) for one in path]
+        files = [Path(one) for one in path]
+        if not files:
+            raise CheckpointError(f"{path!r}: at least one file belongs here", [])
+        return files
     one = Path(path)
     files = sorted(one.glob("*.safetensors")) if one.is_dir() else [one]
     if not files:

@@ -19,6 +19,7 @@ from .errors import (
     NothingConvertedError,
     NothingConvertedWarning,
     OptionError,
+    PatternError,
     UnmatchedPatternWarning,
 )
 from .fp8_weight import Fp8Weight, KeptWeight, adopt
@@ -53,7 +54,8 @@ def quantize_(
         TypeError: ``model`` is no module.
         OptionError: an option is invalid or cannot be served at load time: ``few_rows="keep"``, or a method whose
             weights are no FP8 matrix with a scale.
-        PatternError: an entry of ``ignored_layers`` is malformed or misspelt; nothing has been converted.
+        PatternError: an entry of ``ignored_layers`` is malformed or misspelt, or names a layer that is in FP8 already;
+            nothing has been converted.
         UnsupportedDeviceError: ``device`` has no FP8 matrix multiplication; nothing has been converted.
         NothingConvertedError: under ``strict``.
         NonFiniteWeightError: weights hold NaN or Inf. It names all of them; they stay, and the others are converted.
@@ -65,7 +67,7 @@ def quantize_(
     if target is not None:
         check_device(target)
     choices = choose(model, options)
-    check_choices(choices, options)
+    check_choices(choices, options, _in_fp8(model))
     _attach_to_diffusers(model, options)
     convert(model, choices, options, target)
 
@@ -194,9 +196,26 @@ def _already_kept(weight: Tensor) -> str | None:
     return weight.reason if isinstance(weight, KeptWeight) else None
 
 
-def check_choices(choices: Sequence[Choice], options: Fp8Options) -> None:
-    """Complain of patterns that matched nothing, and of a model in which nothing will be converted."""
+def _in_fp8(model: nn.Module) -> list[str]:
+    """Paths of the linears whose weights were converted earlier."""
+    return [
+        layer_path(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), Fp8Weight)
+    ]
+
+
+def check_choices(choices: Sequence[Choice], options: Fp8Options, in_fp8: Sequence[str] = ()) -> None:
+    """Complain of patterns that matched nothing, and of a model in which nothing will be converted.
+
+    Args:
+        in_fp8: paths of linears that are no choice any more.
+    """
     paths = [path for choice in choices for path in choice.paths]
+    for pattern in options.ignored_layers:
+        late = [path for path in in_fp8 if first_match([pattern], path) is not None]
+        if late:
+            raise PatternError(pattern, f"names {late[0]}, which is in FP8 already; load the model anew")
     for pattern in unmatched_patterns(choices, options):
         check_unmatched(pattern, paths, whole_model=True)
         warnings.warn(
@@ -207,8 +226,9 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options) -> None:
     if choices and all(choice.reason is not None for choice in choices):
         reasons = dict.fromkeys(str(choice.reason) for choice in choices)
         counts = "; ".join(f"{sum(c.reason == reason for c in choices)} x {reason}" for reason in reasons)
-        message = f"none of the {len(paths)} linears of this model became FP8: {counts}"
-        if options.strict:
+        others = f" that are not in FP8 yet ({len(in_fp8)} are)" if in_fp8 else ""
+        message = f"none of the {len(paths)} linears of this model{others} became FP8: {counts}"
+        if options.strict and not in_fp8:
             raise NothingConvertedError(message)
         warnings.warn(message, NothingConvertedWarning, stacklevel=4)
 

@@ -6,9 +6,11 @@ Patterns are those of `fp8_compile.patterns`. Where a recommendation comes from,
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -73,18 +75,22 @@ def groups_for(denoiser: nn.Module) -> Groups:
     return {"all FP8": (), **{f"skip {name}": (name,) for name in parts}}
 
 
-def read_groups(path: Path) -> Groups:
+def read_groups(path: str | os.PathLike[str]) -> Groups:
     """Read groups from a ``.json`` or ``.toml`` file that maps each name to a list of patterns.
 
     Raises:
         GroupsError: it cannot be read, or holds something else; the message names the entry.
         PatternError: a pattern is malformed.
     """
-    parsers: Mapping[str, Any] = {".json": json, ".toml": _toml()}
+    path = Path(path)
+    parsers: Mapping[str, Callable[[str], Any]] = {
+        ".json": functools.partial(json.loads, object_pairs_hook=_without_repetition),
+        ".toml": _toml().loads,
+    }
     if path.suffix not in parsers:
         raise GroupsError(f"{str(path)!r}: groups are read from {' and '.join(parsers)} files")
     try:
-        groups = parsers[path.suffix].loads(path.read_text(encoding="utf-8"))
+        groups = parsers[path.suffix](path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # both parsers raise kinds of ValueError
         raise GroupsError(f"{str(path)!r}: {error}") from error
     if not isinstance(groups, dict) or not groups:
@@ -98,6 +104,16 @@ def read_groups(path: Path) -> Groups:
         except PatternError as error:
             raise GroupsError(f"{str(path)!r}: {name!r}: {error}") from error
     return {name: tuple(patterns) for name, patterns in groups.items()}
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict, which would keep the last of several entries of one name; TOML refuses them itself."""
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"{name!r} is there twice")
+        made[name] = value
+    return made
 
 
 def _toml() -> Any:

@@ -63,7 +63,7 @@ class Fp8Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignored_layers, str) or not isinstance(self.ignored_layers, Iterable):
+        if isinstance(self.ignored_layers, (str, Mapping)) or not isinstance(self.ignored_layers, Iterable):
             raise PatternError(self.ignored_layers, "a list of patterns belongs here, for example ['img_mlp']")
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
         for pattern in self.ignored_layers:
@@ -89,7 +89,9 @@ class Fp8Options:
             object.__setattr__(self, "dump_graphs", os.fspath(self.dump_graphs))
         if self.dump_graphs is not None and not (isinstance(self.dump_graphs, str) and self.dump_graphs):
             raise OptionError(f"dump_graphs={self.dump_graphs!r}: the path of a directory or None belongs here")
-        if isinstance(self.disabled_passes, str) or not isinstance(self.disabled_passes, Iterable):
+        if self.dump_graphs is not None and os.path.isfile(self.dump_graphs):
+            raise OptionError(f"dump_graphs={self.dump_graphs!r} is a file; the path of a directory belongs here")
+        if isinstance(self.disabled_passes, (str, Mapping)) or not isinstance(self.disabled_passes, Iterable):
             raise OptionError(f"disabled_passes={self.disabled_passes!r}: a list of names belongs here")
         object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
         if self.disabled_passes:
@@ -122,6 +124,12 @@ class Fp8Options:
         if self.inductor:
             _check_inductor(self.inductor)
 
+    def changed(self) -> dict[str, Any]:
+        """The options that are not the default, by their names."""
+        default = type(self)()
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(default, name)}
+
     @classmethod
     def parse(cls, options: Fp8Options | Mapping[str, Any] | None, mode: str | None = None) -> Fp8Options:
         """Options from what ``torch.compile`` hands to a backend.
@@ -138,7 +146,10 @@ class Fp8Options:
             given = {key: value for key, value in options.items() if key in own}
             extra = {key: value for key, value in options.items() if key not in own}
             if extra:
-                given["inductor"] = {**given.get("inductor", {}), **extra}
+                inner = given.get("inductor", {})
+                if not isinstance(inner, Mapping):
+                    raise OptionError(f"inductor={inner!r}: a dict of settings belongs here")
+                given["inductor"] = {**inner, **extra}
                 # Before __post_init__, because an unknown key must be called unknown whatever the inner backend is.
                 _check_inductor(given["inductor"])
         elif options is None:

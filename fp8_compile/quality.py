@@ -34,6 +34,17 @@ METRICS = {"psnr": max, "ssim": max, "relative_l2": min, "cosine": max, "lpips":
 """What `Comparison` holds of each picture, LPIPS only if asked for, and which of two values is the better one."""
 
 
+_OWN_ARGUMENTS = (
+    "prompt",
+    "generator",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "num_images_per_prompt",
+    "output_type",
+    "return_dict",
+)
+
+
 class QualityError(Fp8Error, ValueError):
     """What should be compared does not belong together, or what compares it is not there."""
 
@@ -62,10 +73,15 @@ def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **argument
         **arguments: for the pipeline's call, for example ``num_inference_steps``.
 
     Raises:
-        QualityError: ``prompts`` is one string.
+        QualityError: ``prompts`` is one string, or ``arguments`` holds one that is given here, such as ``generator``.
     """
     if isinstance(prompts, str):
         raise QualityError(f"prompts={prompts!r}: a list of prompts belongs here, also for one")
+    for name in _OWN_ARGUMENTS:
+        if name in arguments:
+            raise QualityError(
+                f"{name}={arguments[name]!r}: every picture is drawn alone, from its prompt and its seed; leave it out"
+            )
     drawings = []
     for prompt in prompts:
         for seed in seeds:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -55,13 +55,17 @@ _OVERSAMPLING = 4
 _ARM = 0.36  # width of an arm of a cross, as a part of the cross
 
 
-class SceneError(Fp8Error):
-    """A caption that describes no scene."""
+class SceneError(Fp8Error, ValueError):
+    """A caption that describes no scene, or attributes that no scene has."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """``count`` like shapes on a plain background; ``position`` only for a single one, None: anywhere."""
+    """``count`` like shapes on a plain background; ``position`` only for a single one, None: anywhere.
+
+    Raises:
+        SceneError: there is no scene with these attributes.
+    """
 
     count: int
     shape: str
@@ -69,6 +73,20 @@ class Scene:
     background: str
     size: str = "medium"
     position: str | None = None
+
+    def __post_init__(self) -> None:
+        valid: dict[str, Collection[Any]] = {
+            "count": range(1, len(COUNTS) + 1),
+            "shape": SHAPES,
+            "color": COLORS,
+            "background": [color for color in COLORS if color != self.color],
+            "size": EXTENTS,
+            "position": [None, *POSITIONS] if self.count == 1 else [None],
+        }
+        for name, values in valid.items():
+            value = getattr(self, name)
+            if value not in values:
+                raise SceneError(f"{name}={value!r}: valid for this scene: {', '.join(map(str, values))}")
 
     @property
     def caption(self) -> str:
@@ -94,8 +112,13 @@ class Scene:
 
         Args:
             rng: chooses among the places that the caption leaves open. None: always the same ones.
-            loose: extents and places vary, too, within what the caption says; needs ``rng``.
+            loose: extents and places vary, too, within what the caption says.
+
+        Raises:
+            SceneError: ``loose`` without ``rng``.
         """
+        if loose and rng is None:
+            raise SceneError("loose=True: nothing can vary without rng")
         from PIL import Image, ImageDraw
 
         side = SIZE * _OVERSAMPLING

@@ -16,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Bound:
         if self.statistic not in STATISTICS:
             raise SearchError(f"statistic={self.statistic!r} is not valid; valid: {', '.join(STATISTICS)}")
         highest = 1.0 if self.metric in ("ssim", "cosine") else math.inf
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            raise SearchError(f"{self.metric} of {self.value!r}: no bound for it; a number belongs here")
         if not 0 < self.value <= highest or math.isinf(self.value):
             valid = "above 0" + (" and at most 1" if highest == 1 else "")
             raise SearchError(f"{self.metric} of {self.value!r}: no bound for it; a number {valid} belongs here")
@@ -206,7 +209,7 @@ class Search:
         bound: Bound,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        state: Path,
+        state: str | os.PathLike[str],
         progress: Callable[[str], None] = lambda line: None,
         **call: Any,
     ) -> None:
@@ -220,6 +223,7 @@ class Search:
                 raise SearchError(f"{what}={given!r}: at least one belongs here")
         if isinstance(prompts, str):
             raise SearchError(f"prompts={prompts!r}: a list of prompts belongs here, also for one")
+        state = Path(state)
         try:
             check_writable(state)
         except OSError as error:
@@ -288,7 +292,8 @@ class Search:
         if by != "layers":
             patterns = {name: (*chosen, *unmeasured[name]) for name, chosen in patterns.items()}
         quality = self.measure(layers)
-        return Result(by, patterns, layers, quality, len(self._known), unmeasured, _not_default(self.variants.options))
+        options = Fp8Options.parse(self.variants.options).changed()
+        return Result(by, patterns, layers, quality, len(self._known), unmeasured, options)
 
     def measure(self, kept: frozenset[Layer]) -> dict[str, Any]:
         """The quality with ``kept`` in BF16, as `quality_to_dict` gives it; drawn only if it is not known."""
@@ -530,16 +535,6 @@ def how_to_use(result: Result) -> str:
     if result.options.get("few_rows", "weight-only") != "weight-only":
         told += " Leave few_rows out at load time: the list names the layers with few rows."
     return told
-
-
-def _not_default(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are not the default, by their names."""
-    given, default = Fp8Options.parse(options), Fp8Options()
-    return {
-        f.name: getattr(given, f.name)
-        for f in fields(Fp8Options)
-        if f.name != "ignored_layers" and getattr(given, f.name) != getattr(default, f.name)
-    }
 
 
 def _widest(path: str, linears: Sequence[str], measured: Iterable[str], blocks: Sequence[str]) -> str:

@@ -121,24 +121,31 @@ class Variants:
 
     Args:
         pipeline: a diffusers pipeline, on its device.
-        options: of every quantized variant; ``ignored_layers`` belongs to `use`.
+        options: see `Fp8Options`; of every quantized variant; ``ignored_layers`` belongs to `use`.
         whole: compile each denoiser as one graph. Default: its repeated blocks, where it names any.
 
     Raises:
-        PipelineError: the pipeline has nothing to compile, makes no pictures, takes no callback, or its weights are in
-            FP8 already.
+        PipelineError: the pipeline has nothing to compile, makes no pictures, takes no callback, its weights are in FP8
+            already, or ``torch.compile`` has put another module in the place of one of its own.
         OptionError: an option is invalid, or ``ignored_layers`` or ``strict`` is among them.
     """
 
-    def __init__(self, pipeline: Any, options: Mapping[str, Any], whole: bool = False) -> None:
+    def __init__(self, pipeline: Any, options: Fp8Options | Mapping[str, Any], whole: bool = False) -> None:
         self.pipeline = pipeline
         self.denoisers = denoisers_of(pipeline)
         check_measurable(pipeline)
         for name, model in self.denoisers.items():
             if has_fp8_weights(model):
                 raise PipelineError(f"{name} has FP8 weights, so it has no BF16 twin; load it in bfloat16 or float16")
-        self.options = dict(options)
-        self._parsed = Fp8Options.parse(self.options)
+            for path, module in model.named_modules():
+                if isinstance(module, torch._dynamo.OptimizedModule):
+                    where = f"{name}.{path}" if path else name
+                    raise PipelineError(
+                        f"{where} was made by torch.compile(module), which would be measured instead; put back its "
+                        "_orig_mod, or compile with module.compile()"
+                    )
+        self._parsed = Fp8Options.parse(options)
+        self.options = self._parsed.changed() if isinstance(options, Fp8Options) else dict(options)
         if self._parsed.ignored_layers:
             raise OptionError(
                 f"ignored_layers={list(self._parsed.ignored_layers)}: each variant has its own; see `use`"
@@ -146,7 +153,8 @@ class Variants:
         if self._parsed.strict:
             raise OptionError("strict=True: a variant may keep all layers of a region, which is no error; leave it out")
         self.regions = [r for name, model in self.denoisers.items() for r in _regions(name, model, whole)]
-        self._before = {region: region.module._compiled_call_impl for region in self.regions}
+        modules = [module for model in self.denoisers.values() for module in model.modules()]
+        self._before = {module: module._compiled_call_impl for module in modules}
         self._calls: dict[tuple[Region, Patterns], Any] = {}
         self._backends: dict[tuple[str, ...], NotedBackend] = {}
         of_blocks = [self.denoisers[name] for name in {region.denoiser for region in self.regions if region.path}]
@@ -163,6 +171,8 @@ class Variants:
         Raises:
             OptionError: the patterns are one string.
         """
+        for module in self._before:  # a model that is compiled as a whole would not call its blocks
+            module._compiled_call_impl = None
         for region in self.regions:
             patterns = patterns_of(region)
             if isinstance(patterns, str):
@@ -215,8 +225,8 @@ class Variants:
         What torch itself keeps stays until ``torch.compiler.reset()``: its graphs, and with them the FP8 constants
         beside the weights.
         """
-        for region, call in self._before.items():
-            region.module._compiled_call_impl = call
+        for module, call in self._before.items():
+            module._compiled_call_impl = call
         self._calls.clear()
         for hook in self._hooks:
             hook.remove()

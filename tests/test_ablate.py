@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -71,6 +72,7 @@ def test_groups_are_read_from_json_and_toml(tmp_path: Path) -> None:
         ("g.toml", "a = ", "g.toml': Invalid value"),
         ("g.json", "[]", "a table of names and lists of patterns belongs here"),
         ("g.json", "{}", "and at least one"),
+        ("g.json", '{"a": ["mlp"], "a": []}', "g.json': 'a' is there twice"),
         ("g.json", '{"a": "mlp"}', "'a' is 'mlp'; a list of patterns belongs here"),
         ("g.json", '{"a": ["re:("]}', "'a': ignored_layers: 're:\\('"),
         ("g.json", '{"a": [1]}', "'a': ignored_layers: 1"),
@@ -122,12 +124,27 @@ def test_compiled_whole_a_block_is_named_by_its_index() -> None:
     assert [row.fp8_layers for row in found.rows] == [0, 13, 9]  # proj_out is in the graph too
 
 
+def test_a_model_compiled_as_a_whole_is_put_aside() -> None:
+    pipe = Pipeline()
+    pipe.transformer.compile(backend="fp8_diffusion", options={**OPTIONS, "inner_backend": "eager"})
+    draw(pipe, PROMPTS, [0])
+    own = pipe.transformer._compiled_call_impl
+    with contextlib.closing(Variants(pipe, fp8_compile.Fp8Options(**OPTIONS))) as variants:
+        assert variants.options == OPTIONS
+        found = ablate(variants, {"all": (), "no mlp": ("mlp",)}, PROMPTS, (0,), rounds=1)
+    assert [row.fp8_layers for row in found.rows] == [0, 12, 6]
+    assert pipe.transformer._compiled_call_impl is own
+
+
 def test_what_has_no_variants_is_refused() -> None:
     pipe = Pipeline()
     with pytest.raises(fp8_compile.OptionError, match="each variant has its own"):
         Variants(pipe, {**OPTIONS, "ignored_layers": ["mlp"]})
     fp8_compile.quantize_(pipe.transformer, OPTIONS)
     with pytest.raises(PipelineError, match="transformer has FP8 weights"):
+        Variants(pipe, OPTIONS)
+    pipe.transformer = torch.compile(Pipeline().transformer)
+    with pytest.raises(PipelineError, match=r"transformer was made by torch\.compile\(module\)"):
         Variants(pipe, OPTIONS)
     with pytest.raises(PipelineError, match="Namespace has none of transformer, transformer_2, unet"):
         Variants(type("Namespace", (), {})(), OPTIONS)
@@ -315,7 +332,8 @@ def test_what_cannot_be_measured_is_refused(groups: Any, call: Any, error: type[
         ({"groups": {}}, r"groups=\{\}: at least one"),
         ({"prompts": ()}, r"prompts=\(\): at least one"),
         ({"seeds": []}, r"seeds=\[\]: at least one"),
-        ({"rounds": 0}, "rounds=0: a number of at least 1"),
+        ({"rounds": 0}, "rounds=0: an integer of at least 1"),
+        ({"rounds": 1.5}, r"rounds=1\.5: an integer of at least 1"),
         ({"num_inference_steps": 1}, "one step cannot be timed"),
         ({"written": Path(__file__) / "a.json"}, "cannot be written: .* is a file, not a folder"),
     ],
@@ -380,6 +398,7 @@ def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
         (["--dtype", "float32"], "use one of those"),
         (["--steps", "1"], "--steps 1: one step cannot be timed"),
         (["--output", __file__], "cannot be written: "),
+        (["--steps", "2", "--height", "40", "--model", "embedded:z-image"], "Height must be divisible by 16 (got 40)"),
         (["--model", "no/such/model"], "'no/such/model' could not be loaded"),
     ],
 )

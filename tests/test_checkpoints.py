@@ -171,6 +171,16 @@ def test_a_truncated_file_and_an_empty_directory(tmp_path: Path) -> None:
         fp8_compile.load_fp8_checkpoint(model(1), tmp_path / FILE)
 
 
+def test_no_files_and_files_without_fp8(tmp_path: Path) -> None:
+    with pytest.raises(fp8_compile.CheckpointError, match=r"\[\]: at least one file belongs here"):
+        fp8_compile.load_fp8_checkpoint(model(1), [])
+    save_file(model(1).state_dict(), tmp_path / FILE)
+    m = model(1)
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match=r"model\.safetensors: no weight is in FP8"):
+        fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
+    assert not any(isinstance(p, Fp8Weight) for p in m.parameters())
+
+
 def test_a_rotary_table_on_the_meta_device_is_named_and_init_empty_weights_leaves_it_real(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is optional")
     from fp8_compile.tiny import build_transformer

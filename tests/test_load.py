@@ -329,6 +329,15 @@ def test_twice_changes_nothing() -> None:
     assert all(p is before[name] for name, p in m.named_parameters())
 
 
+def test_a_second_call_tells_what_it_cannot_do_any_more() -> None:
+    m = model(1)
+    fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_k"]})
+    with pytest.raises(fp8_compile.PatternError, match=r"'to_q': names blocks\.0\.to_q, which is in FP8 already"):
+        fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_q"]})
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match=r"none of the 1 linears .* not in FP8 yet \(3 are\)"):
+        fp8_compile.quantize_(m, {**LOAD, "strict": True})  # not strict's business: the model is in FP8
+
+
 def test_patterns() -> None:
     m = model(2)
     with pytest.raises(fp8_compile.PatternError, match="did you mean 'img_mlp'"):

@@ -64,7 +64,7 @@ def test_valid(name: str, value: Any) -> None:
     assert Fp8Options.parse(Fp8Options(**{name: value})) == Fp8Options(**{name: value})
 
 
-@pytest.mark.parametrize("value", [["a", "b"], ("a", "b"), iter(["a", "b"]), {"a": 1, "b": 2}])
+@pytest.mark.parametrize("value", [["a", "b"], ("a", "b"), iter(["a", "b"])])
 def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
     assert Fp8Options(ignored_layers=value).ignored_layers == ("a", "b")
 
@@ -99,6 +99,7 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
             ("dump_graphs", value, f"dump_graphs={value!r}: the path of a directory or None belongs here")
             for value in (True, 3, b"/tmp")
         ),
+        ("dump_graphs", __file__, f"dump_graphs={__file__!r} is a file; the path of a directory belongs here"),
         ("few_rows", "fp8", "few_rows='fp8' is not valid; valid: weight-only, keep"),
         ("disabled_passes", "real_rotary", "disabled_passes='real_rotary': a list of names belongs here"),
         ("disabled_passes", ["real_rotry"], "disabled_passes='real_rotry' is not valid, did you mean 'real_rotary'?"),
@@ -132,9 +133,9 @@ def test_backend_does_not_offer_itself() -> None:
     assert len(valid) == len(set(valid))
 
 
-@pytest.mark.parametrize("value", ["img_mlp", None, 3, True])
+@pytest.mark.parametrize("value", ["img_mlp", None, 3, True, {"img_mlp": False}])
 def test_ignored_layers_is_a_list(value: Any) -> None:
-    """A bare string would otherwise be a list of letters."""
+    """A bare string would otherwise be a list of letters, and a dict one of names whatever their values say."""
     for make in (lambda: Fp8Options(ignored_layers=value), lambda: Fp8Options.parse({"ignored_layers": value})):
         with pytest.raises(PatternError, match=r"a list of patterns belongs here, for example \['img_mlp'\]") as error:
             make()
@@ -209,6 +210,11 @@ def test_settings_of_inductor_are_type_checked(key: str, value: Any, expected: s
         assert str(error.value) == f"{key}={value!r}: this setting of Inductor takes {expected}"
 
 
+def test_settings_of_inductor_in_no_dict_beside_others() -> None:
+    with pytest.raises(OptionError, match="inductor=None: a dict of settings belongs here"):
+        Fp8Options.parse({"inductor": None, "max_autotune": True})
+
+
 def test_callable_settings_of_inductor() -> None:
     passes = {"post_grad_custom_post_pass": inner}
     assert Fp8Options.parse(passes).inductor == passes
@@ -245,6 +251,13 @@ def test_nothing_given_is_the_defaults(options: Any) -> None:
 def test_instance_stays_the_same() -> None:
     options = Fp8Options(ignored_layers=("a",), inductor={"max_autotune": True}, min_rows=3)
     assert Fp8Options.parse(options) == options
+
+
+def test_what_was_changed_makes_the_same_options() -> None:
+    assert Fp8Options().changed() == {}
+    options = Fp8Options(ignored_layers=("a",), inductor={"max_autotune": True}, min_rows=3)
+    assert options.changed() == {"ignored_layers": ("a",), "inductor": {"max_autotune": True}, "min_rows": 3}
+    assert Fp8Options.parse(options.changed()) == options
 
 
 def test_mode_of_torch_compile() -> None:

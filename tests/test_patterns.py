@@ -156,6 +156,11 @@ def test_entry_that_is_no_path(entry: object) -> None:
     assert repr(entry) in str(error.value)
 
 
+def test_an_empty_expression_names_nothing_in_particular() -> None:
+    with pytest.raises(PatternError, match="would name every layer; '\\*' does"):
+        Pattern("re:")
+
+
 @pytest.mark.parametrize("entry", ["re:(", "re:[0-3", "re:*", r"re:a{2,1}"])
 def test_invalid_regular_expression(entry: str) -> None:
     with pytest.raises(PatternError, match="not a valid regular expression") as error:

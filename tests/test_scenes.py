@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
@@ -41,6 +43,28 @@ def test_every_scene_has_a_caption_of_its_own() -> None:
 def test_a_caption_of_no_scene_is_refused_with_an_example(caption: str) -> None:
     with pytest.raises(SceneError, match="describes no scene; it must read like"):
         parse(caption)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"count": 5}, "count=5: valid for this scene: 1, 2, 3, 4"),
+        ({"shape": "star"}, "shape='star': valid for this scene: circle, square, triangle, cross"),
+        ({"color": "pink"}, "color='pink'"),
+        ({"background": "blue"}, "background='blue': valid for this scene: red, green, yellow"),
+        ({"size": "huge"}, "size='huge': valid for this scene: small, medium, large"),
+        ({"position": "top"}, "position='top': valid for this scene: None"),
+        ({"count": 1, "position": "corner"}, "position='corner': valid for this scene: None, center, left"),
+    ],
+)
+def test_attributes_of_no_scene_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(SceneError, match=re.escape(message)):
+        replace(TWO, **wrong)
+
+
+def test_a_loose_drawing_needs_chance() -> None:
+    with pytest.raises(SceneError, match="loose=True: nothing can vary without rng"):
+        TWO.draw(loose=True)
 
 
 def test_the_detector_knows_every_drawn_scene() -> None:

@@ -86,6 +86,7 @@ def test_a_smaller_set_than_the_first_that_is_enough_is_found() -> None:
         (("relative_l2", 0.0), r"relative_l2 of 0\.0"),
         (("psnr", math.nan), "psnr of nan"),
         (("psnr", math.inf), "psnr of inf"),
+        (("psnr", "30"), "psnr of '30': no bound for it; a number belongs here"),
     ],
 )
 def test_a_bound_that_no_metric_has_is_refused(arguments: Any, message: str) -> None:
