@@ -178,10 +178,14 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         return model
 
 
+def config_of(options: Fp8Options) -> Fp8DiffusionConfig:
+    """What a configuration holds of ``options``."""
+    return Fp8DiffusionConfig(**{name: value for name, value in options.changed().items() if name in _OPTIONS})
+
+
 def attach(model: Any, options: Fp8Options) -> None:
     """Let a diffusers model that `quantize_` converted be saved as one that diffusers loaded."""
-    given = {n: getattr(options, n) for n in _OPTIONS if getattr(options, n) != getattr(Fp8Options(), n)}
-    config = Fp8DiffusionConfig(**given)
+    config = config_of(options)
     model.hf_quantizer = Fp8DiffusionQuantizer(config, pre_quantized=False)
     model.is_quantized = True
     model.quantization_method = config.quant_method

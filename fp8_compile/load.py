@@ -68,7 +68,7 @@ def quantize_(
         check_device(target)
     choices = choose(model, options)
     check_choices(choices, options, _in_fp8(model))
-    _attach_to_diffusers(model, options)
+    _attach_to_library(model, options)
     convert(model, choices, options, target)
 
 
@@ -256,12 +256,19 @@ def keep_others(model: nn.Module, choices: Sequence[Choice]) -> None:
             module._parameters[name] = made[key]
 
 
-def _attach_to_diffusers(model: nn.Module, options: Fp8Options) -> None:
-    modeling = sys.modules.get("diffusers.models.modeling_utils")
-    if modeling is not None and isinstance(model, modeling.ModelMixin) and not hasattr(model, "hf_quantizer"):
-        from .diffusers_quantizer import attach
+_LIBRARIES = {
+    "diffusers_quantizer": ("diffusers.models.modeling_utils", "ModelMixin"),
+    "transformers_quantizer": ("transformers.modeling_utils", "PreTrainedModel"),
+}
 
-        attach(model, options)
+
+def _attach_to_library(model: nn.Module, options: Fp8Options) -> None:
+    for quantizer, (module, kind) in _LIBRARIES.items():
+        loaded, modeling = sys.modules.get(f"{__package__}.{quantizer}"), sys.modules.get(module)
+        if loaded is None or modeling is None or hasattr(model, "hf_quantizer"):
+            continue
+        if isinstance(model, getattr(modeling, kind)):
+            loaded.attach(model, options)
 
 
 _unmatched: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()

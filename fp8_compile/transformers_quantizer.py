@@ -13,7 +13,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from .diffusers_quantizer import Fp8DiffusionConfig, QuantMethod
+from .diffusers_quantizer import Fp8DiffusionConfig, QuantMethod, config_of
 from .load import check_choices, choose, convert, quantized
 from .options import Fp8Options
 from .passes.plan import dtype_objection
@@ -49,6 +49,11 @@ class Fp8TransformersQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         convert(model, choose(model, self.options), self.options)
         return model
+
+
+def attach(model: Any, options: Fp8Options) -> None:
+    """Let ``save_pretrained`` refuse a model that `quantize_` converted in the words that it has for one loaded so."""
+    model.hf_quantizer = Fp8TransformersQuantizer(config_of(options), pre_quantized=False)
 
 
 class _Quantize(ConversionOps):

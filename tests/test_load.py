@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -466,7 +467,7 @@ def test_real_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "clip", "qwen"])
-def test_text_encoders(name: str) -> None:
+def test_text_encoders(name: str, tmp_path: Path) -> None:
     import transformers
 
     sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -494,6 +495,8 @@ def test_text_encoders(name: str) -> None:
     expected = run()
     fp8_compile.quantize_(m, {"min_features": 64})
     assert sqnr(expected, run()) > 25
+    with pytest.raises(ValueError, match="quantized with fp8_diffusion and is not serializable"):
+        m.save_pretrained(tmp_path)
     m.compile(backend="fp8_diffusion", options=COMPILE)
     assert sqnr(expected, run()) > 20
     assert fp8_compile.report(m).totals["fp8"] >= 12

@@ -1,0 +1,141 @@
+"""What outlier channels do to pictures in FP8, by the granularity of the scales: per tensor, per row, per block.
+
+Each embedded pipeline gets the outliers of `fp8_compile.outliers`, stronger and stronger. Its pictures in FP8, compiled
+block by block, are compared with those that it draws in BF16 with the same outliers, from the same noise.
+
+Block-wise scales are emulated here, to be measured beside the others: the product is computed in float32 from the
+dequantized operands. As in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 3.3.2), a weight has a scale for each
+128 x 128 values and an activation one for each 128 of a row.
+
+    python -m bench.outliers --output bench/results/outliers.json
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import common
+from fp8_compile import Scheme, numerics, register_method
+from fp8_compile.errors import OptionError
+from fp8_compile.options import Fp8Options
+from fp8_compile.outliers import add_outliers
+from fp8_compile.quality import compare, draw, following
+from fp8_compile.scenes import scenes
+from fp8_compile.tiny import EMBEDDED_CALLS, default_pipeline_dir
+
+BLOCK = 128
+METHOD = "fp8-block-emulated"
+CHOICES: dict[str, dict[str, Any]] = {
+    "tensor": {"granularity": "tensor"},
+    "row": {"granularity": "row"},
+    "block": {"method": METHOD},
+}
+
+
+def quantize_weight(weight: Tensor) -> numerics.Quantized:
+    """``[N, K]`` to ``[N / 128, 128, K / 128, 128]`` float8_e4m3fn and ``[N / 128, 1, K / 128, 1]`` float32."""
+    blocks = weight.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    return numerics.quantize_with(blocks, blocks.abs().amax(dim=(1, 3), keepdim=True))
+
+
+def quantize(x: Tensor) -> numerics.Quantized:
+    """``[..., K]`` to ``[..., K / 128, 128]`` float8_e4m3fn and ``[..., K / 128, 1]`` float32."""
+    groups = x.unflatten(-1, (-1, BLOCK))
+    return numerics.quantize_with(groups, groups.abs().amax(dim=-1, keepdim=True))
+
+
+def linear(
+    x: numerics.Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``x @ weight.T + bias`` of what the blocks stand for."""
+    values = numerics.dequantize(*x, torch.float32).flatten(-2)
+    return linear_of_few_rows(values, weight, weight_scale, bias, dtype)
+
+
+def linear_of_few_rows(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """As `linear`, of an activation that is not quantized."""
+    matrix = numerics.dequantize(weight, weight_scale, torch.float32).flatten(2).flatten(0, 1)
+    return torch.nn.functional.linear(x.float(), matrix, None if bias is None else bias.float()).to(dtype)
+
+
+def _refuses(in_features: int, out_features: int, dtype: torch.dtype) -> str | None:
+    if in_features % BLOCK or out_features % BLOCK:
+        return f"{in_features} x {out_features} is not made of blocks of {BLOCK} x {BLOCK}"
+    return None
+
+
+_SCHEME = Scheme(METHOD, quantize_weight, quantize, linear, refuses=_refuses)
+_FEW_ROWS = replace(_SCHEME, name=f"{METHOD}-weight-only", quantize=None, linear=linear_of_few_rows)
+
+
+def block_wise(options: Fp8Options) -> Scheme:
+    """What `main` registers as `METHOD`."""
+    if options.granularity != Fp8Options.granularity:
+        raise OptionError(f"granularity={options.granularity!r}: method {METHOD!r} has blocks only")
+    return replace(_SCHEME, few_rows=_FEW_ROWS) if options.few_rows == "weight-only" else _SCHEME
+
+
+def load(name: str, factor: float | None = None, choice: str | None = None) -> Any:
+    """The embedded pipeline, with outliers if there is a factor, compiled in FP8 if there is one of `CHOICES`."""
+    from diffusers import DiffusionPipeline
+
+    loader: Any = DiffusionPipeline
+    pipe = loader.from_pretrained(str(default_pipeline_dir(name)), dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    if factor is not None:
+        add_outliers(pipe.transformer, factor)
+    if choice is not None:
+        options = {**CHOICES[choice], "inner_backend": "aot_eager", "strict": True}
+        pipe.transformer.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options=options)
+    return pipe
+
+
+def measure(name: str, factor: float, prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By granularity: PSNR in dB (mean and worst), relative L2 of the last latents, right pictures."""
+    call = EMBEDDED_CALLS[name]
+    plain = draw(load(name, factor), prompts, (0,), **call)
+    measured = {"BF16": {"right": following(plain)["all"][0]}}
+    for choice in CHOICES:
+        torch.compiler.reset()
+        drawn = draw(load(name, factor, choice), prompts, (0,), **call)
+        found = compare(plain, drawn)
+        measured[choice] = {
+            "psnr_mean": found.mean["psnr"],
+            "psnr_worst": found.worst["psnr"],
+            "relative_l2": found.mean["relative_l2"],
+            "right": following(drawn)["all"][0],
+        }
+    return measured
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--pipeline", choices=list(EMBEDDED_CALLS), action="append", help="default: all; repeat it")
+    parser.add_argument("--log2", type=int, action="append", help="of the factor; repeat it; default: 14, 16, 17, 18")
+    parser.add_argument("--captions", type=int, default=3, help="held-out captions, one picture of each")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the captions")
+    arguments = parser.parse_args()
+    register_method(METHOD, block_wise)
+    held_out = [scene.caption for scene in scenes() if scene.held_out]
+    prompts = random.Random(arguments.seed).sample(held_out, arguments.captions)
+    rows, results = [], []
+    for name in arguments.pipeline or EMBEDDED_CALLS:
+        for exponent in arguments.log2 or (14, 16, 17, 18):
+            measured = measure(name, 2.0**exponent, prompts)
+            results.append({"pipeline": name, "log2_factor": exponent, **measured})
+            cells = [f"{m['psnr_mean']:.1f} dB, {m['right']}" for choice, m in measured.items() if choice != "BF16"]
+            rows.append([f"{name}, 2^{exponent}", str(measured["BF16"]["right"]), *cells])
+            print(common.table(["outliers", "right in BF16", *CHOICES], rows), flush=True)
+    common.write(arguments.output, {"prompts": prompts, "measurements": results})
+
+
+if __name__ == "__main__":
+    main()
