@@ -3,9 +3,9 @@
 Each embedded pipeline gets the outliers of `fp8_compile.outliers`, stronger and stronger. Its pictures in FP8, compiled
 block by block, are compared with those that it draws in BF16 with the same outliers, from the same noise.
 
-Block-wise scales are emulated here, to be measured beside the others: the product is computed in float32 from the
-dequantized operands. As in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 3.3.2), a weight has a scale for each
-128 x 128 values and an activation one for each 128 of a row.
+Finer scales are emulated here, to be measured beside the others: the product is computed in float32 from the
+dequantized operands. "block" is as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 3.3.2): a weight has a
+scale for each 128 x 128 values, an activation one for each 128 of a row. "group" has one for each 128 of a row in both.
 
     python -m bench.outliers --output bench/results/outliers.json
 """
@@ -30,18 +30,24 @@ from fp8_compile.scenes import scenes
 from fp8_compile.tiny import EMBEDDED_CALLS, default_pipeline_dir
 
 BLOCK = 128
-METHOD = "fp8-block-emulated"
 CHOICES: dict[str, dict[str, Any]] = {
     "tensor": {"granularity": "tensor"},
     "row": {"granularity": "row"},
-    "block": {"method": METHOD},
+    "block": {"method": "fp8-block-emulated"},
+    "group": {"method": "fp8-group-emulated"},
 }
 
 
-def quantize_weight(weight: Tensor) -> numerics.Quantized:
+def quantize_blocks(weight: Tensor) -> numerics.Quantized:
     """``[N, K]`` to ``[N / 128, 128, K / 128, 128]`` float8_e4m3fn and ``[N / 128, 1, K / 128, 1]`` float32."""
     blocks = weight.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
     return numerics.quantize_with(blocks, blocks.abs().amax(dim=(1, 3), keepdim=True))
+
+
+def quantize_groups(weight: Tensor) -> numerics.Quantized:
+    """``[N, K]`` to ``[N, 1, K / 128, 128]`` float8_e4m3fn and ``[N, 1, K / 128, 1]`` float32."""
+    groups = weight.unflatten(1, (-1, BLOCK)).unsqueeze(1)
+    return numerics.quantize_with(groups, groups.abs().amax(dim=3, keepdim=True))
 
 
 def quantize(x: Tensor) -> numerics.Quantized:
@@ -72,15 +78,17 @@ def _refuses(in_features: int, out_features: int, dtype: torch.dtype) -> str | N
     return None
 
 
-_SCHEME = Scheme(METHOD, quantize_weight, quantize, linear, refuses=_refuses)
-_FEW_ROWS = replace(_SCHEME, name=f"{METHOD}-weight-only", quantize=None, linear=linear_of_few_rows)
-
-
-def block_wise(options: Fp8Options) -> Scheme:
-    """What `main` registers as `METHOD`."""
+def _method(options: Fp8Options) -> Scheme:
     if options.granularity != Fp8Options.granularity:
-        raise OptionError(f"granularity={options.granularity!r}: method {METHOD!r} has blocks only")
-    return replace(_SCHEME, few_rows=_FEW_ROWS) if options.few_rows == "weight-only" else _SCHEME
+        raise OptionError(f"granularity={options.granularity!r}: method {options.method!r} has one of its own")
+    quantize_weight = {"fp8-block-emulated": quantize_blocks, "fp8-group-emulated": quantize_groups}[options.method]
+    scheme = Scheme(options.method, quantize_weight, quantize, linear, refuses=_refuses)
+    few = replace(scheme, name=f"{options.method}-weight-only", quantize=None, linear=linear_of_few_rows)
+    return replace(scheme, few_rows=few if options.few_rows == "weight-only" else None)
+
+
+METHODS = dict.fromkeys((choice["method"] for choice in CHOICES.values() if "method" in choice), _method)
+"""What `main` registers."""
 
 
 def load(name: str, factor: float | None = None, choice: str | None = None) -> Any:
@@ -123,7 +131,8 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=3, help="held-out captions, one picture of each")
     parser.add_argument("--seed", type=int, default=0, help="chooses the captions")
     arguments = parser.parse_args()
-    register_method(METHOD, block_wise)
+    for method, factory in METHODS.items():
+        register_method(method, factory)
     held_out = [scene.caption for scene in scenes() if scene.held_out]
     prompts = random.Random(arguments.seed).sample(held_out, arguments.captions)
     rows, results = [], []

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from pipelines import Pipeline
 
-from bench.outliers import METHOD, block_wise, load, measure
+from bench.outliers import METHODS, load, measure
 from fp8_compile import schemes
 from fp8_compile.quality import (
     METRICS,
@@ -213,14 +213,17 @@ HARD = {"qwen-image": 2.0**17, "z-image": 2.0**18}
 
 @pytest.mark.parametrize("name", HARD)
 def test_gate_outliers_spare_finer_scales_and_ruin_one_per_tensor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(schemes._METHODS, METHOD, block_wise)
+    for method, factory in METHODS.items():
+        monkeypatch.setitem(schemes._METHODS, method, factory)
     found = measure(name, HARD[name], HELD_OUT[:3])
     assert {granularity: told["right"] for granularity, told in found.items()} == {
         "BF16": 3,
         "tensor": 0,
         "row": 3,
         "block": 3,
+        "group": 3,
     }
     assert found["tensor"]["psnr_mean"] < 20
     assert found["row"]["psnr_mean"] > 33
-    assert found["block"]["psnr_mean"] > 33
+    assert found["block"]["psnr_mean"] > 31
+    assert found["group"]["psnr_mean"] > found["row"]["psnr_mean"]
