@@ -359,13 +359,17 @@ def test_reset_frees_the_constants_of_a_living_model() -> None:
 def test_several_threads() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    m, x = model(), tokens()
-    m.compile_blocks()
+    def compiled(m: Model) -> Model:
+        for block in m.blocks:  # with fullgraph, torch 2.11 would compile no frame after a graph break for good:
+            block.compile(backend="fp8_diffusion", options=OPTIONS)  # https://github.com/pytorch/pytorch/pull/185138
+        return m
+
+    m, x = compiled(model()), tokens()
     expected = m(x)
 
     def use(_: int) -> bool:
         with torch.no_grad():
-            other = copy_of(m).compile_blocks()
+            other = compiled(copy_of(m))
             return all(torch.equal(expected, f(x)) for f in (m, other, other))
 
     with ThreadPoolExecutor(4) as pool:
