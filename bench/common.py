@@ -126,7 +126,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": _version("diffusers"),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "changed_sources": _git("status", "--porcelain", "--", "fp8_compile", "passes").splitlines(),
+        "changed_sources": _git("status", "--porcelain", "--", "bench/*.py", "fp8_compile", "passes").splitlines(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *program, *sys.argv[1:]]),
     }

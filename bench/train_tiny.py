@@ -432,7 +432,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     folder, seed, recipe = arguments.folder, arguments.seed, RECIPES[arguments.pipeline]
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"pipeline": arguments.pipeline, "seed": seed, "threads": arguments.threads}
+    results: dict[str, Any] = {
+        "pipeline": arguments.pipeline,
+        "seed": seed,
+        "threads": arguments.threads,
+        "seconds": {},
+    }
     training: dict[str, Callable[[Any, Path, int, int], list[float]]] = {
         "text": train_text,
         "vae": train_vae,
@@ -444,11 +449,13 @@ def main() -> None:
         if stage in arguments.stages and steps:
             started = time.perf_counter()
             train(recipe, folder, seed, steps)
-            results.setdefault("seconds", {})[stage] = round(time.perf_counter() - started)
+            results["seconds"][stage] = round(time.perf_counter() - started)
     if "evaluate" in arguments.stages:
         guidance = recipe.guidance(arguments.guidance)
         pipeline = assemble(recipe, folder, seed)
+        started = time.perf_counter()
         results |= evaluate(pipeline, folder, seed, arguments.captions, arguments.inference_steps, guidance)
+        results["seconds"]["evaluate"] = round(time.perf_counter() - started)
     if "pack" in arguments.stages:
         pack(assemble(recipe, folder, seed), tiny.EMBEDDED / recipe.name)
     plot(folder)

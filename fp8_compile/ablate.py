@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -287,7 +288,7 @@ def ablate(
             regions, a name is that of the baseline, there is only one step, whose time cannot be told, ``written``
             cannot be written, or every group failed. One that failed among others is a row with its error.
         NothingConvertedError: no layer of the model becomes FP8 in any row.
-        QualityError: LPIPS is asked for and cannot be measured.
+        QualityError: LPIPS is asked for and cannot be measured, or ``call`` holds what differs by picture; see `draw`.
     """
     _check(variants, groups, prompts, seeds, rounds, call)
     if written is not None:
@@ -384,7 +385,7 @@ def _check(
     for name, patterns in groups.items():
         if isinstance(patterns, str):
             raise AblationError(f"{name!r}: {patterns!r}: a list of patterns belongs here, also for one")
-    if not isinstance(rounds, int) or rounds < 1:
+    if not isinstance(rounds, numbers.Integral) or isinstance(rounds, bool) or rounds < 1:
         raise AblationError(f"rounds={rounds!r}: an integer of at least 1 belongs here")
     if call.get("num_inference_steps") == 1:
         raise AblationError(ONE_STEP)

@@ -179,7 +179,7 @@ def load_fp8_checkpoint(
             f"{', '.join(map(str, files))}: no weight is in FP8, so none of the model's will be, compiled or not; to "
             "convert it, read the files by load_state_dict and call quantize_",
             NothingConvertedWarning,
-            stacklevel=2,
+            stacklevel=3,  # past the decorator
         )
     keep_others(model, choices)
     remember(model, choices, Fp8Options())
@@ -218,7 +218,7 @@ def _files(path: Any) -> list[Path]:
     if not isinstance(path, (str, os.PathLike)):
         files = [Path(one) for one in path]
         if not files:
-            raise CheckpointError(f"{path!r}: at least one file belongs here", [])
+            raise CheckpointError("no file is given; at least one belongs here", [])
         return files
     one = Path(path)
     files = sorted(one.glob("*.safetensors")) if one.is_dir() else [one]

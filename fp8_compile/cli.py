@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 import traceback
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ DEFAULT_MODEL = f"{PREFIX}qwen-image"
 PROMPTS = ("a large red circle on a white background", "two small blue squares on a yellow background")
 SEEDS = (0, 1)
 
-LARGEST_SEED = 2**64 - 1
+LEAST_SEED, LARGEST_SEED = -(2**63), 2**64 - 1
 """That a generator of torch takes."""
 
 Model = Annotated[
@@ -64,7 +65,7 @@ Whole = Annotated[
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What the pictures show; repeat it.")]
 Seeds = Annotated[
-    list[int] | None, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the initial noise; repeat it.")
+    list[int] | None, typer.Option("--seed", min=LEAST_SEED, max=LARGEST_SEED, help="Of the initial noise; repeat it.")
 ]
 
 
@@ -89,7 +90,7 @@ def text_to_image(
     granularity: Granularity = "row",
     few_rows: FewRows = "weight-only",
     steps: Steps = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the initial noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=LEAST_SEED, max=LARGEST_SEED, help="Of the initial noise.")] = 0,
     height: Height = None,
     width: Width = None,
     negative_prompt: NegativePrompt = None,
@@ -117,7 +118,7 @@ def text_to_image(
     from .models import RECOMMENDED
     from .variants import StepClock, denoisers_of, has_fp8_weights, mark_steps
 
-    patterns = [p.strip() for item in ignored_layers or [] for p in item.split(",")]
+    patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]
     options = _options(
         method=quantization,
         ignored_layers=patterns,
@@ -441,10 +442,31 @@ def _call(model: str, pipe: Any, **given: Any) -> dict[str, Any]:
     from .tiny import EMBEDDED_CALLS
 
     own = dict(EMBEDDED_CALLS.get(_embedded(model) or "", {}))
-    if given.get("negative_prompt") is not None:
+    given = {name: value for name, value in given.items() if value is not None}
+    if "negative_prompt" in given:
         for scale in ("true_cfg_scale", "guidance_scale"):  # these switch guidance off, which would ignore it
             own.pop(scale, None)
-    return _call_arguments(pipe, **{**own, **{name: value for name, value in given.items() if value is not None}})
+    made = _call_arguments(pipe, **{**own, **given})
+    _check_guidance(pipe, given)
+    return made
+
+
+def _check_guidance(pipe: Any, given: dict[str, Any]) -> None:
+    """Refuse what pipelines ignore without an error."""
+    true_cfg, guidance = given.get("true_cfg_scale"), given.get("guidance_scale")
+    for name, value in (("--true-cfg-scale", true_cfg), ("--guidance-scale", guidance)):
+        if value is not None and not math.isfinite(value):
+            _fail(f"{name} {value}: a number belongs here")
+    if "negative_prompt" in given:
+        if true_cfg is not None and true_cfg <= 1:
+            _fail(f"--true-cfg-scale {true_cfg:g} is no guidance, and --negative-prompt needs some; leave one out")
+        if guidance is not None and guidance <= 0:
+            _fail(f"--guidance-scale {guidance:g} is no guidance, and --negative-prompt needs some; leave one out")
+    elif true_cfg is not None and true_cfg > 1:
+        _fail(f"--true-cfg-scale {true_cfg:g} needs a --negative-prompt, if only ' '")
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    if guidance is not None and guidance > 1 and getattr(config, "guidance_embeds", None) is False:
+        _fail(f"--guidance-scale {guidance:g}: this {type(pipe.transformer).__name__} takes none (no guidance_embeds)")
 
 
 def _check_output(output: Path) -> None:

@@ -54,10 +54,10 @@ def quantize_(
         TypeError: ``model`` is no module.
         OptionError: an option is invalid or cannot be served at load time: ``few_rows="keep"``, or a method whose
             weights are no FP8 matrix with a scale.
-        PatternError: an entry of ``ignored_layers`` is malformed or misspelt, or names a layer that is in FP8 already;
-            nothing has been converted.
+        PatternError: an entry of ``ignored_layers`` is malformed or misspelt, or names only layers that are in FP8
+            already; nothing has been converted.
         UnsupportedDeviceError: ``device`` has no FP8 matrix multiplication; nothing has been converted.
-        NothingConvertedError: under ``strict``.
+        NothingConvertedError: under ``strict``, but not where layers are in FP8 from an earlier call.
         NonFiniteWeightError: weights hold NaN or Inf. It names all of them; they stay, and the others are converted.
     """
     if not isinstance(model, nn.Module):
@@ -68,7 +68,8 @@ def quantize_(
         check_device(target)
     choices = choose(model, options)
     check_choices(choices, options, _in_fp8(model))
-    _attach_to_library(model, options)
+    if any(choice.reason is None for choice in choices):
+        _attach_to_library(model, options)
     convert(model, choices, options, target)
 
 
@@ -212,17 +213,24 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, in_fp8: Sequen
         in_fp8: paths of linears that are no choice any more.
     """
     paths = [path for choice in choices for path in choice.paths]
+    unmatched = unmatched_patterns(choices, options)
     for pattern in options.ignored_layers:
         late = [path for path in in_fp8 if first_match([pattern], path) is not None]
-        if late:
+        if late and pattern in unmatched:
             raise PatternError(pattern, f"names {late[0]}, which is in FP8 already; load the model anew")
-    for pattern in unmatched_patterns(choices, options):
-        check_unmatched(pattern, paths, whole_model=True)
+        if late:
+            message = f"ignored_layers: {pattern!r} names {late[0]} too, which is in FP8 already and stays so"
+            warnings.warn(message, UnmatchedPatternWarning, stacklevel=4)
+    for pattern in unmatched:
+        check_unmatched(pattern, [*paths, *in_fp8], whole_model=True)
         warnings.warn(
-            f"ignored_layers: {pattern!r} matched none of the {len(paths)} linears of this model",
+            f"ignored_layers: {pattern!r} matched none of the {len(paths) + len(in_fp8)} linears of this model",
             UnmatchedPatternWarning,
             stacklevel=4,
         )
+    if in_fp8 and not choices:
+        message = f"all {len(in_fp8)} linears of this model are in FP8 already; these options changed nothing"
+        warnings.warn(message, NothingConvertedWarning, stacklevel=4)
     if choices and all(choice.reason is not None for choice in choices):
         reasons = dict.fromkeys(str(choice.reason) for choice in choices)
         counts = "; ".join(f"{sum(c.reason == reason for c in choices)} x {reason}" for reason in reasons)

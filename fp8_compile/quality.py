@@ -37,6 +37,7 @@ METRICS = {"psnr": max, "ssim": max, "relative_l2": min, "cosine": max, "lpips":
 _OWN_ARGUMENTS = (
     "prompt",
     "generator",
+    "latents",
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
     "num_images_per_prompt",

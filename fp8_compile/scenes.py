@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -75,17 +75,18 @@ class Scene:
     position: str | None = None
 
     def __post_init__(self) -> None:
-        valid: dict[str, Collection[Any]] = {
-            "count": range(1, len(COUNTS) + 1),
-            "shape": SHAPES,
-            "color": COLORS,
+        # Lists, since what is no scene may not be hashable.
+        valid: dict[str, list[Any]] = {
+            "count": list(range(1, len(COUNTS) + 1)),
+            "shape": list(SHAPES),
+            "color": list(COLORS),
             "background": [color for color in COLORS if color != self.color],
-            "size": EXTENTS,
+            "size": list(EXTENTS),
             "position": [None, *POSITIONS] if self.count == 1 else [None],
         }
         for name, values in valid.items():
             value = getattr(self, name)
-            if value not in values:
+            if value not in values or type(value) not in map(type, values):  # 2.0 and True are numbers, too
                 raise SceneError(f"{name}={value!r}: valid for this scene: {', '.join(map(str, values))}")
 
     @property

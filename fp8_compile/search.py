@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,7 +70,7 @@ class Bound:
         if self.statistic not in STATISTICS:
             raise SearchError(f"statistic={self.statistic!r} is not valid; valid: {', '.join(STATISTICS)}")
         highest = 1.0 if self.metric in ("ssim", "cosine") else math.inf
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+        if isinstance(self.value, bool) or not isinstance(self.value, numbers.Real):
             raise SearchError(f"{self.metric} of {self.value!r}: no bound for it; a number belongs here")
         if not 0 < self.value <= highest or math.isinf(self.value):
             valid = "above 0" + (" and at most 1" if highest == 1 else "")
@@ -200,7 +201,7 @@ class Search:
         SearchError: the pipeline's model names no repeated blocks, there is no prompt or seed, or the state
             cannot be written or belongs to other settings.
         NothingConvertedError: no layer of the model becomes FP8.
-        QualityError: the bound is for LPIPS, which cannot be measured.
+        QualityError: the bound is for LPIPS, which cannot be measured, or ``call`` holds what differs by picture.
     """
 
     def __init__(

@@ -172,12 +172,13 @@ def test_a_truncated_file_and_an_empty_directory(tmp_path: Path) -> None:
 
 
 def test_no_files_and_files_without_fp8(tmp_path: Path) -> None:
-    with pytest.raises(fp8_compile.CheckpointError, match=r"\[\]: at least one file belongs here"):
+    with pytest.raises(fp8_compile.CheckpointError, match="no file is given; at least one belongs here"):
         fp8_compile.load_fp8_checkpoint(model(1), [])
     save_file(model(1).state_dict(), tmp_path / FILE)
     m = model(1)
-    with pytest.warns(fp8_compile.NothingConvertedWarning, match=r"model\.safetensors: no weight is in FP8"):
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match=r"model\.safetensors: no weight is in FP8") as told:
         fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
+    assert told[0].filename == __file__
     assert not any(isinstance(p, Fp8Weight) for p in m.parameters())
 
 

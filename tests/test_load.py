@@ -339,6 +339,20 @@ def test_a_second_call_tells_what_it_cannot_do_any_more() -> None:
         fp8_compile.quantize_(m, {**LOAD, "strict": True})  # not strict's business: the model is in FP8
 
 
+def test_a_part_first_and_then_the_whole() -> None:
+    m = model(2)
+    fp8_compile.quantize_(m.blocks[0], LOAD)
+    with pytest.warns(fp8_compile.UnmatchedPatternWarning, match=r"'to_k' names blocks\.0\.to_k too"):
+        fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_k"]})
+    assert isinstance(m.blocks[0].to_k.weight, Fp8Weight)
+    assert isinstance(m.blocks[1].to_q.weight, Fp8Weight)
+    assert not isinstance(m.blocks[1].to_k.weight, Fp8Weight)
+    with pytest.raises(fp8_compile.PatternError, match="did you mean"):
+        fp8_compile.quantize_(m.blocks[0], {**LOAD, "ignored_layers": ["to_kk"]})
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match="all 4 linears of this model are in FP8 already"):
+        fp8_compile.quantize_(m.blocks[0], {**LOAD, "granularity": "tensor"})
+
+
 def test_patterns() -> None:
     m = model(2)
     with pytest.raises(fp8_compile.PatternError, match="did you mean 'img_mlp'"):
@@ -493,6 +507,10 @@ def test_text_encoders(name: str, tmp_path: Path) -> None:
         return m(**inputs).hidden_states[-1]
 
     expected = run()
+    unconverted = copy.deepcopy(m)
+    with pytest.warns(fp8_compile.NothingConvertedWarning):
+        fp8_compile.quantize_(unconverted, {"min_features": 5000})
+    unconverted.save_pretrained(tmp_path / "unconverted")
     fp8_compile.quantize_(m, {"min_features": 64})
     assert sqnr(expected, run()) > 25
     with pytest.raises(ValueError, match="quantized with fp8_diffusion and is not serializable"):

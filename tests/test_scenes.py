@@ -49,6 +49,8 @@ def test_a_caption_of_no_scene_is_refused_with_an_example(caption: str) -> None:
     ("wrong", "message"),
     [
         ({"count": 5}, "count=5: valid for this scene: 1, 2, 3, 4"),
+        ({"count": 2.0}, "count=2.0: valid for this scene: 1, 2, 3, 4"),
+        ({"color": ["red"]}, "color=['red']: valid for this scene: red, green"),
         ({"shape": "star"}, "shape='star': valid for this scene: circle, square, triangle, cross"),
         ({"color": "pink"}, "color='pink'"),
         ({"background": "blue"}, "background='blue': valid for this scene: red, green, yellow"),
