@@ -44,16 +44,15 @@ def quantize_blocks(weight: Tensor) -> numerics.Quantized:
     return numerics.quantize_with(blocks, blocks.abs().amax(dim=(1, 3), keepdim=True))
 
 
-def quantize_groups(weight: Tensor) -> numerics.Quantized:
-    """``[N, K]`` to ``[N, 1, K / 128, 128]`` float8_e4m3fn and ``[N, 1, K / 128, 1]`` float32."""
-    groups = weight.unflatten(1, (-1, BLOCK)).unsqueeze(1)
-    return numerics.quantize_with(groups, groups.abs().amax(dim=3, keepdim=True))
-
-
 def quantize(x: Tensor) -> numerics.Quantized:
     """``[..., K]`` to ``[..., K / 128, 128]`` float8_e4m3fn and ``[..., K / 128, 1]`` float32."""
     groups = x.unflatten(-1, (-1, BLOCK))
     return numerics.quantize_with(groups, groups.abs().amax(dim=-1, keepdim=True))
+
+
+def quantize_groups(weight: Tensor) -> numerics.Quantized:
+    """``[N, K]`` to ``[N, 1, K / 128, 128]`` float8_e4m3fn and ``[N, 1, K / 128, 1]`` float32."""
+    return quantize(weight.unsqueeze(1))
 
 
 def linear(
@@ -78,17 +77,17 @@ def _refuses(in_features: int, out_features: int, dtype: torch.dtype) -> str | N
     return None
 
 
-def _method(options: Fp8Options) -> Scheme:
+METHODS = {"fp8-block-emulated": quantize_blocks, "fp8-group-emulated": quantize_groups}
+"""How each emulated method, which `main` registers, quantizes a weight."""
+
+
+def scheme(options: Fp8Options) -> Scheme:
+    """What stands for one of `METHODS`."""
     if options.granularity != Fp8Options.granularity:
         raise OptionError(f"granularity={options.granularity!r}: method {options.method!r} has one of its own")
-    quantize_weight = {"fp8-block-emulated": quantize_blocks, "fp8-group-emulated": quantize_groups}[options.method]
-    scheme = Scheme(options.method, quantize_weight, quantize, linear, refuses=_refuses)
-    few = replace(scheme, name=f"{options.method}-weight-only", quantize=None, linear=linear_of_few_rows)
-    return replace(scheme, few_rows=few if options.few_rows == "weight-only" else None)
-
-
-METHODS = dict.fromkeys((choice["method"] for choice in CHOICES.values() if "method" in choice), _method)
-"""What `main` registers."""
+    made = Scheme(options.method, METHODS[options.method], quantize, linear, refuses=_refuses)
+    few = replace(made, name=f"{options.method}-weight-only", quantize=None, linear=linear_of_few_rows)
+    return replace(made, few_rows=few if options.few_rows == "weight-only" else None)
 
 
 def load(name: str, factor: float | None = None, choice: str | None = None) -> Any:
@@ -131,8 +130,8 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=3, help="held-out captions, one picture of each")
     parser.add_argument("--seed", type=int, default=0, help="chooses the captions")
     arguments = parser.parse_args()
-    for method, factory in METHODS.items():
-        register_method(method, factory)
+    for method in METHODS:
+        register_method(method, scheme)
     held_out = [scene.caption for scene in scenes() if scene.held_out]
     prompts = random.Random(arguments.seed).sample(held_out, arguments.captions)
     rows, results = [], []

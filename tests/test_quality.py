@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from pipelines import Pipeline
 
-from bench.outliers import METHODS, load, measure
+from bench.outliers import METHODS, load, measure, scheme
 from fp8_compile import schemes
 from fp8_compile.quality import (
     METRICS,
@@ -213,8 +213,8 @@ HARD = {"qwen-image": 2.0**17, "z-image": 2.0**18}
 
 @pytest.mark.parametrize("name", HARD)
 def test_gate_outliers_spare_finer_scales_and_ruin_one_per_tensor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for method, factory in METHODS.items():
-        monkeypatch.setitem(schemes._METHODS, method, factory)
+    for method in METHODS:
+        monkeypatch.setitem(schemes._METHODS, method, scheme)
     found = measure(name, HARD[name], HELD_OUT[:3])
     assert {granularity: told["right"] for granularity, told in found.items()} == {
         "BF16": 3,

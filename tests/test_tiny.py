@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.outliers import load
 from fp8_compile.errors import OptionError
 from fp8_compile.quality import draw, following
 from fp8_compile.scenes import scenes
@@ -44,7 +45,7 @@ def test_random_weights_depend_on_the_seed_alone_and_leave_the_callers_random_st
 
 @pytest.mark.parametrize("name", EMBEDDED_CALLS)
 def test_an_embedded_pipeline_is_the_class_and_the_size_of_the_random_one(name: str) -> None:
-    embedded, built = _embedded(name), BUILD[name]()
+    embedded, built = load(name), BUILD[name]()
     assert type(embedded) is type(built)
     for part in ("transformer", "vae", "text_encoder"):
         mine, theirs = getattr(embedded, part), getattr(built, part)
@@ -69,18 +70,9 @@ def test_a_pipeline_that_is_not_embedded_is_refused_with_those_that_are() -> Non
         default_pipeline_dir("flux")
 
 
-def _embedded(name: str) -> Any:
-    from diffusers import DiffusionPipeline
-
-    loader: Any = DiffusionPipeline
-    pipe = loader.from_pretrained(default_pipeline_dir(name), dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.mark.parametrize(("name", "least"), [("qwen-image", 23), ("z-image", 23)])
 def test_an_embedded_pipeline_draws_held_out_captions(name: str, least: int) -> None:
     captions = [scene.caption for scene in random.Random(1).sample([s for s in scenes() if s.held_out], 24)]
-    found = following(draw(_embedded(name), captions, (0,), **EMBEDDED_CALLS[name]))
+    found = following(draw(load(name), captions, (0,), **EMBEDDED_CALLS[name]))
     assert found["all"][0] >= least, found
     assert found["background"] == (24, 24), found
