@@ -42,7 +42,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        from fp8_compile.measurements import quartiles
+        from fp8_compile.measure.results import quartiles
 
         low, median, high = quartiles(values)
         return cls(median, low, high, min(values), len(values))
@@ -126,7 +126,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": _version("diffusers"),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "changed_sources": _git("status", "--porcelain", "--", "bench/*.py", "fp8_compile", "passes").splitlines(),
+        "changed_sources": _git("status", "--porcelain", "--", "bench/*.py", "fp8_compile").splitlines(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *program, *sys.argv[1:]]),
     }

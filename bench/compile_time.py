@@ -53,7 +53,9 @@ def measure(name: str, backend: str) -> dict[str, Any]:
     block: Any = (model.transformer_blocks if name == "QwenImage" else model.layers)[0]  # type: ignore[index]
     args, kwargs = call_of(model, inputs, block)
     torch._dynamo.lookup_backend("fp8_diffusion")
-    from fp8_compile.inner import source_hash  # after Inductor, which registers the operators that the passes name
+    from fp8_compile.inductor.inner import (
+        source_hash,  # after Inductor, which registers the operators that the passes name
+    )
 
     with torch.no_grad():
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64))

@@ -115,7 +115,7 @@ def _excess(model: nn.Module) -> int:
         before = torch.cuda.memory_allocated()
         fp8_compile.quantize_(model, device="cuda")
         return torch.cuda.max_memory_allocated() - before - resident(model)
-    with patch("fp8_compile.load.check_device"), Alive("meta") as alive:
+    with patch("fp8_compile.quantize.check_device"), Alive("meta") as alive:
         fp8_compile.quantize_(model, device="meta")
     return alive.peak - resident(model)
 

@@ -1,7 +1,7 @@
 """What outlier channels do to pictures in FP8, by the granularity of the scales: per tensor, per row, per block.
 
-Each embedded pipeline gets the outliers of `fp8_compile.outliers`, stronger and stronger. Its pictures in FP8, compiled
-block by block, are compared with those that it draws in BF16 with the same outliers, from the same noise.
+Each embedded pipeline gets the outliers of `bench.outlier_channels`, stronger and stronger. Its pictures in FP8,
+compiled block by block, are compared with those that it draws in BF16 with the same outliers, from the same noise.
 
 Finer scales are emulated here, to be measured beside the others: the product is computed in float32 from the
 dequantized operands. "block" is as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 3.3.2): a weight has a
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import common
 from fp8_compile import Scheme, numerics, register_method
+from fp8_compile.embedded import EMBEDDED_CALLS, default_pipeline_dir
 from fp8_compile.errors import OptionError
+from fp8_compile.measure.quality import compare, draw, following
+from fp8_compile.measure.scenes import scenes
 from fp8_compile.options import Fp8Options
-from fp8_compile.outliers import add_outliers
-from fp8_compile.quality import compare, draw, following
-from fp8_compile.scenes import scenes
-from fp8_compile.tiny import EMBEDDED_CALLS, default_pipeline_dir
+
+from . import common
+from .outlier_channels import add_outliers
 
 BLOCK = 128
 CHOICES: dict[str, dict[str, Any]] = {

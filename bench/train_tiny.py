@@ -1,7 +1,8 @@
 """Train the pipelines that the package carries: a small Qwen-Image and a small Z-Image that draw what captions say.
 
-Everything is made here: the scenes and their captions (`fp8_compile.scenes`), the tokenizer's vocabulary, the weights.
-Stages, each resumed from its last checkpoint (what differs between the two models is in `bench.recipes`):
+Everything is made here: the scenes and their captions (`fp8_compile.measure.scenes`), the tokenizer's vocabulary, the
+weights.
+Stages, each resumed from its last checkpoint (what differs between the two models is in `bench.training`):
 
 * ``text``: the text encoder, to tell from what the pipeline reads of it each attribute of the scene that a caption
   describes (heads that are thrown away afterwards);
@@ -37,9 +38,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import common
-from bench.recipes import RECIPES
-from fp8_compile import scenes, tiny
+from fp8_compile.measure import scenes
+
+from . import common, tiny
+from .training import RECIPES
 
 ADAMW_RATE = {"text": 1e-3, "vae": 1e-3, "transformer": 1e-3, "tune": 1e-3}
 MUON_RATE = {"text": 0.01, "vae": 0.02, "transformer": 0.02, "tune": 0.02}

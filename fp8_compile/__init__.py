@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import integrations
-from .checkpoints import load_fp8_checkpoint, save_fp8_checkpoint
 from .errors import (
     CheckpointError,
     Fp8Error,
@@ -17,15 +15,17 @@ from .errors import (
     UnmatchedPatternWarning,
     UnsupportedDeviceError,
 )
-from .fp8_weight import Fp8Weight
-from .load import quantize_
+from .integrations import registration
+from .integrations.checkpoints import load_fp8_checkpoint, save_fp8_checkpoint
 from .options import Fp8Options
+from .quantize import quantize_
 from .report import report
-from .schemes import Scheme, register_method
-from .weights import refresh
+from .runtime.binder import refresh
+from .schemes.fp8 import Scheme, register_method
+from .weights.quantized_weight import Fp8Weight
 
 if TYPE_CHECKING:
-    from .diffusers_quantizer import Fp8DiffusionConfig
+    from .integrations.diffusers import Fp8DiffusionConfig
 
 __version__ = "0.1.0"
 
@@ -53,12 +53,12 @@ __all__ = [
     "save_fp8_checkpoint",
 ]
 
-integrations.register()
+registration.register()
 
 
 def __getattr__(name: str) -> Any:
     if name == "Fp8DiffusionConfig":  # imports diffusers
-        from .diffusers_quantizer import Fp8DiffusionConfig
+        from .integrations.diffusers import Fp8DiffusionConfig
 
         return Fp8DiffusionConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

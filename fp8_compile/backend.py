@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
-from . import lora, tracing
+from . import tracing
 from .device import check_device, refusal
 from .errors import (
     GradientError,
@@ -22,15 +22,16 @@ from .errors import (
     OptionError,
     UnmatchedPatternWarning,
 )
-from .fp8_weight import Fp8Weight, KeptWeight
-from .inner import compile_inner
+from .inductor.inner import compile_inner
 from .options import Fp8Options
 from .passes.graphs import example
 from .passes.pipeline import rewrite
 from .passes.plan import Plan, plan_linears
 from .patterns import check_unmatched
-from .schemes import scheme_for
-from .weights import BoundGraph, GraphRecord, forget_all
+from .runtime.binder import BoundGraph, GraphRecord, forget_all
+from .schemes.fp8 import scheme_for
+from .weights import lora
+from .weights.quantized_weight import Fp8Weight, KeptWeight
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from .errors import UnsupportedDeviceError
 
 if TYPE_CHECKING:
-    from .schemes import Scheme
+    from .schemes.fp8 import Scheme
 
 # Ada Lovelace, the first with FP8 tensor cores: https://developer.nvidia.com/cuda-gpus
 MIN_CAPABILITY = (8, 9)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from . import schemes
 from .errors import OptionError, PatternError
 from .patterns import Pattern
+from .schemes import fp8
 
 GRANULARITIES = ("row", "tensor")
 FEW_ROWS = ("weight-only", "keep")
@@ -69,7 +69,7 @@ class Fp8Options:
         for pattern in self.ignored_layers:
             Pattern(pattern)
 
-        _one_of("method", self.method, schemes.methods())
+        _one_of("method", self.method, fp8.methods())
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("few_rows", self.few_rows, FEW_ROWS)
         if self.activation_scheme == "static":

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fp8_weight import Fp8Weight, KeptWeight
-from .load import unmatched_at_load
 from .passes.plan import Decision
 from .patterns import is_adapter, layer_path
-from .schemes import scheme_of
-from .weights import GraphRecord, WeightState, state_of
+from .quantize import unmatched_at_load
+from .runtime.binder import GraphRecord, WeightState, state_of
+from .schemes.fp8 import scheme_of
+from .weights.quantized_weight import Fp8Weight, KeptWeight
 
 NOT_COMPILED = "in no graph that the backend compiled"
 

@@ -80,8 +80,8 @@ def qwen_image_with_outliers(blocks: int, hard: int, factor: float) -> Any:
     """A random `QwenImagePipeline` in which block ``hard`` has outlier channels."""
     import diffusers
 
-    from fp8_compile.outliers import add_outliers
-    from fp8_compile.tiny import build_qwen_image
+    from bench.outlier_channels import add_outliers
+    from bench.tiny import build_qwen_image
 
     pipe: Any = build_qwen_image()
     torch.manual_seed(0)

@@ -21,20 +21,20 @@ from pipelines import OPTIONS, Block, Pipeline
 from typer.testing import CliRunner
 
 import fp8_compile
-from fp8_compile.ablate import BASELINE, Ablation, AblationError, ablate
-from fp8_compile.cli import app
-from fp8_compile.models import QWEN_IMAGE_GROUPS, GroupsError, groups_for, read_groups
-from fp8_compile.pages import Axis, amplification, difference
+from fp8_compile.cli.main import app
+from fp8_compile.measure.ablate import BASELINE, Ablation, AblationError, ablate
+from fp8_compile.measure.groups import QWEN_IMAGE_GROUPS, GroupsError, groups_for, read_groups
+from fp8_compile.measure.html import Axis, amplification, difference
+from fp8_compile.measure.quality import compare, draw
+from fp8_compile.measure.variants import BF16, PipelineError, Variants
 from fp8_compile.patterns import first_match
-from fp8_compile.quality import compare, draw
-from fp8_compile.variants import BF16, PipelineError, Variants
 
 GROUPS = {"all FP8": (), "skip mlp": ("mlp",), "all kept": ("*",)}
 PROMPTS = ("a <b>red</b> circle", "two blue squares")
 
 
 def test_the_choices_for_qwen_image_are_thirteen_and_all_differ() -> None:
-    from fp8_compile.tiny import build_transformer
+    from bench.tiny import build_transformer
 
     model = build_transformer()
     linears = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

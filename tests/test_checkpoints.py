@@ -184,7 +184,7 @@ def test_no_files_and_files_without_fp8(tmp_path: Path) -> None:
 
 def test_a_rotary_table_on_the_meta_device_is_named_and_init_empty_weights_leaves_it_real(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is optional")
-    from fp8_compile.tiny import build_transformer
+    from bench.tiny import build_transformer
 
     fp8_compile.save_fp8_checkpoint(build_transformer().bfloat16(), tmp_path / FILE)
     with torch.device("meta"):

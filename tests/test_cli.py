@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 PROMPT = "a red circle on a white background"
-COMMAND = [sys.executable, "-c", "from fp8_compile.cli import main; main()", "text-to-image", PROMPT]
+COMMAND = [sys.executable, "-c", "from fp8_compile.cli.main import main; main()", "text-to-image", PROMPT]
 SMALL = ["--height", "64", "--width", "64", "--steps", "2"]
 
 
@@ -55,7 +55,7 @@ def test_a_picture_in_fp8_and_its_unquantized_twin(cache: Path, tmp_path: Path) 
 
 
 def test_a_pipeline_of_the_users_own_compiled_whole_with_a_table_of_layers(cache: Path, tmp_path: Path) -> None:
-    from fp8_compile.tiny import build_qwen_image
+    from bench.tiny import build_qwen_image
 
     build_qwen_image(seed=1).save_pretrained(tmp_path / "own")
     options = ["--model", tmp_path / "own", "--whole", "--granularity", "tensor", "--show-layers", "--steps", 1]
@@ -67,8 +67,8 @@ def test_a_pipeline_of_the_users_own_compiled_whole_with_a_table_of_layers(cache
 def test_options_reach_the_backend_and_what_others_keep_is_named(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from fp8_compile.cli import app
-    from fp8_compile.tiny import build_qwen_image
+    from bench.tiny import build_qwen_image
+    from fp8_compile.cli.main import app
 
     build_qwen_image().save_pretrained(tmp_path / "own")
     arguments = ["text-to-image", PROMPT, "--model", tmp_path / "own", "--steps", 1, "--height", 64, "--width", 64]
@@ -89,14 +89,14 @@ def test_fp8_weights_are_not_drawn_as_unquantized(tmp_path: Path, monkeypatch: p
     from typer.testing import CliRunner
 
     import fp8_compile
-    from fp8_compile import cli
-    from fp8_compile.tiny import build_qwen_image
+    from bench.tiny import build_qwen_image
+    from fp8_compile.cli import main
 
     pipe = build_qwen_image()
     fp8_compile.quantize_(pipe.transformer)
-    monkeypatch.setattr(cli, "_load", lambda *_: pipe)
+    monkeypatch.setattr(main, "_load", lambda *_: pipe)
     arguments = ["text-to-image", PROMPT, "--model", "DIR", "--no-quantization", "--output", str(tmp_path / "a.png")]
-    done = CliRunner().invoke(cli.app, arguments)
+    done = CliRunner().invoke(main.app, arguments)
     assert done.exit_code == 1
     assert "--no-quantization: the transformer of --model 'DIR' has FP8 weights" in done.output
 
@@ -105,17 +105,17 @@ def test_a_mode_marks_the_steps_of_cuda_graphs(tmp_path: Path, monkeypatch: pyte
     import torch
     from typer.testing import CliRunner
 
-    from fp8_compile import cli
-    from fp8_compile.tiny import build_qwen_image
+    from bench.tiny import build_qwen_image
+    from fp8_compile.cli import main
 
     told: list[None] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(None))
-    monkeypatch.setattr(cli, "_load", lambda *_: build_qwen_image())
-    monkeypatch.setattr(cli, "_compile", lambda *_, **__: None)  # what is compiled does not matter here
+    monkeypatch.setattr(main, "_load", lambda *_: build_qwen_image())
+    monkeypatch.setattr(main, "_compile", lambda *_, **__: None)  # what is compiled does not matter here
     arguments = ["text-to-image", PROMPT, "--model", "DIR", "--no-quantization", "--steps", "2", "--height", "64"]
     arguments += ["--width", "64", "--output", str(tmp_path / "a.png")]
     for more, marks in (([], 0), (["--compile-mode", "reduce-overhead"], 2)):
-        done = CliRunner().invoke(cli.app, [*arguments, *more])
+        done = CliRunner().invoke(main.app, [*arguments, *more])
         assert done.exit_code == 0, done.output
         assert len(told) == marks
 
@@ -123,7 +123,7 @@ def test_a_mode_marks_the_steps_of_cuda_graphs(tmp_path: Path, monkeypatch: pyte
 def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from fp8_compile.cli import app
+    from fp8_compile.cli.main import app
 
     arguments = ["text-to-image", PROMPT, "--model", "embedded:z-image", "--steps", "2", "--inner-backend", "eager"]
     drawn = []
@@ -170,7 +170,7 @@ def test_bad_input_ends_with_a_message_and_no_picture(
 
 
 def test_the_command_line_of_diffusers_needs_nothing_but_the_entry_point(tmp_path: Path) -> None:
-    from fp8_compile.tiny import build_qwen_image
+    from bench.tiny import build_qwen_image
 
     build_qwen_image().save_pretrained(tmp_path / "model")
     chosen = {"ignored_layers": ["img_mlp"], "inner_backend": "aot_eager", "dump_graphs": str(tmp_path / "graphs")}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8_compile.device import refusal
-from fp8_compile.schemes import ROW, TENSOR, Scheme, weight_only
+from fp8_compile.schemes.fp8 import ROW, TENSOR, Scheme, weight_only
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from zoo import MODELS
 
 import fp8_compile
 from fp8_compile import Fp8DiffusionConfig, Fp8Weight
-from fp8_compile.fp8_weight import KeptWeight
+from fp8_compile.weights.quantized_weight import KeptWeight
 
 TINY = MODELS["QwenImage"]
 OPTIONS: dict[str, Any] = {"min_features": 64, "ignored_layers": ["img_mlp", "transformer_blocks.0.*"]}
@@ -124,7 +124,7 @@ def test_layers_that_diffusers_keeps_in_float32_are_kept(tmp_path: Path) -> None
 
 
 def test_a_pipeline(tmp_path: Path) -> None:
-    from fp8_compile.tiny import default_pipeline_dir
+    from fp8_compile.embedded import default_pipeline_dir
 
     config = PipelineQuantizationConfig(quant_mapping={"transformer": Fp8DiffusionConfig(ignored_layers=["img_mlp"])})
     cls: Any = diffusers.QwenImagePipeline
@@ -161,7 +161,7 @@ def test_a_pipeline(tmp_path: Path) -> None:
     ids=["quant_mapping", "quant_backend"],
 )
 def test_a_text_encoder_as_it_is_loaded(config: dict[str, Any], tmp_path: Path) -> None:
-    from fp8_compile.tiny import default_pipeline_dir
+    from fp8_compile.embedded import default_pipeline_dir
 
     cls: Any = diffusers.QwenImagePipeline
     with warnings.catch_warnings():

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import fp8_compile
 from fp8_compile import numerics
-from fp8_compile.fp8_weight import Fp8Weight, KeptWeight, quantize_in_chunks
+from fp8_compile.weights import quantized_weight
+from fp8_compile.weights.quantized_weight import Fp8Weight, KeptWeight, quantize_in_chunks
 
 N, K = 48, 64
 
@@ -76,11 +77,10 @@ def test_eager_use_dequantizes(granularity: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_chunks_change_no_bit(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fp8_compile import fp8_weight
 
     weight = plain()
     weight[5] = 0
-    monkeypatch.setattr(fp8_weight, "_CHUNK", 7 * K)
+    monkeypatch.setattr(quantized_weight, "_CHUNK", 7 * K)
     quantize = numerics.quantize_rowwise if granularity == "row" else numerics.quantize_tensorwise
     for made, expected in zip(quantize_in_chunks(weight, granularity), quantize(weight), strict=True):
         assert torch.equal(made.float(), expected.float())
@@ -91,7 +91,6 @@ def test_chunks_change_no_bit(granularity: str, monkeypatch: pytest.MonkeyPatch)
 def test_on_another_device_no_more_than_a_few_rows_are_in_bf16(
     granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fp8_compile import fp8_weight
 
     class Sizes(TorchDispatchMode):
         """Of what is on the device in another type than FP8."""
@@ -107,7 +106,7 @@ def test_on_another_device_no_more_than_a_few_rows_are_in_bf16(
                     self.seen.add(t.numel())
             return out
 
-    monkeypatch.setattr(fp8_weight, "_CHUNK", 7 * K)
+    monkeypatch.setattr(quantized_weight, "_CHUNK", 7 * K)
     with Sizes() as sizes:
         made = Fp8Weight.quantize(plain(), granularity, device=torch.device("meta"))
     assert made.qdata.device.type == made.scale.device.type == "meta"

@@ -11,8 +11,8 @@ from torch._inductor import config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.virtualized import V
 
-from fp8_compile import inner
-from fp8_compile.inner import PostGradPasses, source_hash
+from fp8_compile.inductor import inner
+from fp8_compile.inductor.inner import PostGradPasses, source_hash
 
 CPU = torch.device("cpu")
 

@@ -19,8 +19,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import MODELS
 
 import fp8_compile
-from fp8_compile import Fp8DiffusionConfig, Fp8Weight, numerics, weights
-from fp8_compile.fp8_weight import KeptWeight
+from fp8_compile import Fp8DiffusionConfig, Fp8Weight, numerics
+from fp8_compile.runtime import binder
+from fp8_compile.weights.quantized_weight import KeptWeight
 
 LOAD = {"min_features": WIDTH}
 COMPILE: dict[str, Any] = {"inner_backend": "aot_eager"}
@@ -280,11 +281,11 @@ def test_a_deleted_model_leaves_nothing() -> None:
     m.compile_blocks()
     m(x), m(x)
     watched = [weakref.ref(m.blocks[0].to_q.weight.qdata), weakref.ref(m.blocks[0].to_q.weight.identity)]
-    known = len(weights._STATES)
+    known = len(binder._STATES)
     del m
     gc.collect()
     assert [ref() for ref in watched] == [None, None]
-    assert len(weights._STATES) == known - 12
+    assert len(binder._STATES) == known - 12
 
 
 # --- what is converted ---
@@ -377,13 +378,13 @@ def test_what_cannot_be_done_is_an_error() -> None:
 
 
 def test_a_method_whose_constants_a_parameter_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fp8_compile import schemes
+    from fp8_compile.schemes import fp8
 
     def halves(weight: Tensor) -> tuple[Tensor, ...]:
         return weight[::2], weight[1::2]
 
     odd = fp8_compile.Scheme("odd", halves, None, numerics.weight_only_linear)
-    monkeypatch.setitem(schemes._METHODS, "odd", lambda options: odd)
+    monkeypatch.setitem(fp8._METHODS, "odd", lambda options: odd)
     with pytest.raises(fp8_compile.OptionError, match=r"method='odd'.*torch\.compile alone"):
         fp8_compile.quantize_(model(1), {**LOAD, "method": "odd"})
 
@@ -495,7 +496,7 @@ def test_text_encoders(name: str, tmp_path: Path) -> None:
             transformers.CLIPTextConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)
         )
     else:
-        from fp8_compile.tiny import _text_encoder, _tokenizer
+        from bench.tiny import _text_encoder, _tokenizer
 
         m = _text_encoder(_tokenizer())
     m = m.bfloat16().eval()

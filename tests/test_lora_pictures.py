@@ -12,8 +12,8 @@ from PIL.Image import Image
 from safetensors.torch import save_file
 
 import fp8_compile
-from fp8_compile.quality import psnr
-from fp8_compile.tiny import build_qwen_image
+from bench.tiny import build_qwen_image
+from fp8_compile.measure.quality import psnr
 
 TARGETS = ("attn.to_q", "attn.to_v", "attn.to_out.0", "img_mlp.net.2")
 RANK = 8

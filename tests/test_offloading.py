@@ -93,7 +93,7 @@ def test_bytes_that_are_new_at_each_call_are_read_and_cost_one_collection_in_all
     m = build()
     compile_blocks(m)
     collected: list[int] = []
-    monkeypatch.setattr("fp8_compile.weights.gc", SimpleNamespace(collect=lambda: collected.append(1)))
+    monkeypatch.setattr("fp8_compile.runtime.binder.gc", SimpleNamespace(collect=lambda: collected.append(1)))
     expected = run(m)
     for _ in range(3):
         for p in m.parameters():

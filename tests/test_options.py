@@ -9,8 +9,9 @@ import torch
 from sqnr import sqnr
 from torch import Tensor, nn
 
-from fp8_compile import Fp8Error, Fp8Options, OptionError, PatternError, Scheme, numerics, register_method, schemes
+from fp8_compile import Fp8Error, Fp8Options, OptionError, PatternError, Scheme, numerics, register_method
 from fp8_compile.options import GRANULARITIES
+from fp8_compile.schemes import fp8
 
 
 def test_defaults() -> None:
@@ -299,10 +300,10 @@ def test_errors_are_of_this_package_and_value_errors() -> None:
 
 @pytest.fixture
 def methods() -> Iterator[None]:
-    before = dict(schemes._METHODS)
+    before = dict(fp8._METHODS)
     yield
-    schemes._METHODS.clear()
-    schemes._METHODS.update(before)
+    fp8._METHODS.clear()
+    fp8._METHODS.update(before)
 
 
 used: list[str] = []
@@ -333,9 +334,9 @@ def _half(options: Fp8Options) -> Scheme:
 
 def test_registered_method_is_an_option(methods: None) -> None:
     register_method("half", _half)
-    assert schemes.methods() == ["fp8", "half"]
+    assert fp8.methods() == ["fp8", "half"]
     options = Fp8Options(method="half", granularity="tensor")
-    assert schemes.scheme_for(options).name == "half"
+    assert fp8.scheme_for(options).name == "half"
     with pytest.raises(OptionError, match=r"did you mean 'half'.*valid: fp8, half"):
         Fp8Options(method="hal")
 
@@ -343,10 +344,10 @@ def test_registered_method_is_an_option(methods: None) -> None:
 @pytest.mark.parametrize("name", ["fp8", "half"])
 def test_registered_name_is_taken(name: str, methods: None) -> None:
     register_method("half", _half)
-    factory = schemes._METHODS[name]
+    factory = fp8._METHODS[name]
     with pytest.raises(OptionError, match=f"method '{name}' is registered already; registered: fp8, half"):
-        register_method(name, lambda options: schemes.ROW)
-    assert schemes._METHODS[name] is factory
+        register_method(name, lambda options: fp8.ROW)
+    assert fp8._METHODS[name] is factory
 
 
 def test_registered_method_compiles(methods: None) -> None:
@@ -381,14 +382,14 @@ def test_error_of_a_registered_method_reaches_the_user(methods: None) -> None:
 
 
 def test_schemes_of_the_granularities() -> None:
-    row = schemes.scheme_for(Fp8Options())
-    tensor = schemes.scheme_for(Fp8Options(granularity="tensor"))
+    row = fp8.scheme_for(Fp8Options())
+    tensor = fp8.scheme_for(Fp8Options(granularity="tensor"))
     assert (row.name, row.quantize) == ("fp8-row", numerics.quantize_rowwise)
     assert (tensor.name, tensor.quantize) == ("fp8-tensor", numerics.quantize_tensorwise)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("scheme", [schemes.ROW, schemes.TENSOR], ids=["row", "tensor"])
+@pytest.mark.parametrize("scheme", [fp8.ROW, fp8.TENSOR], ids=["row", "tensor"])
 def test_constants_are_those_of_the_weight_in_its_usual_layout(scheme: Scheme, transposed: bool) -> None:
     weight = torch.randn(32, 64, dtype=torch.bfloat16)
     made = scheme.make_constants(nn.Parameter(weight.t() if transposed else weight), transposed)

@@ -10,8 +10,8 @@ import torch
 from sqnr import sqnr
 from torch import Tensor, nn
 
-from fp8_compile.outliers import OutlierError, add_outliers
-from fp8_compile.tiny import build_transformer, build_z_image_transformer
+from bench.outlier_channels import OutlierError, add_outliers
+from bench.tiny import build_transformer, build_z_image_transformer
 
 
 def _model() -> Any:

@@ -19,11 +19,11 @@ from pipelines import OPTIONS, Pipeline, qwen_image_with_outliers, with_outlier
 from typer.testing import CliRunner
 
 import fp8_compile
-from fp8_compile.cli import app
-from fp8_compile.measurements import plain
-from fp8_compile.quality import draw
-from fp8_compile.search import Bound, Search, SearchError, how_to_use, paste, smallest
-from fp8_compile.variants import Variants
+from fp8_compile.cli.main import app
+from fp8_compile.measure.quality import draw
+from fp8_compile.measure.results import plain
+from fp8_compile.measure.search import Bound, Search, SearchError, how_to_use, paste, smallest
+from fp8_compile.measure.variants import Variants
 
 
 def counted(loss: Callable[[frozenset[str]], float]) -> tuple[Callable[[frozenset[str]], float], list[frozenset[str]]]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bench.outliers import load
+from bench.tiny import build_qwen_image, build_z_image
+from fp8_compile.embedded import EMBEDDED_CALLS, default_pipeline_dir
 from fp8_compile.errors import OptionError
-from fp8_compile.quality import draw, following
-from fp8_compile.scenes import scenes
-from fp8_compile.tiny import EMBEDDED_CALLS, build_qwen_image, build_z_image, default_pipeline_dir
+from fp8_compile.measure.quality import draw, following
+from fp8_compile.measure.scenes import scenes
 
 LARGEST_FILE = 10 * 1024 * 1024
 

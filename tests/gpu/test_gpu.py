@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from zoo import MODELS
 
 import fp8_compile
-from fp8_compile import numerics, weights
+from fp8_compile import numerics
 from fp8_compile.device import MIN_CAPABILITY, refusal
-from fp8_compile.schemes import ROW, TENSOR, Scheme, weight_only
+from fp8_compile.runtime import binder
+from fp8_compile.schemes.fp8 import ROW, TENSOR, Scheme, weight_only
 
 AVAILABLE = torch.cuda.is_available() and torch.version.hip is None
 pytestmark = pytest.mark.skipif(
@@ -172,13 +173,13 @@ def test_zeros_nan_and_large_values(granularity: str) -> None:
 def test_moved_to_the_cpu_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The values are the same, so nothing is quantized again; meanwhile only the FP8 constants are on the device."""
     quantized: list[str] = []
-    store = weights._store
+    store = binder._store
 
     def counted(state: Any, constant: Any, made: Any) -> None:
         quantized.append(constant.path)
         store(state, constant, made)
 
-    monkeypatch.setattr(weights, "_store", counted)
+    monkeypatch.setattr(binder, "_store", counted)
     gc.collect()
     empty = torch.cuda.memory_allocated()
     m = model()

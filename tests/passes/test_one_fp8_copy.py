@@ -18,8 +18,8 @@ from torch._inductor.graph import GraphLowering
 from torch.fx import Graph, Node
 from util import rand, show
 
-from fp8_compile import inner
-from fp8_compile.inner import PostGradPasses
+from fp8_compile.inductor import inner
+from fp8_compile.inductor.inner import PostGradPasses
 from fp8_compile.numerics import FP8_DTYPE, _has_rowwise_kernel
 from fp8_compile.passes import pipeline
 from fp8_compile.passes.one_fp8_copy import one_fp8_copy

@@ -13,7 +13,7 @@ from util import Call, capture, plan, rand
 
 from fp8_compile import Fp8Options
 from fp8_compile.passes.plan import Decision, plan_linears
-from fp8_compile.schemes import ROW, ROW_AFTERWARDS, TENSOR, Scheme, scheme_for, weight_only
+from fp8_compile.schemes.fp8 import ROW, ROW_AFTERWARDS, TENSOR, Scheme, scheme_for, weight_only
 
 Function = Callable[..., Any]
 

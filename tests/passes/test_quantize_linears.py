@@ -14,7 +14,7 @@ from util import Call, Captured, calls, capture, plan, rand, rewritten, run, sho
 
 from fp8_compile.numerics import dequantize, quantize_rowwise, quantize_tensorwise, scaled_linear
 from fp8_compile.passes.quantize_linears import Constant
-from fp8_compile.schemes import ROW, TENSOR
+from fp8_compile.schemes.fp8 import ROW, TENSOR
 
 Function = Callable[..., Any]
 

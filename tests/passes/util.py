@@ -15,7 +15,7 @@ from fp8_compile import Fp8Options
 from fp8_compile.passes.pipeline import rewrite
 from fp8_compile.passes.plan import Plan, plan_linears
 from fp8_compile.passes.quantize_linears import Constant
-from fp8_compile.schemes import scheme_for
+from fp8_compile.schemes.fp8 import scheme_for
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -1,0 +1,31 @@
+"""Small trained Qwen-Image and Z-Image pipelines, which need no download; how they are made is in ``bench/``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError
+
+EMBEDDED_CALLS: dict[str, dict[str, Any]] = {
+    "qwen-image": {"height": 64, "width": 64, "num_inference_steps": 8, "true_cfg_scale": 1.0},
+    "z-image": {"height": 64, "width": 64, "num_inference_steps": 8, "guidance_scale": 0.0},
+}
+"""By name of an embedded pipeline, the arguments that it was evaluated with."""
+
+
+def default_pipeline_dir(pipeline: str = "qwen-image") -> Path:
+    """The directory of an embedded pipeline, in the layout of `save_pretrained`.
+
+    It has the classes and the sizes of ``bench.tiny``'s random pipelines, and was trained by
+    ``bench/train_tiny.py`` to draw the captions of `fp8_compile.measure.scenes` at 64 x 64 pixels.
+
+    Args:
+        pipeline: a key of `EMBEDDED_CALLS`.
+
+    Raises:
+        OptionError: there is no embedded pipeline of that name.
+    """
+    if pipeline not in EMBEDDED_CALLS:
+        raise OptionError(f"no embedded pipeline is called {pipeline!r}; there are {', '.join(EMBEDDED_CALLS)}")
+    return Path(__file__).parent / pipeline

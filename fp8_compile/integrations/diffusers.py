@@ -1,0 +1,197 @@
+"""FP8 weights through diffusers' own loading and saving: ``from_pretrained(quantization_config=...)``.
+
+Imports diffusers. It is imported, and registered in diffusers' tables, as soon as both packages are (`integrations`).
+
+The layout in files is that of compressed-tensors: ``PATH.weight`` in float8_e4m3fn and ``PATH.weight_scale`` in
+float32, ``[N, 1]`` or without dimensions; the options stand in ``config.json`` under ``quantization_config``.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, NonFiniteWeightError, OptionError
+from ..options import Fp8Options
+from ..quantize import Choice, check_choices, choose, keep_others, quantized, remember, scheme_at_load
+from ..weights.quantized_weight import Fp8Weight
+from . import registration
+from .checkpoints import SCALE_SUFFIX, holding, join, split
+
+_OPTIONS = ("method", "ignored_layers", "granularity", "min_features", "min_rows", "few_rows", "strict")
+
+
+class QuantMethod(str, Enum):
+    """Under which name diffusers knows the quantizer."""
+
+    FP8_DIFFUSION = "fp8_diffusion"
+
+
+class Fp8DiffusionConfig(QuantizationConfigMixin):
+    """What ``from_pretrained`` of a diffusers or transformers model takes as its ``quantization_config``.
+
+    Args:
+        options: those of `Fp8Options` that concern weights: ``ignored_layers``, ``granularity``, ``min_features``,
+            ``min_rows``, ``method``, ``strict``.
+
+    Raises:
+        OptionError: an option is unknown, invalid, concerns compilation alone, or cannot be served at load time.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        options.pop("quant_method", None)
+        compiling = [name for name in options if name in Fp8Options.__dataclass_fields__ and name not in _OPTIONS]
+        if compiling:
+            raise OptionError(
+                f"{', '.join(compiling)}: of no concern when weights are loaded; give it to torch.compile"
+            )
+        parsed = Fp8Options.parse(options)
+        if parsed.inductor:
+            raise OptionError(f"{', '.join(parsed.inductor)}: a setting of Inductor; give it to torch.compile")
+        scheme_at_load(parsed)
+        self.quant_method: Any = QuantMethod.FP8_DIFFUSION
+        for name in options:
+            value = getattr(parsed, name)
+            setattr(self, name, list(value) if isinstance(value, tuple) else value)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """For ``repr``."""
+        return self.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for ``config.json``."""
+        return {**vars(self), "quant_method": self.quant_method.value}
+
+    @property
+    def options(self) -> Fp8Options:
+        """The same as the options of the backend."""
+        return Fp8Options.parse({name: value for name, value in vars(self).items() if name != "quant_method"})
+
+
+class Fp8DiffusionQuantizer(DiffusersQuantizer):
+    """Turns each weight into FP8 as it arrives, or takes it out of a checkpoint that holds FP8."""
+
+    use_keep_in_fp32_modules = True
+    supports_parallel_loading = False
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
+
+    def __init__(self, quantization_config: Fp8DiffusionConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.options = quantization_config.options
+        self._dtype = torch.bfloat16
+        self._wanted: dict[str, Choice] = {}
+        self._float32: list[str] = []
+        self._files: list[Any] = []
+        self._halves: dict[str, Tensor] = {}
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        self._dtype = torch.bfloat16 if torch_dtype is None else torch_dtype
+        return self._dtype
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        return torch.float8_e4m3fn
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
+        self._files = list(checkpoint_files)
+        return [key for key in loaded_keys if not key.endswith(SCALE_SUFFIX)]
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **_: Any
+    ) -> None:
+        self._float32 = list(keep_in_fp32_modules or [])
+        if self.pre_quantized:
+            return
+        choices = self._choices(model)
+        check_choices(choices, self.options)
+        self._wanted = {f"{path}.weight": c for c in choices if c.reason is None for path in c.paths}
+
+    def _choices(self, model: nn.Module) -> list[Choice]:
+        choices = choose(model, self.options)
+        for choice in choices:
+            if choice.reason is None and any(s in self._float32 for path in choice.paths for s in path.split(".")):
+                choice.reason = "weight is float32, not bfloat16 or float16"
+        return choices
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Make `Fp8Weight`s of the FP8 values and scales in a shard. A half whose other one is elsewhere waits."""
+        if not self.pre_quantized:
+            return state_dict
+        state_dict, self._halves = join({**self._halves, **state_dict}, self._files, self._dtype)
+        return state_dict
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
+    ) -> bool:
+        return isinstance(param_value, Fp8Weight) or param_name in self._wanted
+
+    def check_quantized_param_shape(self, param_name: str, expected: Any, param: Any) -> None:
+        raise CheckpointError(
+            f"tensor {param_name!r} has shape {list(param.shape)}, and the model's has {list(expected.shape)}",
+            holding(param_name, self._files),
+            param_name,
+        )
+
+    def create_quantized_param(  # type: ignore[override]
+        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *_: Any, **__: Any
+    ) -> None:
+        path = param_name.rpartition(".")[0]
+        if isinstance(param_value, Fp8Weight):
+            made: Fp8Weight | None = Fp8Weight(param_value.to(target_device))
+        else:
+            made = quantized(param_value, self.options, torch.device(target_device))
+        if made is None:
+            raise NonFiniteWeightError([path])
+        model.get_submodule(path)._parameters["weight"] = made  # type: ignore[assignment]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        if self._halves:
+            name = next(iter(self._halves))
+            kind = "a scale without FP8 values" if name.endswith(SCALE_SUFFIX) else "FP8 values without a scale"
+            raise CheckpointError(f"tensor {name!r} is {kind}", holding(name, self._files), name)
+        choices = self._choices(model)
+        for choice in choices:
+            if choice.reason is None:
+                choice.reason = "not in FP8 in the checkpoint"
+        keep_others(model, choices)
+        remember(model, choices, self.options)
+        self._wanted = {}
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return split(state_dict), {}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if isinstance(parameter, Fp8Weight):
+                    module._parameters[name] = nn.Parameter(parameter.dequantize(), requires_grad=False)
+        return model
+
+
+def config_of(options: Fp8Options) -> Fp8DiffusionConfig:
+    """What a configuration holds of ``options``."""
+    return Fp8DiffusionConfig(**{name: value for name, value in options.changed().items() if name in _OPTIONS})
+
+
+def attach(model: Any, options: Fp8Options) -> None:
+    """Let a diffusers model that `quantize_` converted be saved as one that diffusers loaded."""
+    config = config_of(options)
+    model.hf_quantizer = Fp8DiffusionQuantizer(config, pre_quantized=False)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.register_to_config(quantization_config=config)
+
+
+AUTO_QUANTIZER_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig
+registration.registered_with_diffusers()

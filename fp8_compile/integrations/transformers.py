@@ -1,0 +1,74 @@
+"""FP8 weights through transformers' ``from_pretrained(quantization_config=...)``, as pipelines load text encoders.
+
+Imports transformers, and is imported, and registered in its tables, as soon as transformers and diffusers are
+(`integrations`). Needs transformers 5, whose loading hands each tensor to the quantizer as it arrives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from ..options import Fp8Options
+from ..passes.plan import dtype_objection
+from ..quantize import check_choices, choose, convert, quantized
+from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of
+
+
+class Fp8TransformersQuantizer(HfQuantizer):
+    """Turns each weight into FP8 as it arrives. What it loads cannot be saved by ``save_pretrained``."""
+
+    quantized_element_size = 1
+    is_trainable = False
+    is_compileable = True
+
+    def __init__(self, quantization_config: Fp8DiffusionConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
+        self.options = quantization_config.options
+        self._wanted: set[str] = set()
+
+    def is_serializable(self) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        choices = choose(model, self.options)
+        check_choices(choices, self.options)
+        self._wanted = {f"{path}.weight" for c in choices if c.reason is None for path in c.paths}
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        return param_name in self._wanted
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self.options)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        convert(model, choose(model, self.options), self.options)
+        return model
+
+
+def attach(model: Any, options: Fp8Options) -> None:
+    """Let ``save_pretrained`` refuse a model that `quantize_` converted in the words that it has for one loaded so."""
+    model.hf_quantizer = Fp8TransformersQuantizer(config_of(options), pre_quantized=False)
+
+
+class _Quantize(ConversionOps):
+    def __init__(self, options: Fp8Options) -> None:
+        self.options = options
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+        """Leaves alone what transformers keeps in float32, and weights with NaN or Inf, which are an error later."""
+        made = {}
+        for name, given in input_dict.items():
+            value: Tensor = given[0] if isinstance(given, list) else given
+            fp8 = quantized(value, self.options) if dtype_objection(value) is None else None
+            made[name] = value if fp8 is None else fp8
+        return made
+
+
+AUTO_QUANTIZER_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8TransformersQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig

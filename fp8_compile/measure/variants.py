@@ -1,0 +1,299 @@
+"""One pipeline, compiled in several ways that take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backend import fp8_diffusion
+from ..errors import Fp8Error, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
+from ..options import Fp8Options
+from ..report import Report, report
+from ..weights.quantized_weight import Fp8Weight
+from .groups import repeated_blocks
+from .quality import Drawing, draw
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+"""What a pipeline calls the modules that run at every step."""
+
+BF16 = None
+"""Instead of patterns: the region is compiled by the inner backend alone, unquantized."""
+
+
+class PipelineError(Fp8Error, ValueError):
+    """A pipeline that has nothing to compile, or that cannot be measured."""
+
+
+def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The modules of ``pipeline`` that run at every step, by their names in it.
+
+    Raises:
+        PipelineError: it has none of `DENOISERS`.
+    """
+    found = {name: module for name in DENOISERS if (module := getattr(pipeline, name, None)) is not None}
+    if not found:
+        raise PipelineError(f"{type(pipeline).__name__} has none of {', '.join(DENOISERS)}: nothing to compile")
+    return found
+
+
+def check_measurable(pipeline: Any) -> None:
+    """Refuse a pipeline whose steps cannot be seen, or that makes no pictures.
+
+    Raises:
+        PipelineError: it takes no ``callback_on_step_end``, or it makes videos.
+    """
+    name, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    if "callback_on_step_end" not in accepted and not anything:
+        raise PipelineError(f"{name} takes no callback_on_step_end, by which steps are measured: {', '.join(accepted)}")
+    if "num_frames" in accepted:
+        raise PipelineError(f"{name} takes num_frames, so it makes videos; measured are pipelines that make images")
+
+
+def has_fp8_weights(model: nn.Module) -> bool:
+    """Whether a weight of ``model`` was converted at load time."""
+    return any(isinstance(parameter, Fp8Weight) for parameter in model.parameters())
+
+
+def mark_steps(denoisers: Iterable[nn.Module]) -> list[Any]:
+    """Hooks that tell CUDA graphs of every call of these modules, whose blocks are compiled one by one.
+
+    Without them each block begins a new iteration, which frees the result of the block before it. A module that is
+    compiled as a whole needs none, and could not have one: the hook would be compiled with it.
+    """
+
+    def mark(*_: Any) -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+    return [module.register_forward_pre_hook(mark) for module in denoisers]
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A module that is compiled as one graph.
+
+    Attributes:
+        denoiser: the name in the pipeline of the model that it belongs to.
+        path: of the module in that model; empty for the model itself.
+    """
+
+    denoiser: str
+    path: str
+    module: nn.Module
+
+
+Patterns = tuple[str, ...] | None
+"""The ``ignored_layers`` of a region, or `BF16`."""
+
+
+class NotedBackend:
+    """``fp8_diffusion``; notes in ``graphs`` which it compiled, since all variants share a model's report."""
+
+    reset = staticmethod(fp8_diffusion.reset)  # type: ignore[attr-defined]  # for torch.compiler.reset
+
+    def __init__(self) -> None:
+        self.graphs: set[str] = set()
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[..., Any]:
+        self.graphs.add(str(torch._guards.CompileContext.current_compile_id()))
+        return fp8_diffusion(gm, example_inputs, **arguments)
+
+
+class Variants:
+    """A pipeline whose denoisers run as one of several compiled variants, switched without compiling again.
+
+    All variants live in one process and share the weights and their FP8 constants, so that they can be timed in turn.
+    Graphs are compiled for the exact sizes of their inputs (``dynamic=False``): else the first variant would get static
+    graphs and the later ones dynamic graphs, and their times could not be compared. What the pipeline is compiled with
+    already is put back by `close`.
+
+    With a mode or Inductor's settings, which may ask for CUDA graphs, and blocks, every call of a denoiser is told to
+    CUDA graphs by a hook until `close`.
+
+    Args:
+        pipeline: a diffusers pipeline, on its device.
+        options: see `Fp8Options`; of every quantized variant; ``ignored_layers`` belongs to `use`.
+        whole: compile each denoiser as one graph. Default: its repeated blocks, where it names any.
+
+    Raises:
+        PipelineError: the pipeline has nothing to compile, makes no pictures, takes no callback, its weights are in FP8
+            already, or ``torch.compile`` has put another module in the place of one of its own.
+        OptionError: an option is invalid, or ``ignored_layers`` or ``strict`` is among them.
+    """
+
+    def __init__(self, pipeline: Any, options: Fp8Options | Mapping[str, Any], whole: bool = False) -> None:
+        self.pipeline = pipeline
+        self.denoisers = denoisers_of(pipeline)
+        check_measurable(pipeline)
+        for name, model in self.denoisers.items():
+            if has_fp8_weights(model):
+                raise PipelineError(f"{name} has FP8 weights, so it has no BF16 twin; load it in bfloat16 or float16")
+            for path, module in model.named_modules():
+                if isinstance(module, torch._dynamo.OptimizedModule):
+                    where = f"{name}.{path}" if path else name
+                    raise PipelineError(
+                        f"{where} was made by torch.compile(module), which would be measured instead; put back its "
+                        "_orig_mod, or compile with module.compile()"
+                    )
+        self._parsed = Fp8Options.parse(options)
+        self.options = self._parsed.changed() if isinstance(options, Fp8Options) else dict(options)
+        if self._parsed.ignored_layers:
+            raise OptionError(
+                f"ignored_layers={list(self._parsed.ignored_layers)}: each variant has its own; see `use`"
+            )
+        if self._parsed.strict:
+            raise OptionError("strict=True: a variant may keep all layers of a region, which is no error; leave it out")
+        self.regions = [r for name, model in self.denoisers.items() for r in _regions(name, model, whole)]
+        modules = [module for model in self.denoisers.values() for module in model.modules()]
+        self._before = {module: module._compiled_call_impl for module in modules}
+        self._calls: dict[tuple[Region, Patterns], Any] = {}
+        self._backends: dict[tuple[str, ...], NotedBackend] = {}
+        of_blocks = [self.denoisers[name] for name in {region.denoiser for region in self.regions if region.path}]
+        self._hooks = mark_steps(of_blocks) if self._parsed.mode is not None or self._parsed.inductor else []
+
+    @property
+    def by_block(self) -> bool:
+        """Whether regions are blocks, so that patterns cannot name one of them by its index."""
+        return all(region.path for region in self.regions)
+
+    def use(self, patterns_of: Callable[[Region], Patterns]) -> None:
+        """Let every region run with its ``ignored_layers``, or as `BF16`. It is compiled when it first runs.
+
+        Raises:
+            OptionError: the patterns are one string.
+        """
+        for module in self._before:  # a model that is compiled as a whole would not call its blocks
+            module._compiled_call_impl = None
+        for region in self.regions:
+            patterns = patterns_of(region)
+            if isinstance(patterns, str):
+                raise OptionError(f"ignored_layers={patterns!r}: a tuple of patterns belongs here, also for one")
+            patterns = BF16 if patterns is BF16 else tuple(patterns)
+            key = (region, patterns)
+            if key not in self._calls:
+                region.module.compile(fullgraph=True, dynamic=False, **self._arguments(patterns))
+                self._calls[key] = region.module._compiled_call_impl
+            region.module._compiled_call_impl = self._calls[key]
+
+    def use_everywhere(self, patterns: Patterns) -> None:
+        """`use`, with the same in every region."""
+        self.use(lambda region: patterns)
+
+    def _arguments(self, patterns: Patterns) -> dict[str, Any]:
+        if patterns is not BF16:
+            options = {**self.options, "ignored_layers": list(patterns)}
+            return {"backend": self._backends.setdefault(patterns, NotedBackend()), "options": options}
+        mode, inductor = self._parsed.mode, self._parsed.inductor
+        # torch.compile takes no mode beside settings, and the twin shall have both, as FP8 has. A setting wins.
+        of_mode = {} if mode is None else torch._inductor.list_mode_options(mode)
+        settings = {**of_mode, **inductor}
+        return {"backend": self._parsed.inner_backend, **({"options": settings} if settings else {})}
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> tuple[Drawing, ...]:
+        """`quality.draw`, by the variant in use."""
+        with self._running():
+            return draw(self.pipeline, prompts, seeds, **call)
+
+    def step_seconds(self, prompt: str, seed: int, **call: Any) -> list[float]:
+        """Seconds of each step but the first, whose start is unknown, of one picture by the variant in use."""
+        with self._running(), StepClock(self.pipeline.device) as clock:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            self.pipeline(prompt, generator=generator, callback_on_step_end=clock.step, output_type="latent", **call)
+        return clock.seconds
+
+    def graphs(self, patterns: Patterns) -> frozenset[str]:
+        """The graphs that were compiled so far for regions with these ``ignored_layers``, as in `Report.graphs`."""
+        known = None if patterns is BF16 else self._backends.get(patterns)
+        return frozenset() if known is None else frozenset(known.graphs)
+
+    def reports(self, patterns: Patterns) -> dict[str, Report]:
+        """`report` of every denoiser, with what these ``ignored_layers`` did to it."""
+        return {name: report(model, self.graphs(patterns)) for name, model in self.denoisers.items()}
+
+    def close(self) -> None:
+        """Let the pipeline run as it did before, and let go of what was compiled.
+
+        What torch itself keeps stays until ``torch.compiler.reset()``: its graphs, and with them the FP8 constants
+        beside the weights.
+        """
+        for module, call in self._before.items():
+            module._compiled_call_impl = call
+        self._calls.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        # Every variant is another entry for the same code, and each is wanted.
+        config: Any = torch._dynamo.config
+        with config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=NothingConvertedWarning)  # a block that is kept as a whole
+            # A pattern meant for one of several kinds of blocks; `reports` tells of those that match nowhere.
+            warnings.filterwarnings("ignore", category=UnmatchedPatternWarning)
+            yield
+
+
+def _regions(name: str, model: nn.Module, whole: bool) -> list[Region]:
+    blocks = [Region(name, path, block) for path, block in repeated_blocks(model)]
+    return blocks if blocks and not whole else [Region(name, "", model)]
+
+
+class StepClock:
+    """Times the steps of a pipeline, and apart from them what torch.compile took.
+
+    Args:
+        device: where the pipeline runs.
+    """
+
+    def __init__(self, device: str | torch.device) -> None:
+        self._device = torch.device(device)
+        self._step_ends: list[tuple[float, float]] = []
+        self.compile_seconds = 0.0
+        self._compile_start = 0.0
+
+    def __enter__(self) -> StepClock:
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.register_start_callback(self._compile_started)
+        callback_handler.register_end_callback(self._compile_ended)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.remove_start_callback(self._compile_started)
+        callback_handler.remove_end_callback(self._compile_ended)
+
+    def _compile_started(self, _: Any) -> None:
+        self._compile_start = time.perf_counter()
+
+    def _compile_ended(self, _: Any) -> None:
+        self.compile_seconds += time.perf_counter() - self._compile_start
+
+    def step(self, pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A pipeline's ``callback_on_step_end``."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # another GPU than the current one, perhaps
+        self._step_ends.append((time.perf_counter(), self.compile_seconds))
+        return kwargs
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of all steps but the first, whose start is unknown; compilation is not counted."""
+        pairs = zip(self._step_ends, self._step_ends[1:], strict=False)
+        return [(end - compiled) - (start - before) for (start, before), (end, compiled) in pairs]
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The median of ``seconds``; None where there are none."""
+        return statistics.median(self.seconds) if self.seconds else None
