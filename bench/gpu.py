@@ -71,7 +71,7 @@ from fp8_compile.errors import Fp8Error
 from fp8_compile.measure.groups import QWEN_IMAGE_GROUPS
 from fp8_compile.measure.results import write_whole
 from fp8_compile.measure.variants import NotedBackend
-from fp8_compile.runtime.binder import state_of
+from fp8_compile.runtime.constants import state_of
 
 from .common import Spread, environment, interleave, parser, table
 from .fake_gpu import GPUS, Gpu
@@ -128,7 +128,7 @@ PARTS: dict[str, dict[str, Case]] = {
         "eager BF16": Case("eager"),
         **_BF16,
         "FP8": Case(),
-        "FP8, few rows kept": Case(options={"few_rows": "keep"}),
+        "FP8, few rows kept": Case(options={"small_m": "keep"}),
         "FP8 per tensor": Case(options={"granularity": "tensor"}),
     },
     "torchao": {
@@ -267,9 +267,9 @@ class Runner:
             state = state_of(parameter)
             told = state.decisions.items() if state is not None else ()
             decisions = [d for record, some in told if record.compile_id in graphs for d in some]
-            schemes = {d.scheme.quantize_weight for d in decisions if d.decision == "fp8" and d.scheme is not None}
+            keys = {d.scheme.constants_key() for d in decisions if d.decision == "fp8" and d.scheme is not None}
             kinds = state.constants.items() if state is not None else ()
-            constants = sum(t.nbytes for (how, _), made in kinds if how in schemes for t in made.tensors)
+            constants = sum(t.nbytes for (key, _), made in kinds if key in keys for t in made.tensors)
             held += parameter.nbytes + constants
             kept = not constants or any(d.decision == "kept" for d in decisions)
             read += constants + (parameter.nbytes if kept else 0)
@@ -318,17 +318,17 @@ class Runner:
         counted = counter.get_flop_counts()["Global"]
         return shapes, sum(flops for op, flops in counted.items() if "attention" in str(op))
 
-    def roofline(self, gpu: Gpu, fp8: bool, few_rows: bool) -> float:
+    def roofline(self, gpu: Gpu, fp8: bool, small_m: bool) -> float:
         """Seconds of the linears and of the attention.
 
         Args:
             fp8: linears of at least 8 rows multiply in FP8.
-            few_rows: those of fewer read FP8 weights.
+            small_m: those of fewer read FP8 weights.
         """
         seconds = self.attention_flops / gpu.bf16_flops
         for (rows, n, k), count in self.linears.items():
             multiplied = fp8 and rows >= 8
-            activation, weight = 1 if multiplied else 2, 1 if multiplied or (few_rows and rows < 8) else 2
+            activation, weight = 1 if multiplied else 2, 1 if multiplied or (small_m and rows < 8) else 2
             moved = activation * rows * k + weight * n * k + 2 * rows * n
             rate = gpu.fp8_flops if multiplied else gpu.bf16_flops
             seconds += count * max(2 * rows * n * k / rate, moved / gpu.bandwidth)
@@ -506,14 +506,14 @@ def _summarize(runner: Runner, cases: dict[str, Case], found: dict[str, Any], sa
             continue
         case, median = cases[name], statistics.median(seconds)
         all_fp8 = case.quantized and not case.options.get("ignored_layers")
-        few_rows = case.backend == "fp8_diffusion" and case.options.get("few_rows") != "keep"
+        small_m = case.backend == "fp8_diffusion" and case.options.get("small_m") != "keep"
         found[name] |= {
             "seconds": Spread.of(seconds),
             "speedup": statistics.median(base) / median if base else None,
             "samples": list(seconds),
         }
         if gpu is not None and (all_fp8 or case.backend != "fp8_diffusion"):
-            found[name]["share_of_roofline"] = runner.roofline(gpu, all_fp8, few_rows) / median
+            found[name]["share_of_roofline"] = runner.roofline(gpu, all_fp8, small_m) / median
 
 
 def _peak(runner: Runner, name: str) -> int | None:

@@ -61,7 +61,7 @@ def fp8_over_nothing(gm: GraphModule, example_inputs: Sequence[Any]) -> Function
             raise RuntimeError(f"{converted} linears were converted, not {LINEARS}")
         return inner
 
-    options = {"min_features": 64, "min_rows": 1, "strict": True, "inner_backend": compile_inner}
+    options = {"min_features": 64, "min_m": 1, "strict": True, "inner_backend": compile_inner}
     return torch._dynamo.lookup_backend("fp8_diffusion")(gm, example_inputs, options=options)
 
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fp8_compile
-from fp8_compile import Fp8Weight
+from fp8_compile import QuantizedWeight
 
 from . import models
 from .common import Spread, parser, table, write
@@ -79,7 +79,7 @@ class Alive(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[Any]:
-    plain = [t for t in tree_leaves(tree) if isinstance(t, Tensor) and not isinstance(t, Fp8Weight)]
+    plain = [t for t in tree_leaves(tree) if isinstance(t, Tensor) and not isinstance(t, QuantizedWeight)]
     return [t.untyped_storage() for t in plain]
 
 
@@ -125,7 +125,7 @@ def speed(rounds: int) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.randn(12288, 3072, device=device).bfloat16()
     moved = {"quantize": 3 * weight.numel(), "copy": 4 * weight.numel()}
-    works = {"quantize": lambda: Fp8Weight.quantize(weight), "copy": weight.clone}
+    works = {"quantize": lambda: QuantizedWeight.quantize(weight), "copy": weight.clone}
     found = {}
     for name, work in works.items():
         seconds = []

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fp8_compile import Scheme, numerics, register_method
+from fp8_compile import Call, Scheme, Spec, numerics, register_method
 from fp8_compile.embedded import EMBEDDED_CALLS, default_pipeline_dir
-from fp8_compile.errors import OptionError
 from fp8_compile.measure.quality import compare, draw, following
 from fp8_compile.measure.scenes import scenes
-from fp8_compile.options import Fp8Options
+from fp8_compile.schemes.fp8 import Fp8
 
 from . import common
 from .outlier_channels import add_outliers
@@ -61,10 +60,10 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` of what the blocks stand for."""
     values = numerics.dequantize(*x, torch.float32).flatten(-2)
-    return linear_of_few_rows(values, weight, weight_scale, bias, dtype)
+    return linear_of_small_m(values, weight, weight_scale, bias, dtype)
 
 
-def linear_of_few_rows(
+def linear_of_small_m(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """As `linear`, of an activation that is not quantized."""
@@ -72,23 +71,64 @@ def linear_of_few_rows(
     return torch.nn.functional.linear(x.float(), matrix, None if bias is None else bias.float()).to(dtype)
 
 
-def _refuses(in_features: int, out_features: int, dtype: torch.dtype) -> str | None:
-    if in_features % BLOCK or out_features % BLOCK:
-        return f"{in_features} x {out_features} is not made of blocks of {BLOCK} x {BLOCK}"
-    return None
+@dataclass(frozen=True)
+class Blocks(Scheme):
+    """Scales for each 128 x 128 values of a weight."""
+
+    method: ClassVar[str] = "fp8-block-emulated"
+
+    min_m: int = Fp8.min_m
+
+    def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        rows, columns = out_features // BLOCK, in_features // BLOCK
+        return {
+            "qdata": Spec((rows, BLOCK, columns, BLOCK), numerics.FP8_DTYPE),
+            "scale": Spec((rows, 1, columns, 1), torch.float32),
+        }
+
+    def weight_shape(self, constants: Sequence[Tensor]) -> tuple[int, int]:
+        rows, height, columns, width = constants[0].shape
+        return rows * height, columns * width
+
+    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return quantize_blocks(weight)
+
+    def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        return self.quantize_weight(weight.to(device))
+
+    def dequantize(self, constants: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        return numerics.dequantize(constants[0], constants[1], dtype).flatten(2).flatten(0, 1)
+
+    def for_call(self, m: float, device: torch.device) -> tuple[Call, ...]:
+        if m < self.min_m:
+            return (Call(f"{self.method}-weight-only", linear_of_small_m),)
+        return (Call(self.method, linear, quantize),)
+
+    def reason(self, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+        if in_features % BLOCK or out_features % BLOCK:
+            return f"{in_features} x {out_features} is not made of blocks of {BLOCK} x {BLOCK}"
+        return None
 
 
-METHODS = {"fp8-block-emulated": quantize_blocks, "fp8-group-emulated": quantize_groups}
-"""How each emulated method, which `main` registers, quantizes a weight."""
+@dataclass(frozen=True)
+class Groups(Blocks):
+    """Scales for each 128 values of a row of a weight."""
+
+    method: ClassVar[str] = "fp8-group-emulated"
+
+    def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        columns = in_features // BLOCK
+        return {
+            "qdata": Spec((out_features, 1, columns, BLOCK), numerics.FP8_DTYPE),
+            "scale": Spec((out_features, 1, columns, 1), torch.float32),
+        }
+
+    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return quantize_groups(weight)
 
 
-def scheme(options: Fp8Options) -> Scheme:
-    """What stands for one of `METHODS`."""
-    if options.granularity != Fp8Options.granularity:
-        raise OptionError(f"granularity={options.granularity!r}: method {options.method!r} has one of its own")
-    made = Scheme(options.method, METHODS[options.method], quantize, linear, refuses=_refuses)
-    few = replace(made, name=f"{options.method}-weight-only", quantize=None, linear=linear_of_few_rows)
-    return replace(made, few_rows=few if options.few_rows == "weight-only" else None)
+METHODS = (Blocks, Groups)
+"""The emulated methods, which `main` registers."""
 
 
 def load(name: str, factor: float | None = None, choice: str | None = None) -> Any:
@@ -132,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the captions")
     arguments = parser.parse_args()
     for method in METHODS:
-        register_method(method, scheme)
+        register_method(method)
     held_out = [scene.caption for scene in scenes() if scene.held_out]
     prompts = random.Random(arguments.seed).sample(held_out, arguments.captions)
     rows, results = [], []

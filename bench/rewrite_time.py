@@ -70,7 +70,7 @@ def ours(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
         converted = sum(getattr(node.target, "__name__", "") == "scaled_linear" for node in rewritten.graph.nodes)
         return gm.forward
 
-    options = {"min_features": 64, "min_rows": 1, "strict": True, "inner_backend": compile_inner}
+    options = {"min_features": 64, "min_m": 1, "strict": True, "inner_backend": compile_inner}
     torch._dynamo.lookup_backend("fp8_diffusion")(gm, example_inputs, options=options)
     return converted
 

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 from .errors import (
     CheckpointError,
     Fp8Error,
-    Fp8WeightError,
     GradientError,
     NonFiniteWeightError,
     NothingConvertedError,
     NothingConvertedWarning,
     OptionError,
     PatternError,
+    QuantizedWeightError,
+    UnknownMethodError,
     UnmatchedPatternWarning,
     UnsupportedDeviceError,
 )
@@ -20,9 +21,9 @@ from .integrations.checkpoints import load_fp8_checkpoint, save_fp8_checkpoint
 from .options import Fp8Options
 from .quantize import quantize_
 from .report import report
-from .runtime.binder import refresh
-from .schemes.fp8 import Scheme, register_method
-from .weights.quantized_weight import Fp8Weight
+from .runtime.constants import refresh
+from .schemes import Call, Scheme, Spec, high_precision, register_method
+from .weights.quantized_weight import QuantizedWeight, rebuild
 
 if TYPE_CHECKING:
     from .integrations.diffusers import Fp8DiffusionConfig
@@ -30,23 +31,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Call",
     "CheckpointError",
     "Fp8DiffusionConfig",
     "Fp8Error",
     "Fp8Options",
-    "Fp8Weight",
-    "Fp8WeightError",
     "GradientError",
     "NonFiniteWeightError",
     "NothingConvertedError",
     "NothingConvertedWarning",
     "OptionError",
     "PatternError",
+    "QuantizedWeight",
+    "QuantizedWeightError",
     "Scheme",
+    "Spec",
+    "UnknownMethodError",
     "UnmatchedPatternWarning",
     "UnsupportedDeviceError",
+    "high_precision",
     "load_fp8_checkpoint",
     "quantize_",
+    "rebuild",
     "refresh",
     "register_method",
     "report",
@@ -57,7 +63,9 @@ registration.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Fp8DiffusionConfig":  # imports diffusers
+    if name == "Fp8DiffusionConfig":
+        import diffusers.quantizers.auto  # noqa: F401 # it registers ours when it is complete
+
         from .integrations.diffusers import Fp8DiffusionConfig
 
         return Fp8DiffusionConfig

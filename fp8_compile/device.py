@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import UnsupportedDeviceError
-
-if TYPE_CHECKING:
-    from .schemes.fp8 import Scheme
+from .schemes import Call, Scheme
 
 # Ada Lovelace, the first with FP8 tensor cores: https://developer.nvidia.com/cuda-gpus
 MIN_CAPABILITY = (8, 9)
@@ -41,25 +38,27 @@ def check_device(device: torch.device) -> None:
         )
 
 
-# A graph for any number of rows must run with few and with many; kernels are chosen by size, so each is asked.
-_ROWS_OF_ALL_SIZES = (16, 64, 256, 1024)
+# A graph for any M may hit any kernel; one size per kernel family is asked.
+_M_OF_ALL_SIZES = (16, 64, 256, 1024)
 
 
 def refusal(
     scheme: Scheme,
+    call: Call,
     device: torch.device,
     rows: int | torch.SymInt,
     features: tuple[int, int],
     dtype: torch.dtype,
     bias: bool,
 ) -> str | None:
-    """Why ``device`` cannot run ``scheme`` on a linear, or None; found out by running it once on zeros.
+    """Why ``device`` cannot run ``call`` on a linear, or None; found out by running it once on zeros.
 
     Libraries refuse single shapes, or all, in ways that depend on their version: row-wise scales with K = 9216 and at
     most 256 rows on Hopper (https://github.com/pytorch/ao/issues/4582), all row-wise scales on consumer Blackwell
     (https://github.com/pytorch/pytorch/issues/192707).
 
     Args:
+        scheme: whose constants ``call`` takes.
         rows: of the activation. If symbolic, some sizes are tried besides the one that was seen.
         features: input and output features.
         dtype: of the activation, the weight, the bias and the result.
@@ -72,15 +71,22 @@ def refusal(
         return None
     if isinstance(rows, torch.SymInt):
         seen = rows.node.hint
-        sizes = [*_ROWS_OF_ALL_SIZES, *([] if seen is None else [int(seen)])]
+        sizes = [*_M_OF_ALL_SIZES, *([] if seen is None else [int(seen)])]
     else:
         sizes = [rows]
-    return next((why for size in sizes if (why := _refusal(scheme, device, size, features, dtype, bias))), None)
+    reasons = (_refusal(scheme, call, device, size, features, dtype, bias) for size in sizes)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 @functools.cache
 def _refusal(
-    scheme: Scheme, device: torch.device, rows: int, features: tuple[int, int], dtype: torch.dtype, bias: bool
+    scheme: Scheme,
+    call: Call,
+    device: torch.device,
+    rows: int,
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    bias: bool,
 ) -> str | None:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.utils._python_dispatch import _disable_current_modes
@@ -89,9 +95,10 @@ def _refusal(
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
         try:
             x, weight = (torch.zeros(size, k, dtype=dtype, device=device) for size in (rows, n))
-            quantized = x if scheme.quantize is None else scheme.quantize(x)
+            quantized = x if call.quantize is None else call.quantize(x)
             added = torch.zeros(n, dtype=dtype, device=device) if bias else None
-            scheme.linear(quantized, *scheme.quantize_weight(weight), added, dtype)
+            assert call.linear is not None
+            call.linear(quantized, *scheme.quantize_weight(weight), added, dtype)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except torch.OutOfMemoryError:

@@ -17,6 +17,10 @@ class OptionError(Fp8Error, ValueError):
     """An option is unknown, or has a value that it cannot have."""
 
 
+class UnknownMethodError(OptionError):
+    """A weight, a file or the user names a method that is not registered."""
+
+
 class PatternError(Fp8Error, ValueError):
     """An entry of ``ignored_layers`` is malformed, misspelt, or names a path outside the compiled region."""
 
@@ -48,8 +52,16 @@ class NonFiniteWeightError(Fp8Error, ValueError):
         self.layers = tuple(layers)
 
 
-class Fp8WeightError(Fp8Error, ValueError):
-    """Something that an `Fp8Weight` cannot be made of, or cannot do."""
+class QuantizedWeightError(Fp8Error, ValueError):
+    """Something that a `QuantizedWeight` cannot be made of, or cannot do.
+
+    Attributes:
+        suffix: of the constant that is wrong, behind the weight's name in files.
+    """
+
+    def __init__(self, problem: str, suffix: str = "") -> None:
+        super().__init__(problem)
+        self.suffix = suffix
 
 
 class CheckpointError(Fp8Error, ValueError):

@@ -1,60 +1,53 @@
-"""The options of the backend: what is accepted, what each means, and what an invalid one is answered with."""
+"""The options that do not depend on the method: what is accepted, and what each means.
+
+This module knows neither methods nor passes: `checks.parse_options`, at the two entrances, takes a flat dict apart.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import OptionError, PatternError
 from .patterns import Pattern
-from .schemes import fp8
-
-GRANULARITIES = ("row", "tensor")
-FEW_ROWS = ("weight-only", "keep")
 
 
 @dataclass(frozen=True)
 class Fp8Options:
-    """Options of ``torch.compile(..., backend="fp8_diffusion", options=...)``; a dict of the same names does as well.
+    """Options of ``torch.compile(..., backend="fp8_diffusion", options=...)``.
+
+    Users give a flat dict. Its keys are looked up among the attributes here, then among the options of the method
+    (`fp8_compile.schemes`), then among Inductor's settings.
 
     Attributes:
-        method: the kind of quantization, one of `fp8_compile.schemes.methods`.
+        method: the kind of quantization; None if it was not given: weights that are quantized already have one of their
+            own, and others get `fp8_compile.schemes.DEFAULT_METHOD`.
+        method_options: the method's own options that were given.
         ignored_layers: module paths that stay as they are; see `fp8_compile.patterns` for what matches.
-        activation_scheme: "dynamic" computes each activation's scale from its values.
-        weight_block_size: None; block-wise scales are not available yet.
-        granularity: "row" gives each output channel of a weight and each token of an activation a scale of its own,
-            "tensor" gives one to the whole.
         min_features: a linear with fewer input or output features stays as it is.
-        min_rows: a linear whose input has fewer rows (tokens of the whole batch) is not multiplied in FP8.
-        few_rows: what becomes of it: "weight-only" stores its weight in FP8, with scales of the same granularity, and
-            multiplies in float32; "keep" leaves it as it is, which is for compilation only.
         strict: raise `NothingConvertedError` where a graph with linears would only warn that none was converted.
         inner_backend: what compiles the rewritten graph: the name of a registered backend, or a callable
             ``(graph_module, example_inputs) -> callable``.
         mode: as ``torch.compile``'s; for the inner backend "inductor" only.
         disabled_passes: names of passes that shall not run, to find out what they are good for; see
             `fp8_compile.passes.pipeline`. Quantization itself is not among them.
-        dump_graphs: a directory that receives the graph before and after each pass, or None.
-        inductor: Inductor settings for this compile only, by their name in ``torch._inductor.config``. In a dict of
-            options they stand beside the others.
+        dump_graphs: a directory that receives the graph before and after each pass, or None. The graph is also checked
+            between passes then.
+        inductor: Inductor settings for this compile only, by their name in ``torch._inductor.config``.
 
     Raises:
         OptionError: a value is not valid; the message says which ones are.
         PatternError: an entry of ``ignored_layers`` is malformed.
     """
 
-    method: str = "fp8"
+    method: str | None = None
+    method_options: Mapping[str, Any] = field(default_factory=dict)
     ignored_layers: tuple[str, ...] = ()
-    activation_scheme: str = "dynamic"
-    weight_block_size: tuple[int, int] | None = None
-    granularity: str = "row"
     min_features: int = 256
-    min_rows: int = 8
-    few_rows: str = "weight-only"
     strict: bool = False
     inner_backend: str | Callable[..., Any] = "inductor"
     mode: str | None = None
@@ -64,43 +57,25 @@ class Fp8Options:
 
     def __post_init__(self) -> None:
         if isinstance(self.ignored_layers, (str, Mapping)) or not isinstance(self.ignored_layers, Iterable):
-            raise PatternError(self.ignored_layers, "a list of patterns belongs here, for example ['img_mlp']")
+            raise PatternError(self.ignored_layers, "expected a list of patterns, for example ['img_mlp']")
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
         for pattern in self.ignored_layers:
             Pattern(pattern)
-
-        _one_of("method", self.method, fp8.methods())
-        _one_of("granularity", self.granularity, GRANULARITIES)
-        _one_of("few_rows", self.few_rows, FEW_ROWS)
-        if self.activation_scheme == "static":
-            raise OptionError("activation_scheme='static' is not available yet; use 'dynamic'")
-        _one_of("activation_scheme", self.activation_scheme, ("dynamic",))
-        if self.weight_block_size is not None:
-            raise OptionError(
-                f"weight_block_size={self.weight_block_size!r}: block-wise scales are not available yet; use None"
-            )
-        for name in ("min_features", "min_rows"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise OptionError(f"{name}={value!r}: an integer of at least 1 belongs here")
+        for name in ("method_options", "inductor"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise OptionError(f"{name}={getattr(self, name)!r}: expected a dict")
+        check_count("min_features", self.min_features)
         if not isinstance(self.strict, bool):
-            raise OptionError(f"strict={self.strict!r}: True or False belongs here")
+            raise OptionError(f"strict={self.strict!r}: expected True or False")
         if isinstance(self.dump_graphs, os.PathLike):
             object.__setattr__(self, "dump_graphs", os.fspath(self.dump_graphs))
         if self.dump_graphs is not None and not (isinstance(self.dump_graphs, str) and self.dump_graphs):
-            raise OptionError(f"dump_graphs={self.dump_graphs!r}: the path of a directory or None belongs here")
+            raise OptionError(f"dump_graphs={self.dump_graphs!r}: expected the path of a directory, or None")
         if self.dump_graphs is not None and os.path.isfile(self.dump_graphs):
-            raise OptionError(f"dump_graphs={self.dump_graphs!r} is a file; the path of a directory belongs here")
+            raise OptionError(f"dump_graphs={self.dump_graphs!r} is a file; expected the path of a directory")
         if isinstance(self.disabled_passes, (str, Mapping)) or not isinstance(self.disabled_passes, Iterable):
-            raise OptionError(f"disabled_passes={self.disabled_passes!r}: a list of names belongs here")
+            raise OptionError(f"disabled_passes={self.disabled_passes!r}: expected a list of names")
         object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
-        if self.disabled_passes:
-            from .passes.pipeline import HEURISTICS, POST_GRAD, PRE_GRAD
-
-            for name in self.disabled_passes:
-                _one_of("disabled_passes", name, [*PRE_GRAD, *POST_GRAD, *HEURISTICS])
-        if not isinstance(self.inductor, Mapping):
-            raise OptionError(f"inductor={self.inductor!r}: a dict of settings belongs here")
         self._check_inner()
 
     def _check_inner(self) -> None:
@@ -115,75 +90,70 @@ class Fp8Options:
                 import torch
 
                 known = torch.compiler.list_backends(exclude_tags=())
-                _one_of("inner_backend", self.inner_backend, [name for name in known if name != "fp8_diffusion"])
+                check_choice("inner_backend", self.inner_backend, [name for name in known if name != "fp8_diffusion"])
             return
         if self.mode is not None:
             from torch._inductor import list_mode_options
 
-            _one_of("mode", self.mode, list(list_mode_options()))
+            check_choice("mode", self.mode, list(list_mode_options()))
         if self.inductor:
-            _check_inductor(self.inductor)
+            check_inductor(self.inductor)
 
     def changed(self) -> dict[str, Any]:
-        """The options that are not the default, by their names."""
+        """What is not the default, as the flat dict that means the same."""
         default = type(self)()
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if value != getattr(default, name)}
-
-    @classmethod
-    def parse(cls, options: Fp8Options | Mapping[str, Any] | None, mode: str | None = None) -> Fp8Options:
-        """Options from what ``torch.compile`` hands to a backend.
-
-        Args:
-            options: an instance (returned as it is), a dict, or None for the defaults. Keys that are no attribute of
-                this class must be settings of Inductor.
-            mode: ``torch.compile``'s own ``mode``, which it passes separately.
-        """
-        if isinstance(options, cls):
-            given = {f.name: getattr(options, f.name) for f in fields(cls)}
-        elif isinstance(options, Mapping):
-            own = {f.name for f in fields(cls)}
-            given = {key: value for key, value in options.items() if key in own}
-            extra = {key: value for key, value in options.items() if key not in own}
-            if extra:
-                inner = given.get("inductor", {})
-                if not isinstance(inner, Mapping):
-                    raise OptionError(f"inductor={inner!r}: a dict of settings belongs here")
-                given["inductor"] = {**inner, **extra}
-                # Before __post_init__, because an unknown key must be called unknown whatever the inner backend is.
-                _check_inductor(given["inductor"])
-        elif options is None:
-            given = {}
-        else:
-            raise OptionError(f"options={options!r}: a dict or Fp8Options belongs here")
-        if mode is not None:
-            if given.get("mode") not in (None, mode):
-                raise OptionError(f"mode is given twice: {mode!r} and, in the options, {given['mode']!r}")
-            given["mode"] = mode
-        return cls(**given)
+        common = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "method_options"}
+        return {
+            **{name: value for name, value in common.items() if value != getattr(default, name)},
+            **self.method_options,
+        }
 
 
-def _one_of(name: str, value: object, valid: typing.Sequence[str]) -> None:
+COMMON = tuple(f.name for f in fields(Fp8Options))
+"""The names of the options that do not depend on the method."""
+
+
+def check_choice(name: str, value: object, valid: Sequence[str]) -> None:
+    """Refuse a value that is none of ``valid``."""
     if value not in valid:
-        raise OptionError(f"{name}={value!r} is not valid{_closest(value, valid)}; valid: {', '.join(valid)}")
+        raise OptionError(f"{name}={value!r} is not valid{closest(value, valid)}; valid: {', '.join(valid)}")
 
 
-def _closest(value: object, valid: Iterable[str]) -> str:
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name}={value!r}: expected an integer of at least 1")
+
+
+def closest(value: object, valid: Iterable[str]) -> str:
+    """What a message says of the one of ``valid`` that was meant, perhaps."""
     near = difflib.get_close_matches(str(value), list(valid), n=1)
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def _check_inductor(settings: Mapping[str, Any]) -> None:
-    """Refuse what is no setting of Inductor, or not of the setting's type (the checks of torch.compile itself)."""
+def inductor_settings() -> Mapping[str, Any]:
+    """All settings of ``torch._inductor.config``."""
     from torch._inductor import config as inductor_config
 
     config: Any = inductor_config
-    known = config.get_config_copy()
-    own = [f.name for f in fields(Fp8Options)]
+    settings: Mapping[str, Any] = config.get_config_copy()
+    return settings
+
+
+def check_inductor(settings: Mapping[str, Any], others: Sequence[str] = COMMON) -> None:
+    """Refuse what is no setting of Inductor, or not of the setting's type (the checks of torch.compile itself).
+
+    Args:
+        others: the names that are no settings of Inductor and valid where the settings stand.
+    """
+    from torch._inductor import config as inductor_config
+
+    config: Any = inductor_config
+    known = inductor_settings()
     for key, value in settings.items():
         if key not in known:
             raise OptionError(
-                f"unknown option {key!r}{_closest(key, [*own, *known])}; the options are {', '.join(own)}, "
+                f"unknown option {key!r}{closest(key, [*others, *known])}; the options are {', '.join(others)}, "
                 "and every setting of torch._inductor.config"
             )
         expected = config.get_type(key)

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checks import complain_of_nothing, parse_options, scheme_for, unmatched_patterns, warn_of_unmatched
 from .device import check_device
-from .errors import (
-    NonFiniteWeightError,
-    NothingConvertedError,
-    NothingConvertedWarning,
-    OptionError,
-    PatternError,
-    UnmatchedPatternWarning,
-)
+from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
 from .options import Fp8Options
-from .passes.plan import weight_objection
-from .patterns import check_unmatched, first_match, is_adapter, layer_path
-from .schemes.fp8 import ROW, TENSOR, Scheme, scheme_for
-from .weights import lora
-from .weights.quantized_weight import Fp8Weight, KeptWeight, adopt
+from .patterns import first_match, is_adapter, layer_path
+from .schemes import Scheme
+from .weights import eligible, lora
+from .weights.eligible import Candidate
+from .weights.quantized_weight import KeptWeight, QuantizedWeight
+
+on_converted: list[Callable[[nn.Module, Fp8Options], None]] = []
+"""Called with each model that `quantize_` has converted: how integrations learn of it."""
+
+adopters: list[Callable[[Tensor], QuantizedWeight | None]] = []
+"""Asked of each weight: integrations turn quantized weights of other libraries into ours, in the same memory."""
 
 
 @torch.no_grad()
@@ -35,25 +35,24 @@ def quantize_(
     options: Fp8Options | Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
 ) -> None:
-    """Replace the weights of ``model``'s linear layers by `Fp8Weight` parameters, in place.
+    """Replace the weights of ``model``'s linear layers by `QuantizedWeight` parameters, in place.
 
     The weights that the backend would convert are converted, by the same options and for the same reasons. How many
-    rows a layer will see is not known yet, which is why ``few_rows="keep"`` is refused.
+    rows a layer will see is not known yet, which is why ``small_m="keep"`` is refused.
     ``torch.compile(model, backend="fp8_diffusion")`` needs no options afterwards, and converts nothing more.
 
-    A parameter that is a ``Float8Tensor`` of torchao's, with a scale per output channel or one in all, becomes an
-    `Fp8Weight` in the same memory: its bytes are used as they are.
+    A parameter that is a ``Float8Tensor`` of torchao's, with a scale per output channel or one in all, becomes a
+    `QuantizedWeight` in the same memory: its bytes are used as they are.
 
     Args:
         model: a transformer or a text encoder in bfloat16 or float16.
         options: see `Fp8Options`. What concerns compilation alone is for ``torch.compile`` and is ignored here.
-        device: where the model goes: its weights one by one and a few rows at a time, quantized there, so that it never
-            holds more than what stays and less than one layer of BF16. None leaves everything where it is.
+        device: target device. Weights are moved and quantized one at a time; peak memory is the quantized model plus
+            one layer. None leaves everything where it is.
 
     Raises:
         TypeError: ``model`` is no module.
-        OptionError: an option is invalid or cannot be served at load time: ``few_rows="keep"``, or a method whose
-            weights are no FP8 matrix with a scale.
+        OptionError: an option is invalid, or cannot be served at load time: ``small_m="keep"``.
         PatternError: an entry of ``ignored_layers`` is malformed or misspelt, or names only layers that are in FP8
             already; nothing has been converted.
         UnsupportedDeviceError: ``device`` has no FP8 matrix multiplication; nothing has been converted.
@@ -61,15 +60,16 @@ def quantize_(
         NonFiniteWeightError: weights hold NaN or Inf. It names all of them; they stay, and the others are converted.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"a torch.nn.Module belongs here, for example pipeline.transformer, not {type(model).__name__}")
-    options = Fp8Options.parse(options)
+        raise TypeError(f"expected a torch.nn.Module, for example pipeline.transformer, got {type(model).__name__}")
+    options = parse_options(options)
     target = None if device is None else torch.device(device)
     if target is not None:
         check_device(target)
     choices = choose(model, options)
-    check_choices(choices, options, _in_fp8(model))
+    check_choices(choices, options, _prequantized(model))
     if any(choice.reason is None for choice in choices):
-        _attach_to_library(model, options)
+        for hook in on_converted:
+            hook(model, options)
     convert(model, choices, options, target)
 
 
@@ -82,8 +82,9 @@ def convert(
         NonFiniteWeightError: see `quantize_`.
     """
     broken = []
+    scheme = scheme_at_load(options)
     for choice in _progress([c for c in choices if c.reason is None], "Quantizing to FP8"):
-        made = quantized(choice.weight, options, target)
+        made = quantized(choice.weight, scheme, target)
         if made is None:
             broken.append(choice.paths[0])
             choice.reason = "NaN or Inf in the weight"
@@ -97,18 +98,21 @@ def convert(
         raise NonFiniteWeightError(broken)
 
 
-def quantized(weight: Tensor, options: Fp8Options, device: torch.device | None = None) -> Fp8Weight | None:
+def quantized(weight: Tensor, scheme: Scheme, device: torch.device | None = None) -> QuantizedWeight | None:
     """The parameter that ``weight`` becomes, on ``device``; None if it holds NaN or Inf."""
-    min_rows = None if options.min_rows == Fp8Options.min_rows else options.min_rows
     adopted = adopt(weight)
     if adopted is None:
-        made = Fp8Weight.quantize(weight, options.granularity, min_rows=min_rows, device=device)
+        made = QuantizedWeight.quantize(weight, scheme, device)
     else:
         made = adopted if device is None else adopted.to(device)  # type: ignore[assignment]
-    # A NaN or Inf of the weight reaches its scale through the amax.
-    if made.device.type != "meta" and not made.scale.isfinite().all():
-        return None
-    return Fp8Weight(made)
+    # A NaN or Inf of the weight reaches a float32 constant.
+    finite = [c.isfinite().all() for c in made.constants if c.dtype == torch.float32 and not c.is_meta]
+    return QuantizedWeight(made) if all(finite) else None
+
+
+def adopt(weight: Tensor) -> QuantizedWeight | None:
+    """A quantized weight of another library as ours, in the same memory; None if ``weight`` is no such thing."""
+    return next((made for adopter in adopters if (made := adopter(weight)) is not None), None)
 
 
 @dataclass
@@ -135,22 +139,13 @@ class Choice:
 
 
 def scheme_at_load(options: Fp8Options) -> Scheme:
-    """The scheme whose weights parameters shall hold.
+    """The scheme whose constants parameters shall hold.
 
     Raises:
-        OptionError: the method, or another option, cannot be served before a graph is seen.
+        OptionError: an option cannot be served before a graph is seen.
     """
     scheme = scheme_for(options)
-    if scheme.quantize_weight not in (ROW.quantize_weight, TENSOR.quantize_weight):
-        raise OptionError(
-            f"method={options.method!r}: its weights are no FP8 matrix with a scale per row or one in all, which is "
-            "what a parameter can hold; use it with torch.compile alone"
-        )
-    if options.few_rows != "weight-only":
-        raise OptionError(
-            f"few_rows={options.few_rows!r}: at load time it is not known how many rows a layer will see; use "
-            "'weight-only', and name the layers that shall stay as they are in ignored_layers"
-        )
+    scheme.check_at_load()
     return scheme
 
 
@@ -167,7 +162,7 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     choices: dict[int, Choice] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if weight is None or is_adapter(name) or isinstance(weight, Fp8Weight):
+        if weight is None or is_adapter(name) or isinstance(weight, QuantizedWeight):
             continue
         path = layer_path(name)
         pattern = first_match(options.ignored_layers, path)
@@ -178,13 +173,14 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
             if pattern is not None and choice.pattern is None:
                 choice.reason, choice.pattern = f"ignored_layers: {pattern}", pattern
             continue
-        features = (module.in_features, module.out_features)
-        reason = (
-            _already_kept(weight)
-            or (f"ignored_layers: {pattern}" if pattern is not None else None)
-            or (None if adopt(weight) is not None else weight_objection(weight, features, options))
-            or scheme.refuses(*features, weight.dtype)
+        adopted = adopt(weight)
+        candidate = Candidate(
+            weight if adopted is None else adopted,
+            name,
+            (module.in_features, module.out_features),
+            earlier=weight.reason if isinstance(weight, KeptWeight) else None,
         )
+        reason = eligible.reason(candidate, options, scheme if adopted is None else adopted.scheme)
         choices[id(weight)] = Choice(weight, [module], [path], reason, pattern)
     for key, choice in choices.items():
         if choice.reason is None and len(choice.modules) < len(owners[key]):
@@ -193,58 +189,49 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     return list(choices.values())
 
 
-def _already_kept(weight: Tensor) -> str | None:
-    return weight.reason if isinstance(weight, KeptWeight) else None
-
-
-def _in_fp8(model: nn.Module) -> list[str]:
+def _prequantized(model: nn.Module) -> list[str]:
     """Paths of the linears whose weights were converted earlier."""
     return [
         layer_path(name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), Fp8Weight)
+        if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), QuantizedWeight)
     ]
 
 
-def check_choices(choices: Sequence[Choice], options: Fp8Options, in_fp8: Sequence[str] = ()) -> None:
+def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: Sequence[str] = ()) -> None:
     """Complain of patterns that matched nothing, and of a model in which nothing will be converted.
 
     Args:
-        in_fp8: paths of linears that are no choice any more.
+        prequantized: paths of linears that are no choice any more.
     """
     paths = [path for choice in choices for path in choice.paths]
-    unmatched = unmatched_patterns(choices, options)
+    unmatched = _unmatched_of(choices, options)
     for pattern in options.ignored_layers:
-        late = [path for path in in_fp8 if first_match([pattern], path) is not None]
+        late = [path for path in prequantized if first_match([pattern], path) is not None]
         if late and pattern in unmatched:
             raise PatternError(pattern, f"names {late[0]}, which is in FP8 already; load the model anew")
         if late:
             message = f"ignored_layers: {pattern!r} names {late[0]} too, which is in FP8 already and stays so"
             warnings.warn(message, UnmatchedPatternWarning, stacklevel=4)
-    for pattern in unmatched:
-        check_unmatched(pattern, [*paths, *in_fp8], whole_model=True)
-        warnings.warn(
-            f"ignored_layers: {pattern!r} matched none of the {len(paths) + len(in_fp8)} linears of this model",
-            UnmatchedPatternWarning,
-            stacklevel=4,
-        )
-    if in_fp8 and not choices:
-        message = f"all {len(in_fp8)} linears of this model are in FP8 already; these options changed nothing"
+    warn_of_unmatched(unmatched, [*paths, *prequantized], "this model", whole_model=True, stacklevel=4)
+    if prequantized and not choices:
+        message = f"all {len(prequantized)} linears of this model are in FP8 already; these options changed nothing"
         warnings.warn(message, NothingConvertedWarning, stacklevel=4)
     if choices and all(choice.reason is not None for choice in choices):
-        reasons = dict.fromkeys(str(choice.reason) for choice in choices)
-        counts = "; ".join(f"{sum(c.reason == reason for c in choices)} x {reason}" for reason in reasons)
-        others = f" that are not in FP8 yet ({len(in_fp8)} are)" if in_fp8 else ""
-        message = f"none of the {len(paths)} linears of this model{others} became FP8: {counts}"
-        if options.strict and not in_fp8:
-            raise NothingConvertedError(message)
-        warnings.warn(message, NothingConvertedWarning, stacklevel=4)
+        others = f" that are not in FP8 yet ({len(prequantized)} are)" if prequantized else ""
+        complain_of_nothing(
+            Counter(str(choice.reason) for choice in choices for _ in choice.paths),
+            f"this model{others}",
+            strict=options.strict and not prequantized,
+            stacklevel=4,
+        )
 
 
-def unmatched_patterns(choices: Sequence[Choice], options: Fp8Options) -> tuple[str, ...]:
-    """The entries of ``ignored_layers`` that name no linear."""
+def _unmatched_of(choices: Sequence[Choice], options: Fp8Options) -> tuple[str, ...]:
     paths = [path for choice in choices for path in choice.paths]
-    return tuple(p for p in options.ignored_layers if not any(first_match([p], path) for path in paths))
+    return unmatched_patterns(
+        options.ignored_layers, (p for p in options.ignored_layers if any(first_match([p], path) for path in paths))
+    )
 
 
 def keep_others(model: nn.Module, choices: Sequence[Choice]) -> None:
@@ -264,28 +251,13 @@ def keep_others(model: nn.Module, choices: Sequence[Choice]) -> None:
             module._parameters[name] = made[key]
 
 
-_LIBRARIES = {
-    "diffusers": ("diffusers.models.modeling_utils", "ModelMixin"),
-    "transformers": ("transformers.modeling_utils", "PreTrainedModel"),
-}
-
-
-def _attach_to_library(model: nn.Module, options: Fp8Options) -> None:
-    for quantizer, (module, kind) in _LIBRARIES.items():
-        loaded, modeling = sys.modules.get(f"{__package__}.integrations.{quantizer}"), sys.modules.get(module)
-        if loaded is None or modeling is None or hasattr(model, "hf_quantizer"):
-            continue
-        if isinstance(model, getattr(modeling, kind)):
-            loaded.attach(model, options)
-
-
 _unmatched: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
 def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -> None:
     """Keep for the report which patterns matched nothing, and watch what PEFT will do to the model."""
     lora.watch_merges()
-    _unmatched[model] = unmatched_patterns(choices, options)
+    _unmatched[model] = _unmatched_of(choices, options)
 
 
 def unmatched_at_load(model: nn.Module) -> tuple[str, ...]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .passes.plan import Decision
+from .checks import unmatched_patterns
+from .passes.context import Decision, PassResult
 from .patterns import is_adapter, layer_path
 from .quantize import unmatched_at_load
-from .runtime.binder import GraphRecord, WeightState, state_of
-from .schemes.fp8 import scheme_of
-from .weights.quantized_weight import Fp8Weight, KeptWeight
+from .runtime.constants import GraphRecord, WeightState, state_of
+from .weights.quantized_weight import KeptWeight, QuantizedWeight
 
 NOT_COMPILED = "in no graph that the backend compiled"
 
@@ -29,7 +29,8 @@ class LayerReport:
         path: as in ``model.named_modules()``; relative to the compiled region where the weight is no parameter.
         decision: "fp8" or "kept".
         reason: why it is kept, or in which graphs; may be empty for "fp8".
-        scheme: names of the schemes that its weight was converted by, or empty.
+        scheme: how it runs in the graphs: names of the kernels' granularity, or empty; of a weight that has run in no
+            graph yet, its method.
         bytes_before: of its weight.
         bytes_after: of the FP8 constants that compiled code reads in its place, or of the weight if it is kept.
     """
@@ -52,12 +53,14 @@ class Report:
         layers: a row per linear of the model.
         unmatched_patterns: entries of ``ignored_layers`` that named no linear in any graph of the model.
         graphs: identifiers of the compilations that ran with the model's weights, in their order.
+        passes: what each pass did to each of these graphs, by its identifier.
         extra_bytes: FP8 constants held beside the model's own weights.
     """
 
     layers: tuple[LayerReport, ...]
     unmatched_patterns: tuple[str, ...]
     graphs: tuple[str, ...]
+    passes: dict[str, tuple[PassResult, ...]]
     extra_bytes: int
 
     @property
@@ -72,12 +75,13 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data: ``layers``, ``totals``, ``unmatched_patterns``, ``graphs``."""
+        """The report as plain data: ``layers``, ``totals``, ``unmatched_patterns``, ``graphs``, ``passes``."""
         return {
             "layers": [asdict(row) for row in self.layers],
             "totals": self.totals,
             "unmatched_patterns": list(self.unmatched_patterns),
             "graphs": list(self.graphs),
+            "passes": {graph: [asdict(result) for result in results] for graph, results in self.passes.items()},
         }
 
     def __str__(self) -> str:
@@ -93,6 +97,7 @@ class Report:
             f"{totals['bytes_after'] / 1e6:.1f} MB read per step, {totals['extra_bytes'] / 1e6:.1f} MB held beside the "
             f"model; {len(self.graphs)} graph(s) compiled"
         )
+        lines.extend(_of_passes(self.passes))
         lines.extend(f"ignored_layers: {pattern!r} matched nothing" for pattern in self.unmatched_patterns)
         return "\n".join(lines)
 
@@ -109,7 +114,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         TypeError: ``model`` is no module (a pipeline's transformer is one, the pipeline is not).
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"a torch.nn.Module belongs here, for example pipeline.transformer, not {type(model).__name__}")
+        raise TypeError(f"expected a torch.nn.Module, for example pipeline.transformer, got {type(model).__name__}")
     rows: list[LayerReport] = []
     records: dict[GraphRecord, None] = {}
     extra = 0
@@ -120,8 +125,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         state = state_of(parameter)
         decisions: dict[GraphRecord, list[Decision]] = {}
         if state is not None:
-            told = state.decisions
-            decisions = {r: told[r] for r in told if graphs is None or r.compile_id in graphs}
+            decisions = {r: ds for r, ds in state.decisions.items() if graphs is None or r.compile_id in graphs}
             records.update(dict.fromkeys(decisions))
             if id(parameter) not in seen:
                 extra += state.nbytes
@@ -135,21 +139,27 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     for row in _without_parameter(ordered):
         _put(rows, row)
     unmatched = tuple(dict.fromkeys([*unmatched_at_load(model), *_unmatched(ordered)]))
-    return Report(tuple(rows), unmatched, tuple(record.compile_id for record in ordered), extra)
+    return Report(
+        tuple(rows),
+        unmatched,
+        tuple(record.compile_id for record in ordered),
+        {record.compile_id: tuple(record.passes) for record in ordered},
+        extra,
+    )
 
 
 def _uncompiled(path: str, weight: Tensor) -> LayerReport:
     """A linear that no graph has told of; whose weight may have been quantized, or kept, when the model was loaded."""
-    held = isinstance(weight, Fp8Weight)
+    prequantized = isinstance(weight, QuantizedWeight)
     reason = "low-rank adapter" if is_adapter(path) else _kept_at_load(weight) or NOT_COMPILED
     out_features, in_features = weight.shape
     return LayerReport(
         path=layer_path(path),
         in_features=in_features,
         out_features=out_features,
-        decision="fp8" if held else "kept",
+        decision="fp8" if prequantized else "kept",
         reason=reason,
-        scheme=scheme_of(weight.granularity).name if isinstance(weight, Fp8Weight) else "",
+        scheme=weight.scheme.label if isinstance(weight, QuantizedWeight) else "",
         bytes_before=_original_bytes(weight),
         bytes_after=weight.nbytes,
     )
@@ -172,8 +182,8 @@ def _put(rows: list[LayerReport], row: LayerReport) -> None:
     rows.append(row)
 
 
-def _row(path: str, weight: Tensor, state: WeightState, told: Sequence[Sequence[Decision]]) -> LayerReport:
-    decisions = [_of_path(decisions, path) for decisions in told]
+def _row(path: str, weight: Tensor, state: WeightState, of_graphs: Sequence[Sequence[Decision]]) -> LayerReport:
+    decisions = [_of_path(decisions, path) for decisions in of_graphs]
     converted = [d for d in decisions if d.decision == "fp8"]
     kept = [d for d in decisions if d.decision == "kept"]
     first = (converted or kept)[0]
@@ -181,16 +191,16 @@ def _row(path: str, weight: Tensor, state: WeightState, told: Sequence[Sequence[
     reasons = _kept_at_load(weight) or ", ".join(dict.fromkeys(d.reason for d in kept))
     if converted and kept:
         reasons = f"kept in {len(kept)} of {len(decisions)} graphs: {reasons}"
-    schemes = [d.scheme.name for d in converted if d.scheme is not None]
+    calls = [d.call.name for d in converted if d.call is not None]
     return LayerReport(
         path=path,
         in_features=first.in_features,
         out_features=first.out_features,
         decision=first.decision,
         reason=reasons,
-        scheme="+".join(dict.fromkeys(schemes)),
+        scheme="+".join(dict.fromkeys(calls)),
         bytes_before=_original_bytes(weight),
-        bytes_after=state.nbytes if converted and not isinstance(weight, Fp8Weight) else weight.nbytes,
+        bytes_after=state.nbytes if converted and not isinstance(weight, QuantizedWeight) else weight.nbytes,
     )
 
 
@@ -213,8 +223,22 @@ def _without_parameter(records: Sequence[GraphRecord]) -> Iterator[LayerReport]:
 
 def _unmatched(records: Sequence[GraphRecord]) -> tuple[str, ...]:
     given = dict.fromkeys(p for record in records for p in record.plan.ignored_layers)
-    matched = {d.pattern for record in records for d in record.plan.decisions}
-    return tuple(pattern for pattern in given if pattern not in matched)
+    return unmatched_patterns(given, (d.pattern for record in records for d in record.plan.decisions))
+
+
+def _of_passes(passes: Mapping[str, Sequence[PassResult]]) -> Iterator[str]:
+    """A line per pass: how many places it changed in all graphs, and how long it took."""
+    results: dict[str, list[PassResult]] = {}
+    for of_graph in passes.values():
+        for result in of_graph:
+            results.setdefault(result.name, []).append(result)
+    for name, those in results.items():
+        ran = [r for r in those if r.matches is not None]
+        notes = Counter(r.note for r in those if r.matches is None)
+        parts = (
+            [f"{sum(r.matches or 0 for r in ran)} matches in {sum(r.milliseconds for r in ran):.1f} ms"] if ran else []
+        )
+        yield f"{name}: {'; '.join([*parts, *(f'{note} ({count} graphs)' for note, count in notes.items())])}"
 
 
 def _grouped(rows: Sequence[LayerReport]) -> Iterator[tuple[str, ...]]:

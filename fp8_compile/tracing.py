@@ -18,7 +18,7 @@ from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
 from .options import Fp8Options
-from .passes.plan import Decision, Plan
+from .passes.context import Decision, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def trace_plan(plan: Plan, options: Fp8Options) -> None:
 
 def _row(decision: Decision) -> dict[str, Any]:
     row = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
-    return {**row, "scheme": decision.scheme and decision.scheme.name}
+    return {**row, "scheme": decision.scheme and decision.scheme.method, "call": decision.call and decision.call.name}
 
 
 def trace_graph(stage: str, make: Callable[[], GraphModule], options: Fp8Options) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 WIDTH = 64
-OPTIONS: dict[str, Any] = {"inner_backend": "aot_eager", "min_features": WIDTH}
+LOAD: dict[str, Any] = {"min_features": WIDTH}
+OPTIONS: dict[str, Any] = {"inner_backend": "aot_eager", **LOAD}
 
 
 class Block(nn.Module):

@@ -8,7 +8,10 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import pytest
 import torch
 
+from fp8_compile.passes import spec
+
 torch.set_num_threads(1)  # two test processes run side by side
+spec.enabled = True  # every graph of every test is checked between passes
 
 
 @pytest.fixture(autouse=True)

@@ -383,7 +383,7 @@ def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     told = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert [row["name"] for row in told["rows"]] == [BASELINE, "text in BF16", "all"]
-    assert told["settings"]["options"]["few_rows"] == "weight-only"
+    assert told["settings"]["options"]["small_m"] == "weight-only"
     assert 0 < told["rows"][1]["fp8_layers"] < told["rows"][2]["fp8_layers"]
     assert told["rows"][0]["following"]["all"][1] == 1  # the prompt is a scene, so its picture was judged
     assert (tmp_path / "out" / "ablation.md").read_text() in done.output

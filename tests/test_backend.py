@@ -246,7 +246,7 @@ def test_autocast_keeps_the_dtype_of_each_layer() -> None:
 
 def test_an_empty_batch() -> None:
     m = model(1)
-    assert compiled(m, tokens(0), min_rows=1, ignored_layers=[]).shape == (1, 0, WIDTH)
+    assert compiled(m, tokens(0), min_m=1, ignored_layers=[]).shape == (1, 0, WIDTH)
 
 
 # --- the report ---

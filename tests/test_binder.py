@@ -16,7 +16,8 @@ from sqnr import sqnr
 from torch import Tensor, nn
 
 import fp8_compile
-from fp8_compile.runtime import binder
+from fp8_compile.runtime import constants
+from fp8_compile.weights.fingerprint import fingerprint
 
 # Four linears in a block; this small random model loses about 25 dB to FP8 in total.
 LINEARS = 4
@@ -168,10 +169,10 @@ def test_constants_keep_their_address_when_they_are_made_anew() -> None:
     m, x = model(1), tokens()
     m.compile_blocks()(x)
     weight = m.blocks[0].to_q.weight
-    addresses = [t.data_ptr() for c in binder._STATES[weight].constants.values() for t in c.tensors]
+    addresses = [t.data_ptr() for c in constants.STATES[weight].constants.values() for t in c.tensors]
     weight.mul_(2)
     m(x)
-    assert addresses == [t.data_ptr() for c in binder._STATES[weight].constants.values() for t in c.tensors]
+    assert addresses == [t.data_ptr() for c in constants.STATES[weight].constants.values() for t in c.tensors]
 
 
 def test_offloaded_and_returned_parameters_are_not_quantized_again(quantized: Callable[[], int]) -> None:
@@ -212,14 +213,14 @@ def test_a_deleted_model_frees_its_constants() -> None:
     m, x = model(), tokens()
     m.compile_blocks()(x)
     m(x)
-    known = weakref.ref(binder._STATES[m.blocks[0].to_q.weight].constants.popitem()[1].tensors[0])
+    known = weakref.ref(constants.STATES[m.blocks[0].to_q.weight].constants.popitem()[1].tensors[0])
     # popitem took the store's own reference, so what is left is the compiled graph's.
     assert known() is not None
-    tracked = len(binder._STATES)
+    tracked = len(constants.STATES)
     del m
     gc.collect()
     assert known() is None
-    assert len(binder._STATES) <= tracked - 3 * LINEARS
+    assert len(constants.STATES) <= tracked - 3 * LINEARS
 
 
 def test_weights_made_in_inference_mode() -> None:
@@ -256,7 +257,7 @@ def test_a_weight_without_a_scale_is_an_error_that_names_the_layer(value: float)
 
 def test_the_price_in_memory_is_told_once_with_the_figure(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     gc.collect()
-    monkeypatch.setattr(binder, "_announced_bytes", sum(s.nbytes for s in binder._STATES.values()))
+    monkeypatch.setattr(constants, "_announced_bytes", sum(s.nbytes for s in constants.STATES.values()))
     m, x = model(), tokens()
     m.compile_blocks()
     for _ in range(4):
@@ -265,7 +266,7 @@ def test_the_price_in_memory_is_told_once_with_the_figure(caplog: pytest.LogCapt
     assert len(told) == 1
     expected = 3 * (2 * WIDTH * WIDTH + 8 * WIDTH * WIDTH + 4 * (2 * WIDTH + 4 * WIDTH + WIDTH))
     assert fp8_compile.report(m).totals["extra_bytes"] == expected
-    assert f"{sum(s.nbytes for s in binder._STATES.values()) / 1e6:.1f} MB" in told[0]
+    assert f"{sum(s.nbytes for s in constants.STATES.values()) / 1e6:.1f} MB" in told[0]
 
 
 def test_constants_are_static_inputs() -> None:
@@ -313,26 +314,26 @@ def test_a_deep_copy_does_not_share_constants() -> None:
 def test_the_fingerprint_sees_signs_and_powers_of_two(factor: float) -> None:
     """Such an edit changes the same few bits of many words, which a sum without mixing lets cancel out."""
     weight = torch.randn(64, 256, dtype=torch.bfloat16)
-    seen = {int(binder.fingerprint(weight))}
+    seen = {int(fingerprint(weight))}
     for column in range(256):
         edited = weight.clone()
         edited[:, column] *= factor
-        seen.add(int(binder.fingerprint(edited)))
+        seen.add(int(fingerprint(edited)))
     for pair in range(0, 256, 4):
         edited = weight.clone()
         edited[0, pair] *= factor
         edited[5, (pair + 4) % 256] *= factor
-        seen.add(int(binder.fingerprint(edited)))
+        seen.add(int(fingerprint(edited)))
     assert len(seen) == 1 + 256 + 64
 
 
 def test_the_fingerprint_is_of_values_not_of_memory() -> None:
     weight = torch.randn(48, 32, dtype=torch.bfloat16)
     moved = torch.cat([torch.zeros(3, dtype=torch.bfloat16), weight.flatten()])[3:].view(48, 32)
-    expected = int(binder.fingerprint(weight))
-    assert int(binder.fingerprint(moved)) == expected
-    assert int(binder.fingerprint(weight.t().contiguous().t())) == expected
-    assert int(binder.fingerprint(weight.flip(0))) != expected
+    expected = int(fingerprint(weight))
+    assert int(fingerprint(moved)) == expected
+    assert int(fingerprint(weight.t().contiguous().t())) == expected
+    assert int(fingerprint(weight.flip(0))) != expected
 
 
 def test_a_sign_flip_is_seen_in_place_and_by_refresh() -> None:

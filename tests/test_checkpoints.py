@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fp8_compile
-from fp8_compile import Fp8Weight, numerics
+from fp8_compile import QuantizedWeight, numerics
 
 FILE = "model.safetensors"
 Tensors = dict[str, Tensor]
@@ -71,7 +71,7 @@ def test_the_bytes_of_others_are_used_as_they_are(
         if tensors[name].dtype != torch.float8_e4m3fn:
             assert torch.equal(parameter, tensors[name])
             continue
-        assert isinstance(parameter, Fp8Weight)
+        assert isinstance(parameter, QuantizedWeight)
         assert torch.equal(parameter.qdata.view(torch.uint8), tensors[name].view(torch.uint8))
         assert torch.equal(parameter.scale.flatten(), tensors[name.replace("weight", leaf)].float().flatten())
         expected = numerics.dequantize(parameter.qdata, tensors[name.replace("weight", leaf)].float(), torch.bfloat16)
@@ -94,7 +94,7 @@ def test_names_may_differ_and_a_directory_may_hold_several_files(tmp_path: Path)
         save_file({n: tensors[n] for n in part}, tmp_path / f"part-{i}.safetensors")
     m = model(2)
     fp8_compile.load_fp8_checkpoint(m, tmp_path, rename=lambda n: n.removeprefix("model.diffusion_model."))
-    assert sum(isinstance(p, Fp8Weight) for p in m.parameters()) == 6
+    assert sum(isinstance(p, QuantizedWeight) for p in m.parameters()) == 6
 
 
 def test_saved_and_loaded_bit_by_bit(tmp_path: Path) -> None:
@@ -172,14 +172,14 @@ def test_a_truncated_file_and_an_empty_directory(tmp_path: Path) -> None:
 
 
 def test_no_files_and_files_without_fp8(tmp_path: Path) -> None:
-    with pytest.raises(fp8_compile.CheckpointError, match="no file is given; at least one belongs here"):
+    with pytest.raises(fp8_compile.CheckpointError, match="expected at least one file, got none"):
         fp8_compile.load_fp8_checkpoint(model(1), [])
     save_file(model(1).state_dict(), tmp_path / FILE)
     m = model(1)
     with pytest.warns(fp8_compile.NothingConvertedWarning, match=r"model\.safetensors: no weight is in FP8") as told:
         fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
     assert told[0].filename == __file__
-    assert not any(isinstance(p, Fp8Weight) for p in m.parameters())
+    assert not any(isinstance(p, QuantizedWeight) for p in m.parameters())
 
 
 def test_a_rotary_table_on_the_meta_device_is_named_and_init_empty_weights_leaves_it_real(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo import MODELS
 
 import fp8_compile
-from fp8_compile import Fp8DiffusionConfig, Fp8Weight
+from fp8_compile import Fp8DiffusionConfig, QuantizedWeight
 from fp8_compile.weights.quantized_weight import KeptWeight
 
 TINY = MODELS["QwenImage"]
@@ -58,7 +58,7 @@ def run(m: nn.Module) -> Tensor:
 def bits(m: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, p in m.named_parameters():
-        inner = {"": p.qdata, "_scale": p.scale} if isinstance(p, Fp8Weight) else {"": p}
+        inner = {"": p.qdata, "_scale": p.scale} if isinstance(p, QuantizedWeight) else {"": p}
         found.update({name + suffix: t.contiguous().reshape(-1).view(torch.uint8) for suffix, t in inner.items()})
     return found
 
@@ -74,7 +74,7 @@ def test_weights_are_quantized_as_they_arrive(saved: Path) -> None:
     m, expected = load_quantized(saved), load(saved)
     fp8_compile.quantize_(expected, OPTIONS)
     assert_same(m, expected)
-    assert isinstance(m.transformer_blocks[1].attn.to_q.weight, Fp8Weight)
+    assert isinstance(m.transformer_blocks[1].attn.to_q.weight, QuantizedWeight)
     assert isinstance(m.transformer_blocks[0].attn.to_q.weight, KeptWeight)
     assert fp8_compile.report(m) == fp8_compile.report(expected)
     m.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options={"inner_backend": "aot_eager"})
@@ -289,4 +289,4 @@ def test_the_order_of_imports_does_not_matter(saved: Path, tmp_path: Path, order
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=120
     )
-    assert done.stdout.split() == ["Fp8Weight", "torch.bfloat16", "True"]
+    assert done.stdout.split() == ["QuantizedWeight", "torch.bfloat16", "True"]

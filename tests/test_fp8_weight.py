@@ -18,10 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 import fp8_compile
 from fp8_compile import numerics
-from fp8_compile.weights import quantized_weight
-from fp8_compile.weights.quantized_weight import Fp8Weight, KeptWeight, quantize_in_chunks
+from fp8_compile.schemes import scheme
+from fp8_compile.schemes.fp8 import Fp8
+from fp8_compile.weights.quantized_weight import KeptWeight, QuantizedWeight
 
 N, K = 48, 64
+ROW, TENSOR = Fp8(), Fp8(granularity="tensor")
+EACH = pytest.mark.parametrize("kind", [ROW, TENSOR], ids=["row", "tensor"])
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +37,9 @@ def plain() -> Tensor:
     return torch.randn(N, K, dtype=torch.bfloat16)
 
 
-def layer(weight: Tensor | None = None, granularity: str = "row") -> nn.Linear:
+def layer(weight: Tensor | None = None, kind: Fp8 = ROW) -> nn.Linear:
     m = nn.Linear(K, N).bfloat16()
-    m.weight = nn.Parameter(Fp8Weight.quantize(plain() if weight is None else weight, granularity), False)
+    m.weight = nn.Parameter(QuantizedWeight.quantize(plain() if weight is None else weight, kind), False)
     return m
 
 
@@ -50,47 +53,45 @@ def saved_and_loaded(value: Any, **how: Any) -> Any:
 def same(a: Any, b: Any) -> bool:
     """Whether two FP8 weights hold the same bits, in memory of their own."""
     return (
-        isinstance(a, Fp8Weight)
-        and isinstance(b, Fp8Weight)
-        and (a.dtype, a.min_rows, a.granularity) == (b.dtype, b.min_rows, b.granularity)
+        isinstance(a, QuantizedWeight)
+        and isinstance(b, QuantizedWeight)
+        and (a.dtype, a.scheme) == (b.dtype, b.scheme)
         and torch.equal(a.qdata.view(torch.uint8), b.qdata.view(torch.uint8))
         and torch.equal(a.scale, b.scale)
         and a.qdata.data_ptr() != b.qdata.data_ptr()
     )
 
 
-@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_eager_use_dequantizes(granularity: str, dtype: torch.dtype) -> None:
+def test_eager_use_dequantizes(kind: Fp8, dtype: torch.dtype) -> None:
     weight, x = torch.randn(N, K, dtype=dtype), torch.randn(3, K, dtype=dtype)
     m = nn.Linear(K, N, dtype=dtype)
-    m.weight = nn.Parameter(Fp8Weight.quantize(weight, granularity), requires_grad=False)
-    quantize = numerics.quantize_rowwise if granularity == "row" else numerics.quantize_tensorwise
+    m.weight = nn.Parameter(QuantizedWeight.quantize(weight, kind), requires_grad=False)
+    quantize = numerics.quantize_rowwise if kind is ROW else numerics.quantize_tensorwise
     expected = nn.functional.linear(x, numerics.dequantize(*quantize(weight), dtype), m.bias)
     assert torch.equal(m(x), expected)
     assert sqnr(expected, x @ m.weight.t() + m.bias) > 45
     with torch.inference_mode():
         assert torch.equal(m(x), expected)
-    assert (m.weight.dtype, m.weight.granularity, m.weight.shape) == (dtype, granularity, weight.shape)
+    assert (m.weight.dtype, m.weight.scheme, m.weight.shape) == (dtype, kind, weight.shape)
     assert isinstance(m.weight, nn.Parameter)
 
 
-@pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_chunks_change_no_bit(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@EACH
+def test_chunks_change_no_bit(kind: Fp8, monkeypatch: pytest.MonkeyPatch) -> None:
 
     weight = plain()
     weight[5] = 0
-    monkeypatch.setattr(quantized_weight, "_CHUNK", 7 * K)
-    quantize = numerics.quantize_rowwise if granularity == "row" else numerics.quantize_tensorwise
-    for made, expected in zip(quantize_in_chunks(weight, granularity), quantize(weight), strict=True):
+    monkeypatch.setattr(scheme, "CHUNK", 7 * K)
+    quantize = numerics.quantize_rowwise if kind is ROW else numerics.quantize_tensorwise
+    for made, expected in zip(kind.quantize_in_chunks(weight), quantize(weight), strict=True):
         assert torch.equal(made.float(), expected.float())
-    assert quantize_in_chunks(weight[:0], granularity)[0].shape == (0, K)
+    assert kind.quantize_in_chunks(weight[:0])[0].shape == (0, K)
 
 
-@pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_on_another_device_no_more_than_a_few_rows_are_in_bf16(
-    granularity: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@EACH
+def test_on_another_device_no_more_than_a_small_m_are_in_bf16(kind: Fp8, monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Sizes(TorchDispatchMode):
         """Of what is on the device in another type than FP8."""
@@ -106,17 +107,17 @@ def test_on_another_device_no_more_than_a_few_rows_are_in_bf16(
                     self.seen.add(t.numel())
             return out
 
-    monkeypatch.setattr(quantized_weight, "_CHUNK", 7 * K)
+    monkeypatch.setattr(scheme, "CHUNK", 7 * K)
     with Sizes() as sizes:
-        made = Fp8Weight.quantize(plain(), granularity, device=torch.device("meta"))
+        made = QuantizedWeight.quantize(plain(), kind, device=torch.device("meta"))
     assert made.qdata.device.type == made.scale.device.type == "meta"
-    assert (made.shape, made.granularity) == ((N, K), granularity)
+    assert (made.shape, made.scheme) == ((N, K), kind)
     assert max(sizes.seen) == 7 * K
 
 
 def test_it_takes_half_the_memory() -> None:
     weight = plain()
-    assert Fp8Weight.quantize(weight).nbytes == N * K + 4 * N
+    assert QuantizedWeight.quantize(weight, ROW).nbytes == N * K + 4 * N
     assert weight.nbytes == 2 * N * K
 
 
@@ -157,11 +158,11 @@ def test_a_state_dict_goes_through_a_file_that_holds_no_code() -> None:
 
 
 def test_plain_values_are_quantized_on_their_way_in() -> None:
-    m, weight = layer(granularity="tensor"), plain()
+    m, weight = layer(kind=TENSOR), plain()
     m.load_state_dict({"weight": weight, "bias": m.bias})
-    assert same(m.weight, Fp8Weight.quantize(weight, "tensor"))
-    m.load_state_dict({"weight": Fp8Weight.quantize(weight, "row"), "bias": m.bias})
-    assert m.weight.granularity == "tensor"
+    assert same(m.weight, QuantizedWeight.quantize(weight, TENSOR))
+    m.load_state_dict({"weight": QuantizedWeight.quantize(weight, ROW), "bias": m.bias})
+    assert m.weight.scheme == TENSOR
     assert sqnr(weight, m.weight.dequantize()) > 24
 
 
@@ -174,9 +175,9 @@ def test_moving_moves_bytes_and_keeps_the_parameter() -> None:
     assert m.weight.qdata.device.type == m.weight.device.type == "meta"
     assert watched() is None
     m.to_empty(device="cpu")
-    assert isinstance(m.weight, Fp8Weight)
+    assert isinstance(m.weight, QuantizedWeight)
     assert isinstance(m.weight, nn.Parameter)
-    m.weight.copy_(Fp8Weight(bits, torch.ones(N, 1)))
+    m.weight.copy_(QuantizedWeight(ROW, (bits, torch.ones(N, 1))))
     for dtype in (torch.float16, torch.float32, torch.bfloat16):
         m.to(dtype)
         assert m.weight.dtype == dtype
@@ -198,7 +199,7 @@ def test_in_place_operators_reach_the_memory_that_compiled_code_reads() -> None:
     weight: Any = m.weight
     inner, before, delta = weight.qdata, weight.dequantize(), plain() * 0.1
     weight.data += delta  # PEFT
-    assert same(weight, Fp8Weight.quantize(before + delta))
+    assert same(weight, QuantizedWeight.quantize(before + delta, ROW))
     before = weight.dequantize()
     assert weight.mul_(-2) is weight
     assert torch.equal(weight, -2 * before)
@@ -217,12 +218,12 @@ def test_data_may_be_exchanged() -> None:
     weight: Any = layer().weight
     new = plain()
     weight.data = new
-    assert same(weight, Fp8Weight.quantize(new))
+    assert same(weight, QuantizedWeight.quantize(new, ROW))
     weight.data = weight.data.half()
     assert weight.dtype == torch.float16
-    assert torch.equal(weight.qdata.float(), Fp8Weight.quantize(new).qdata.float())
-    weight.data = Fp8Weight.quantize(new, "tensor")
-    assert weight.granularity == "tensor"
+    assert torch.equal(weight.qdata.float(), QuantizedWeight.quantize(new, ROW).qdata.float())
+    weight.data = QuantizedWeight.quantize(new, TENSOR)
+    assert weight.scheme == TENSOR
 
 
 def test_stock_torch_compile_dequantizes_too() -> None:
@@ -239,28 +240,30 @@ def test_gradients_pass_through_it_to_an_adapter() -> None:
 
 
 def test_repr_tells_what_it_is() -> None:
-    assert repr(layer().weight) == "Fp8Weight([48, 64], dtype=torch.bfloat16, granularity='row', device=cpu)"
+    assert repr(layer().weight).startswith("QuantizedWeight([48, 64], Fp8(granularity='row', ")
+    assert repr(layer().weight).endswith(", dtype=torch.bfloat16, device=cpu)")
 
 
 @pytest.mark.parametrize(
     ("attempt", "message"),
     [
-        (lambda w: Fp8Weight(w.dequantize(), w.scale), r"bfloat16 .*float8_e4m3fn belongs here"),
-        (lambda w: Fp8Weight(w.qdata, w.scale[:-1]), r"scale: float32 of shape \[\] or \[48, 1\]"),
-        (lambda w: Fp8Weight(w.qdata, w.scale.half()), "not torch.float16"),
-        (lambda w: Fp8Weight(w.qdata), "not none"),
-        (lambda w: Fp8Weight(w.qdata, w.scale, torch.int8), "dtype=torch.int8"),
+        (lambda w: QuantizedWeight(ROW, (w.dequantize(), w.scale)), r"not 0: torch\.bfloat16 \[48, 64\]"),
+        (lambda w: QuantizedWeight(ROW, (w.qdata, w.scale[:-1])), r"scale: torch\.float32 \[48, 1\] for a weight"),
+        (lambda w: QuantizedWeight(ROW, (w.qdata, w.scale.half())), "1: torch.float16"),
+        (lambda w: QuantizedWeight(ROW, (w.qdata,)), "qdata: .*, scale: .* not 0: "),
+        (lambda w: QuantizedWeight(ROW, w.constants, torch.int8), "dtype=torch.int8"),
+        (lambda w: QuantizedWeight(ROW, (w.scale[0], w.qdata)), "stand for no matrix"),
         (lambda w: w.copy_(w.qdata), "float8_e4m3fn values .* are no weight"),
         (lambda w: w.copy_(plain()[:3]), r"shape \[3, 64\] do not fit"),
         (lambda w: setattr(w, "data", plain()[:3]), r"\.data of shape \[3, 64\]"),
         (lambda w: w.resize_(3), "would change the shape"),
-        (lambda w: Fp8Weight.quantize(plain()[0]), r"shape \[64\]"),
+        (lambda w: QuantizedWeight.quantize(plain()[0], ROW), r"shape \[64\]"),
     ],
 )
 def test_what_it_cannot_do_is_an_error(attempt: Callable[[Any], Any], message: str) -> None:
     weight = layer().weight
     before = weight.dequantize()
-    with pytest.raises(fp8_compile.Fp8WeightError, match=message):
+    with pytest.raises(fp8_compile.QuantizedWeightError, match=message):
         attempt(weight)
     assert torch.equal(weight.dequantize(), before)
 

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import OPTIONS, WIDTH, Block, Model, model, tokens
+from blocks import LOAD, OPTIONS, WIDTH, Block, Model, model, tokens
 from sqnr import sqnr
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import MODELS
 
 import fp8_compile
-from fp8_compile import Fp8DiffusionConfig, Fp8Weight, numerics
-from fp8_compile.runtime import binder
+from fp8_compile import Fp8DiffusionConfig, QuantizedWeight
+from fp8_compile.runtime import constants
+from fp8_compile.schemes.fp8 import Fp8
 from fp8_compile.weights.quantized_weight import KeptWeight
 
-LOAD = {"min_features": WIDTH}
 COMPILE: dict[str, Any] = {"inner_backend": "aot_eager"}
 
 
@@ -47,8 +47,8 @@ def compile_only(m: nn.Module, x: Tensor, **options: Any) -> Tensor:
         {"ignored_layers": ["img_mlp.2"]},
         {"ignored_layers": ["blocks.0.*", "to_k"]},
         {"granularity": "tensor"},
-        {"min_rows": 64},
-        {"min_rows": 64, "granularity": "tensor"},
+        {"min_m": 64},
+        {"min_m": 64, "granularity": "tensor"},
     ],
 )
 def test_the_same_bits_as_compiling_alone(options: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ class Modulated(nn.Module):
         return self.proj(x * (1 + self.mod(t)[:, None]))
 
 
-def test_few_rows_are_multiplied_by_the_fp8_weight_alone() -> None:
+def test_small_m_are_multiplied_by_the_fp8_weight_alone() -> None:
     m = Modulated().bfloat16()
     x, t = tokens(), torch.randn(1, WIDTH).bfloat16()
     expected = torch.compile(copy.deepcopy(m), backend="fp8_diffusion", fullgraph=True, options=OPTIONS)(x, t)
@@ -150,13 +150,11 @@ def test_few_rows_are_multiplied_by_the_fp8_weight_alone() -> None:
 
 
 @pytest.mark.parametrize("load", [fp8_compile.quantize_, lambda m, options: Fp8DiffusionConfig(**options)])
-def test_at_load_time_layers_with_few_rows_are_not_kept_and_asking_for_it_is_an_error(load: Any) -> None:
+def test_at_load_time_layers_with_small_m_are_not_kept_and_asking_for_it_is_an_error(load: Any) -> None:
     m = Modulated().bfloat16()
-    with pytest.raises(
-        fp8_compile.OptionError, match=r"few_rows='keep': at load time .* 'weight-only'.*ignored_layers"
-    ):
-        load(m, {**LOAD, "few_rows": "keep"})
-    assert not any(isinstance(p, Fp8Weight) for p in m.parameters())
+    with pytest.raises(fp8_compile.OptionError, match=r"small_m='keep': at load time .* 'weight-only'.*ignored_layers"):
+        load(m, {**LOAD, "small_m": "keep"})
+    assert not any(isinstance(p, QuantizedWeight) for p in m.parameters())
 
 
 def test_compiling_with_another_granularity_than_the_weights_have_is_an_error() -> None:
@@ -166,23 +164,19 @@ def test_compiling_with_another_granularity_than_the_weights_have_is_an_error() 
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"granularity='tensor': .* granularity='row'"):
         compiled(x)
     fp8_compile.quantize_(other := model(), {**LOAD, "granularity": "tensor"})
-    for granularity in ("tensor", "row"):  # "row" is the default, and asks for nothing
-        torch.compile(other, backend="fp8_diffusion", options={**COMPILE, "granularity": granularity})(x)
+    for given in ({"granularity": "tensor"}, {}, {"method": "fp8"}):  # what is not given agrees
+        torch.compile(other, backend="fp8_diffusion", options={**COMPILE, **given})(x)
+    assert {row.scheme for row in fp8_compile.report(other).layers} == {"fp8-tensor"}
+    for given, message in (
+        ({"granularity": "row"}, r"granularity='row': .* granularity='tensor'"),  # a default that is given asks for it
+        ({"min_m": 3}, r"min_m=3: .* min_m=8"),
+        ({"small_m": "keep"}, r"small_m='keep': .* small_m='weight-only'"),
+    ):
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
+            torch.compile(other, backend="fp8_diffusion", options={**COMPILE, **given})(x)
 
 
-def test_keeping_them_when_compiling_leaves_an_fp8_weight_to_dequantization() -> None:
-    m = Modulated().bfloat16()
-    x, t = tokens(), torch.randn(1, WIDTH).bfloat16()
-    fp8_compile.quantize_(m, LOAD)
-    expected = m(x, t)
-    m.compile(backend="fp8_diffusion", fullgraph=True, options={**COMPILE, "few_rows": "keep"})
-    assert sqnr(expected, m(x, t)) > 27
-    rows = {row.path: row for row in fp8_compile.report(m).layers}
-    assert rows["mod"].reason == "fewer rows than min_rows 8; its FP8 weight is dequantized"
-    assert rows["proj"].scheme == "fp8-row"
-
-
-def test_one_layer_with_few_rows_and_many() -> None:
+def test_one_layer_with_small_m_and_many() -> None:
     class Twice(Modulated):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.proj(x) + self.proj(t)[:, None]
@@ -212,7 +206,7 @@ def test_an_fp8_weight_used_otherwise_is_dequantized_and_the_report_says_so() ->
     assert sqnr(expected, m(x)) > 27
     rows = {row.path: row for row in fp8_compile.report(m).layers}
     assert rows["proj"].decision == "fp8"
-    assert rows["back"].reason == "used with its features exchanged; its FP8 weight is dequantized"
+    assert rows["back"].reason == "used with its features exchanged; its quantized weight is dequantized"
 
 
 def test_a_pattern_of_the_compilation_leaves_an_fp8_layer_to_dequantization() -> None:
@@ -222,7 +216,7 @@ def test_a_pattern_of_the_compilation_leaves_an_fp8_layer_to_dequantization() ->
     m.compile(backend="fp8_diffusion", fullgraph=True, options={**COMPILE, "ignored_layers": ["img_mlp"]})
     assert 27 < sqnr(expected, m(x)) < 60
     rows = {row.path: row.reason for row in fp8_compile.report(m).layers}
-    assert rows["blocks.0.img_mlp.0"] == "ignored_layers: img_mlp; its FP8 weight is dequantized"
+    assert rows["blocks.0.img_mlp.0"] == "ignored_layers: img_mlp; its quantized weight is dequantized"
 
 
 # --- whatever happens to the weights afterwards ---
@@ -242,7 +236,7 @@ def test_after_an_edit_the_next_result_is_right() -> None:
 
     seen = [m(x)]
     target: Any = m.blocks[1].to_q.weight
-    other = nn.Parameter(Fp8Weight.quantize(torch.randn(WIDTH, WIDTH).bfloat16()), requires_grad=False)
+    other = nn.Parameter(QuantizedWeight.quantize(torch.randn(WIDTH, WIDTH).bfloat16(), Fp8()), requires_grad=False)
     for edit in (
         lambda: target.mul_(-1.5),
         lambda: target.data.add_(1),  # hidden from version counters
@@ -281,11 +275,11 @@ def test_a_deleted_model_leaves_nothing() -> None:
     m.compile_blocks()
     m(x), m(x)
     watched = [weakref.ref(m.blocks[0].to_q.weight.qdata), weakref.ref(m.blocks[0].to_q.weight.identity)]
-    known = len(binder._STATES)
+    known = len(constants.STATES)
     del m
     gc.collect()
     assert [ref() for ref in watched] == [None, None]
-    assert len(binder._STATES) == known - 12
+    assert len(constants.STATES) == known - 12
 
 
 # --- what is converted ---
@@ -309,7 +303,7 @@ def test_weights_that_the_backend_would_keep_are_kept_for_the_same_reasons() -> 
     m.single.float()
     fp8_compile.quantize_(m, LOAD)
     assert m.plain.weight is m.again.weight
-    assert isinstance(m.plain.weight, Fp8Weight)
+    assert isinstance(m.plain.weight, QuantizedWeight)
     assert m.head.weight is m.embedding.weight
     kept = {row.path: row.reason for row in fp8_compile.report(m).layers if row.decision == "kept"}
     assert kept == {
@@ -345,9 +339,9 @@ def test_a_part_first_and_then_the_whole() -> None:
     fp8_compile.quantize_(m.blocks[0], LOAD)
     with pytest.warns(fp8_compile.UnmatchedPatternWarning, match=r"'to_k' names blocks\.0\.to_k too"):
         fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_k"]})
-    assert isinstance(m.blocks[0].to_k.weight, Fp8Weight)
-    assert isinstance(m.blocks[1].to_q.weight, Fp8Weight)
-    assert not isinstance(m.blocks[1].to_k.weight, Fp8Weight)
+    assert isinstance(m.blocks[0].to_k.weight, QuantizedWeight)
+    assert isinstance(m.blocks[1].to_q.weight, QuantizedWeight)
+    assert not isinstance(m.blocks[1].to_k.weight, QuantizedWeight)
     with pytest.raises(fp8_compile.PatternError, match="did you mean"):
         fp8_compile.quantize_(m.blocks[0], {**LOAD, "ignored_layers": ["to_kk"]})
     with pytest.warns(fp8_compile.NothingConvertedWarning, match="all 4 linears of this model are in FP8 already"):
@@ -358,7 +352,7 @@ def test_patterns() -> None:
     m = model(2)
     with pytest.raises(fp8_compile.PatternError, match="did you mean 'img_mlp'"):
         fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["img_mpl"]})
-    assert not any(isinstance(p, Fp8Weight) for p in m.parameters())
+    assert not any(isinstance(p, QuantizedWeight) for p in m.parameters())
     with pytest.warns(fp8_compile.UnmatchedPatternWarning, match="'vision_tower' matched none of the 8 linears"):
         fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["blocks.1.*", "vision_tower"]})
     report = fp8_compile.report(m)
@@ -377,18 +371,6 @@ def test_what_cannot_be_done_is_an_error() -> None:
         fp8_compile.quantize_(model(1), {"ignore_layers": ["img_mlp"]})
 
 
-def test_a_method_whose_constants_a_parameter_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fp8_compile.schemes import fp8
-
-    def halves(weight: Tensor) -> tuple[Tensor, ...]:
-        return weight[::2], weight[1::2]
-
-    odd = fp8_compile.Scheme("odd", halves, None, numerics.weight_only_linear)
-    monkeypatch.setitem(fp8._METHODS, "odd", lambda options: odd)
-    with pytest.raises(fp8_compile.OptionError, match=r"method='odd'.*torch\.compile alone"):
-        fp8_compile.quantize_(model(1), {**LOAD, "method": "odd"})
-
-
 def test_nan_and_inf_are_named_and_the_rest_is_converted() -> None:
     m = model(2)
     m.blocks[0].to_q.weight[3, 5] = float("nan")
@@ -405,15 +387,15 @@ def test_no_more_than_one_layer_is_held_twice() -> None:
     m = model(3)
     alive = {name: weakref.ref(p) for name, p in m.named_parameters() if p.dim() == 2}
     counts: list[int] = []
-    original = Fp8Weight.quantize.__func__  # type: ignore[attr-defined]
+    original = QuantizedWeight.quantize.__func__  # type: ignore[attr-defined]
 
-    def counting(cls: type, weight: Tensor, *args: Any, **kwargs: Any) -> Fp8Weight:
+    def counting(cls: type, weight: Tensor, *args: Any, **kwargs: Any) -> QuantizedWeight:
         gc.collect()
         counts.append(sum(ref() is not None for ref in alive.values()))
         return original(cls, weight, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Fp8Weight, "quantize", classmethod(counting))
+        patch.setattr(QuantizedWeight, "quantize", classmethod(counting))
         fp8_compile.quantize_(m, LOAD, device="cpu")
     assert counts == list(range(12, 0, -1))
 
@@ -422,7 +404,7 @@ def test_a_model_on_meta() -> None:
     with torch.device("meta"):
         m = Model(1).bfloat16()
     fp8_compile.quantize_(m, LOAD)
-    assert {type(p) for p in m.parameters() if p.dim() == 2} == {Fp8Weight}
+    assert {type(p) for p in m.parameters() if p.dim() == 2} == {QuantizedWeight}
     m.to_empty(device="cpu").load_state_dict(model(1).state_dict())
     assert sqnr(Block.forward(m.blocks[0], x := tokens()), m(x)) > 60
 

@@ -12,7 +12,7 @@ from sqnr import sqnr
 from test_lora import FLOOR, TINY, add, compile_blocks, quantized, run, uncompiled
 from torch import Tensor, nn
 
-from fp8_compile import Fp8Weight
+from fp8_compile import QuantizedWeight
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _no_grad() -> Iterator[None]:
 
 
 def base(m: nn.Module) -> list[Tensor]:
-    return [p.dequantize() for p in m.parameters() if isinstance(p, Fp8Weight)]
+    return [p.dequantize() for p in m.parameters() if isinstance(p, QuantizedWeight)]
 
 
 @pytest.mark.parametrize("first", ["adapters", "fp8"])
@@ -33,7 +33,7 @@ def test_every_change_of_adapters_shows_in_the_next_result(first: str) -> None:
         else quantized(add(TINY.build(), "first", "second"))
     )
     assert len(base(m)) == 47
-    assert not any(isinstance(p, Fp8Weight) for path, p in m.named_parameters() if "lora_" in path)
+    assert not any(isinstance(p, QuantizedWeight) for path, p in m.named_parameters() if "lora_" in path)
     compile_blocks(m)
 
     def both() -> Tensor:

@@ -98,7 +98,7 @@ PIECES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, float]] = {
     "one_fp8_copy": ("z-image", {"disabled_passes": ["one_fp8_copy"]}, {}, "fp8_tensors", 3),
     "whole_rows": ("z-image", {"disabled_passes": ["whole_rows"]}, {}, "row_loops", 4),
     "thresholds": ("qwen-image", STOCK, {}, "bytes", 200e6),
-    "weight-only modulation": ("qwen-image", {"few_rows": "keep"}, {}, "bytes", 110e6),
+    "weight-only modulation": ("qwen-image", {"small_m": "keep"}, {}, "bytes", 110e6),
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import MODELS
 
 import fp8_compile
-from fp8_compile import Fp8Weight
+from fp8_compile import QuantizedWeight
 
 TINY = MODELS["QwenImage"]
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_eager(offload: Callable[[Any], None]) -> None:
     offload(m)
     for _ in range(2):
         assert torch.equal(run(m), expected)
-    assert sum(isinstance(p, Fp8Weight) for p in m.parameters()) == 41
+    assert sum(isinstance(p, QuantizedWeight) for p in m.parameters()) == 41
 
 
 @pytest.mark.parametrize("offload", [sequentially, as_a_whole, by_leaves, by_blocks])
@@ -97,7 +97,7 @@ def test_bytes_that_are_new_at_each_call_are_read_and_cost_one_collection_in_all
     expected = run(m)
     for _ in range(3):
         for p in m.parameters():
-            if isinstance(p, Fp8Weight):
+            if isinstance(p, QuantizedWeight):
                 p.data = p.detach().clone()
         assert torch.equal(run(m), expected)
     assert len(collected) == 1

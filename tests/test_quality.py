@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from pipelines import Pipeline
 
-from bench.outliers import METHODS, load, measure, scheme
+from bench.outliers import METHODS, load, measure
+from fp8_compile import schemes
 from fp8_compile.embedded import EMBEDDED_CALLS
 from fp8_compile.measure.quality import (
     METRICS,
@@ -33,7 +34,6 @@ from fp8_compile.measure.quality import (
     ssim,
 )
 from fp8_compile.measure.scenes import Scene, SceneError, scenes
-from fp8_compile.schemes import fp8
 
 GREY = Image.new("RGB", (64, 64), (100, 100, 100))
 RAMP = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
@@ -214,7 +214,7 @@ HARD = {"qwen-image": 2.0**17, "z-image": 2.0**18}
 @pytest.mark.parametrize("name", HARD)
 def test_gate_outliers_spare_finer_scales_and_ruin_one_per_tensor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for method in METHODS:
-        monkeypatch.setitem(fp8._METHODS, method, scheme)
+        monkeypatch.setitem(schemes._METHODS, method.method, method)
     found = measure(name, HARD[name], HELD_OUT[:3])
     assert {granularity: told["right"] for granularity, told in found.items()} == {
         "BF16": 3,

@@ -45,7 +45,7 @@ Model = Annotated[
 ]
 Quantization = Annotated[str, typer.Option(help="Method of quantization.")]
 Granularity = Annotated[str, typer.Option(help="Scales: one per row, or one per tensor.")]
-FewRows = Annotated[str, typer.Option(help="Layers that see few rows: weight-only, or keep.")]
+SmallM = Annotated[str, typer.Option(help="Layers that see few rows: weight-only, or keep.")]
 InnerBackend = Annotated[str, typer.Option(help="What compiles the rewritten graph, and the BF16 twin.")]
 CompileMode = Annotated[str | None, typer.Option(help="The mode of torch.compile, for example max-autotune.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
@@ -88,7 +88,7 @@ def text_to_image(
         list[str] | None, typer.Option(help="Layers that stay as they are; repeat it, or separate patterns by commas.")
     ] = None,
     granularity: Granularity = "row",
-    few_rows: FewRows = "weight-only",
+    small_m: SmallM = "weight-only",
     steps: Steps = None,
     seed: Annotated[int, typer.Option(min=LEAST_SEED, max=LARGEST_SEED, help="Of the initial noise.")] = 0,
     height: Height = None,
@@ -104,7 +104,7 @@ def text_to_image(
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
 ) -> None:
     """Draw one picture from a text."""
-    for name in ("quantization", "ignored_layers", "granularity", "few_rows", "show_layers") if no_quantization else ():
+    for name in ("quantization", "ignored_layers", "granularity", "small_m", "show_layers") if no_quantization else ():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             _fail(f"--{name.replace('_', '-')} and --no-quantization exclude each other; leave one out")
@@ -123,7 +123,7 @@ def text_to_image(
         method=quantization,
         ignored_layers=patterns,
         granularity=granularity,
-        few_rows=few_rows,
+        small_m=small_m,
         inner_backend=inner_backend,
         mode=compile_mode,
     )
@@ -193,7 +193,7 @@ def ablate(
     lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; its weights must be there.")] = False,
     quantization: Quantization = "fp8",
     granularity: Granularity = "row",
-    few_rows: FewRows = "weight-only",
+    small_m: SmallM = "weight-only",
     inner_backend: InnerBackend = "inductor",
     compile_mode: CompileMode = None,
     whole: Whole = False,
@@ -213,7 +213,7 @@ def ablate(
     options = _options(
         method=quantization,
         granularity=granularity,
-        few_rows=few_rows,
+        small_m=small_m,
         inner_backend=inner_backend,
         mode=compile_mode,
     )
@@ -285,7 +285,7 @@ def search(
     true_cfg_scale: TrueCfgScale = None,
     quantization: Quantization = "fp8",
     granularity: Granularity = "row",
-    few_rows: FewRows = "weight-only",
+    small_m: SmallM = "weight-only",
     inner_backend: InnerBackend = "inductor",
     compile_mode: CompileMode = None,
     dtype: Dtype = "bfloat16",
@@ -303,7 +303,7 @@ def search(
     options = _options(
         method=quantization,
         granularity=granularity,
-        few_rows=few_rows,
+        small_m=small_m,
         inner_backend=inner_backend,
         mode=compile_mode,
     )
@@ -396,10 +396,10 @@ def _errors() -> Iterator[None]:
 
 def _options(**options: Any) -> dict[str, Any]:
     """``options``, of which none is invalid."""
-    from ..options import Fp8Options
+    from ..checks import parse_options
 
     with _errors():
-        Fp8Options.parse(options)
+        parse_options(options)
     return options
 
 

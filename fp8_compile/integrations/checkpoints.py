@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import warnings
@@ -12,55 +13,121 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, NothingConvertedWarning
+from ..errors import CheckpointError, NothingConvertedWarning, QuantizedWeightError
 from ..numerics import FP8_DTYPE
 from ..options import Fp8Options
 from ..quantize import choose, keep_others, remember
-from ..weights.quantized_weight import WEIGHT_DTYPES, Fp8Weight
+from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
+from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 
-SCALE_SUFFIX = ".weight_scale"
+METADATA = "fp8_compile"
+"""Under which key a safetensors file's metadata names the schemes of its weights."""
 
 
 def split(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """``state_dict`` with plain tensors only: FP8 values under the weight's name, the scale under ``weight_scale``."""
+    """``state_dict`` with plain tensors only: each constant under the weight's name and the suffix of its scheme."""
     plain: dict[str, Any] = {}
     for name, value in state_dict.items():
-        if isinstance(value, Fp8Weight):
-            plain[name] = value.qdata
-            plain[f"{name}_scale"] = value.scale
+        if isinstance(value, QuantizedWeight):
+            for suffix, constant in zip(value.scheme.suffixes(), value.constants, strict=True):
+                plain[f"{name}{suffix}"] = constant
         else:
             plain[name] = value
     return plain
 
 
+def metadata_of(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """What a file's metadata says of the schemes in ``state_dict``: methods, options, and the weights of each."""
+    schemes: dict[Scheme, list[str]] = {}
+    for name, value in state_dict.items():
+        if isinstance(value, QuantizedWeight):
+            schemes.setdefault(value.scheme, []).append(name)
+    if not schemes:
+        return {}
+    rows = [{"method": s.method, "options": s.options, "weights": names} for s, names in schemes.items()]
+    return {METADATA: json.dumps(rows)}
+
+
+def schemes_in(files: Iterable[Any]) -> dict[str, Scheme]:
+    """The scheme of each weight that the metadata of ``files`` names.
+
+    Raises:
+        UnknownMethodError: a method is not registered.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Scheme] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                rows = json.loads((opened.metadata() or {}).get(METADATA, "[]"))
+        except (SafetensorError, OSError):
+            continue  # whoever reads its tensors says what is wrong with it
+        for row in rows:
+            scheme = scheme_named(row["method"], row["options"])
+            found |= dict.fromkeys(row["weights"], scheme)
+    return found
+
+
 def join(
-    state_dict: Mapping[str, Any], files: Sequence[Any], dtype: torch.dtype = torch.bfloat16
+    state_dict: Mapping[str, Any],
+    files: Sequence[Any],
+    default: Scheme,
+    schemes: Mapping[str, Scheme],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `split` took apart.
 
     Args:
         files: where the tensors come from, for errors.
+        default: the scheme of weights that ``schemes`` does not name, and whose values have its dtype.
+        schemes: of weights, by name.
         dtype: that the weights stand for.
 
     Returns:
-        The state dict with `Fp8Weight`s, and the tensors whose other half is not in it.
+        The state dict with `QuantizedWeight`s, and the tensors whose other parts are not in it.
 
     Raises:
         CheckpointError: a scale is not finite and positive, or has a shape that does not fit.
     """
+
+    def quantized(name: str) -> bool:
+        return name in schemes or getattr(state_dict.get(name), "dtype", None) == _values_dtype(default)
+
     joined: dict[str, Any] = {}
-    halves: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
     for name, value in state_dict.items():
-        if name.endswith(SCALE_SUFFIX) and f"{name.removesuffix('_scale')}" not in state_dict:
-            halves[name] = value
-        elif isinstance(value, Fp8Weight) or not isinstance(value, Tensor) or value.dtype != FP8_DTYPE:
-            if not (name.endswith(SCALE_SUFFIX) and _is_fp8(state_dict[name.removesuffix("_scale")])):
+        base = base_of(name, default, schemes)
+        if isinstance(value, QuantizedWeight) or not isinstance(value, Tensor):
+            joined[name] = value
+        elif base is not None:
+            if base not in state_dict:
+                parts[name] = value
+            elif not quantized(base):
                 joined[name] = value
-        elif f"{name}_scale" in state_dict:
-            joined[name] = fp8_weight(value, state_dict[f"{name}_scale"], dtype, files, name)
+        elif quantized(name):
+            scheme = schemes.get(name, default)
+            names = {suffix: f"{name}{suffix}" for suffix in scheme.suffixes()}
+            if all(part in state_dict for part in names.values()):
+                tensors = {suffix: state_dict[part] for suffix, part in names.items()}
+                joined[name] = read_weight(scheme, tensors, dtype, files, names)
+            else:
+                parts |= {part: state_dict[part] for part in names.values() if part in state_dict}
         else:
-            halves[name] = value
-    return joined, halves
+            joined[name] = value
+    return joined, parts
+
+
+def base_of(name: str, default: Scheme, schemes: Mapping[str, Scheme]) -> str | None:
+    """The weight that the tensor ``name`` of a file is another constant of, or None."""
+    for suffix in default.suffixes()[1:]:
+        if name.endswith(f".weight{suffix}"):
+            return name.removesuffix(suffix)
+    return next((w for w, s in schemes.items() if any(name == f"{w}{suffix}" for suffix in s.suffixes()[1:])), None)
+
+
+def _values_dtype(scheme: Scheme) -> torch.dtype:
+    return next(iter(scheme.specs(1, 1).values())).dtype
 
 
 def holding(tensor: str, files: Sequence[Any]) -> list[Any]:
@@ -82,35 +149,27 @@ def _is_fp8(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == FP8_DTYPE
 
 
-def fp8_weight(
-    qdata: Tensor, scale: Tensor, dtype: torch.dtype, files: Sequence[Any], name: str, scale_name: str | None = None
-) -> Fp8Weight:
-    """The weight that FP8 values ``[N, K]`` and a scale stand for: one for each row, or one in all.
+def read_weight(
+    scheme: Scheme,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    files: Sequence[Any],
+    names: Mapping[str, str],
+) -> QuantizedWeight:
+    """The weight that ``tensors``, by the suffixes of ``scheme``, stand for.
+
+    Args:
+        names: of these tensors in the files, for errors.
 
     Raises:
         CheckpointError: they do not fit together.
     """
-    scale_name = scale_name or f"{name}_scale"
-    if qdata.dim() != 2:
-        problem = f"tensor {name!r}: FP8 values of shape {list(qdata.shape)} are no matrix"
-        raise CheckpointError(problem, holding(name, files), name)
-    rows = qdata.shape[0]
-    if scale.numel() == 1 and rows != 1:
-        fitting = scale.reshape(())
-    elif scale.numel() == rows and scale.dim() <= 2 and scale.shape[:1] in ((rows,), ()):
-        fitting = scale.reshape(rows, 1)
-    else:
-        raise CheckpointError(
-            f"tensor {scale_name!r} has shape {list(scale.shape)}; a scale for the {list(qdata.shape)} values of "
-            f"{name!r} has one element, or [{rows}, 1] (block-wise scales cannot be read yet)",
-            holding(scale_name, files),
-            scale_name,
-        )
-    fitting = fitting.float()
-    if fitting.device.type != "meta" and not (fitting.isfinite() & (fitting > 0)).all():
-        problem = f"tensor {scale_name!r} holds a scale that is NaN, infinite, zero or negative"
-        raise CheckpointError(problem, holding(scale_name, files), scale_name)
-    return Fp8Weight(qdata.contiguous(), fitting.contiguous(), dtype)
+    try:
+        found, constants = scheme.read(tensors)
+        return QuantizedWeight(found, constants, dtype)
+    except QuantizedWeightError as error:
+        name = names[error.suffix]
+        raise CheckpointError(f"tensor {name!r} {error}", holding(name, files), name) from error
 
 
 # Under which names others store the scale of ``PATH.weight``: compressed-tensors and ModelOpt, ComfyUI.
@@ -161,8 +220,9 @@ def load_fp8_checkpoint(
             if name in tensors:
                 raise CheckpointError(f"tensor {name!r} is also in {owner[name]}", [file], name)
             tensors[name], owner[name] = tensor, file
+    schemes = {name if rename is None else rename(name): s for name, s in schemes_in(files).items()}
     expected = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
-    found = _matched(tensors, expected, owner)
+    found = _matched(tensors, expected, owner, schemes)
     for name in _left_on_meta(model, found):
         raise CheckpointError(
             f"tensor {name!r} of the model is on the meta device and in no checkpoint; put only parameters there, as "
@@ -174,7 +234,7 @@ def load_fp8_checkpoint(
     choices = choose(model, Fp8Options(min_features=1))
     for choice in choices:
         choice.reason = "not in FP8 in the checkpoint"
-    if not any(isinstance(value, Fp8Weight) for value in found.values()):
+    if not any(isinstance(value, QuantizedWeight) for value in found.values()):
         warnings.warn(
             f"{', '.join(map(str, files))}: no weight is in FP8, so none of the model's will be, compiled or not; to "
             "convert it, read the files by load_state_dict and call quantize_",
@@ -186,18 +246,19 @@ def load_fp8_checkpoint(
 
 
 def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write ``model`` to one safetensors file, which `load_fp8_checkpoint` reads: FP8 weights with their scales.
+    """Write ``model`` to one safetensors file, which `load_fp8_checkpoint` reads: the constants of quantized weights.
 
     The file appears under its name when it is complete; one that was there is whole until then.
     """
     from safetensors.torch import save_file
 
     target = Path(path)
-    plain = {name: t.contiguous() for name, t in split(model.state_dict()).items()}
+    state_dict = model.state_dict()
+    plain = {name: t.contiguous() for name, t in split(state_dict).items()}
     handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
     os.close(handle)
     try:
-        save_file(_without_sharing(plain), scratch, metadata={"format": "pt"})
+        save_file(_without_sharing(plain), scratch, metadata={"format": "pt", **metadata_of(state_dict)})
         os.replace(scratch, target)
     except BaseException:
         os.unlink(scratch)
@@ -218,7 +279,7 @@ def _files(path: Any) -> list[Path]:
     if not isinstance(path, (str, os.PathLike)):
         files = [Path(one) for one in path]
         if not files:
-            raise CheckpointError("no file is given; at least one belongs here", [])
+            raise CheckpointError("expected at least one file, got none", [])
         return files
     one = Path(path)
     files = sorted(one.glob("*.safetensors")) if one.is_dir() else [one]
@@ -245,12 +306,18 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _matched(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: Mapping[str, Path]
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    owner: Mapping[str, Path],
+    schemes: Mapping[str, Scheme],
 ) -> dict[str, Tensor]:
     """What each of ``expected`` is to become."""
     found: dict[str, Tensor] = {}
+    constants = {f"{w}{suffix}" for w, scheme in schemes.items() for suffix in scheme.suffixes()[1:]}
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
+        if name in constants:
+            continue
         if leaf in _UNUSED or (leaf in _SCALES and name not in expected):
             weight = f"{layer}.weight"
             if leaf in _SCALES and (weight not in tensors or not _is_fp8(tensors[weight])):
@@ -258,28 +325,39 @@ def _matched(
             continue
         if name not in expected:
             raise CheckpointError(f"tensor {name!r} is unknown to the model", [owner[name]], name)
-        if tensor.shape != expected[name].shape:
-            problem = (
-                f"tensor {name!r} has shape {list(tensor.shape)}, and the model's has {list(expected[name].shape)}"
-            )
+        made = tensor
+        if name in schemes:  # whose values may have another shape than the weight
+            made = _quantized(name, tensors, expected[name].dtype, owner, schemes[name])
+        if made.shape != expected[name].shape:
+            problem = f"tensor {name!r} has shape {list(made.shape)}, and the model's has {list(expected[name].shape)}"
             raise CheckpointError(problem, [owner[name]], name)
-        found[name] = tensor if not _is_fp8(tensor) else _with_scale(name, tensor, tensors, expected, owner)
+        if _is_fp8(made):
+            made = _quantized(name, tensors, expected[name].dtype, owner, None)
+        found[name] = made
     missing = [name for name in expected if name not in found]
     if missing:
         raise CheckpointError(f"tensor {missing[0]!r} is missing", list(dict.fromkeys(owner.values())), missing[0])
     return found
 
 
-def _with_scale(
-    name: str, qdata: Tensor, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: Mapping[str, Path]
-) -> Fp8Weight:
-    layer = name.rpartition(".")[0]
-    scales = [f"{layer}.{leaf}" for leaf in _SCALES if f"{layer}.{leaf}" in tensors]
-    if not scales:
-        raise CheckpointError(f"tensor {name!r} is FP8 values without a scale", [owner[name]], name)
-    dtype = expected[name].dtype
-    dtype = dtype if dtype in WEIGHT_DTYPES else torch.bfloat16
-    return fp8_weight(qdata, tensors[scales[0]], dtype, [owner[name]], name, scales[0])
+def _quantized(
+    name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, owner: Mapping[str, Path], scheme: Scheme | None
+) -> QuantizedWeight:
+    """The weight ``name``, of the scheme that the file names, or in one of the layouts of others."""
+    if scheme is not None:
+        names = {suffix: f"{name}{suffix}" for suffix in scheme.suffixes()}
+    else:
+        scheme = scheme_named(DEFAULT_METHOD, {})
+        layer = name.rpartition(".")[0]
+        scales = [f"{layer}.{leaf}" for leaf in _SCALES if f"{layer}.{leaf}" in tensors]
+        if not scales:
+            raise CheckpointError(f"tensor {name!r} is FP8 values without a scale", [owner[name]], name)
+        names = {"": name, "_scale": scales[0]}
+    for part in names.values():
+        if part not in tensors:
+            raise CheckpointError(f"tensor {part!r} is missing", [owner[name]], part)
+    parts = {suffix: tensors[part] for suffix, part in names.items()}
+    return read_weight(scheme, parts, dtype if dtype in WEIGHT_DTYPES else torch.bfloat16, [owner[name]], names)
 
 
 def _left_on_meta(model: nn.Module, found: Mapping[str, Tensor]) -> Iterator[str]:
@@ -299,12 +377,14 @@ def _fill(model: nn.Module, found: Mapping[str, Tensor]) -> None:
                 continue
             value, device = found[prefix + name], parameter.device
             value = value.to("cpu" if device.type == "meta" else device)
-            if not isinstance(value, Fp8Weight):
+            if not isinstance(value, QuantizedWeight):
                 value = value.to(parameter.dtype)
             elif not isinstance(module, nn.Linear):
                 value = value.dequantize()
-            made = Fp8Weight(value) if isinstance(value, Fp8Weight) else nn.Parameter(value, parameter.requires_grad)
-            module._parameters[name] = made
+            if isinstance(value, QuantizedWeight):
+                module._parameters[name] = QuantizedWeight(value)
+            else:
+                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and prefix + name in found:
                 device = torch.device("cpu") if buffer.device.type == "meta" else buffer.device

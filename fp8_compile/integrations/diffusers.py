@@ -1,6 +1,6 @@
 """FP8 weights through diffusers' own loading and saving: ``from_pretrained(quantization_config=...)``.
 
-Imports diffusers. It is imported, and registered in diffusers' tables, as soon as both packages are (`integrations`).
+Imports diffusers. It is imported, and registered in diffusers' tables, as soon as both packages are (`registration`).
 
 The layout in files is that of compressed-tensors: ``PATH.weight`` in float8_e4m3fn and ``PATH.weight_scale`` in
 float32, ``[N, 1]`` or without dimensions; the options stand in ``config.json`` under ``quantization_config``.
@@ -8,6 +8,7 @@ float32, ``[N, 1]`` or without dimensions; the options stand in ``config.json`` 
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from typing import Any
 
@@ -17,14 +18,17 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from .. import quantize
+from ..checks import parse_options
 from ..errors import CheckpointError, NonFiniteWeightError, OptionError
 from ..options import Fp8Options
 from ..quantize import Choice, check_choices, choose, keep_others, quantized, remember, scheme_at_load
-from ..weights.quantized_weight import Fp8Weight
-from . import registration
-from .checkpoints import SCALE_SUFFIX, holding, join, split
+from ..schemes import Scheme
+from ..weights.quantized_weight import QuantizedWeight
+from .checkpoints import base_of, holding, join, metadata_of, schemes_in, split
 
-_OPTIONS = ("method", "ignored_layers", "granularity", "min_features", "min_rows", "few_rows", "strict")
+_COMMON = ("method", "ignored_layers", "min_features", "strict")
+"""Options that concern weights, whatever the method; those of the method itself do, too."""
 
 
 class QuantMethod(str, Enum):
@@ -37,8 +41,8 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
     """What ``from_pretrained`` of a diffusers or transformers model takes as its ``quantization_config``.
 
     Args:
-        options: those of `Fp8Options` that concern weights: ``ignored_layers``, ``granularity``, ``min_features``,
-            ``min_rows``, ``method``, ``strict``.
+        options: those that concern weights: ``method``, ``ignored_layers``, ``min_features``, ``strict``, and the
+            method's own, such as ``granularity``.
 
     Raises:
         OptionError: an option is unknown, invalid, concerns compilation alone, or cannot be served at load time.
@@ -46,18 +50,18 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
 
     def __init__(self, **options: Any) -> None:
         options.pop("quant_method", None)
-        compiling = [name for name in options if name in Fp8Options.__dataclass_fields__ and name not in _OPTIONS]
+        compiling = [name for name in options if name in Fp8Options.__dataclass_fields__ and name not in _COMMON]
         if compiling:
             raise OptionError(
                 f"{', '.join(compiling)}: of no concern when weights are loaded; give it to torch.compile"
             )
-        parsed = Fp8Options.parse(options)
+        parsed = parse_options(options)
         if parsed.inductor:
             raise OptionError(f"{', '.join(parsed.inductor)}: a setting of Inductor; give it to torch.compile")
         scheme_at_load(parsed)
         self.quant_method: Any = QuantMethod.FP8_DIFFUSION
-        for name in options:
-            value = getattr(parsed, name)
+        for name, given in options.items():
+            value = getattr(parsed, name, given)
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -71,7 +75,7 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
     @property
     def options(self) -> Fp8Options:
         """The same as the options of the backend."""
-        return Fp8Options.parse({name: value for name, value in vars(self).items() if name != "quant_method"})
+        return parse_options({name: value for name, value in vars(self).items() if name != "quant_method"})
 
 
 class Fp8DiffusionQuantizer(DiffusersQuantizer):
@@ -90,7 +94,9 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         self._wanted: dict[str, Choice] = {}
         self._float32: list[str] = []
         self._files: list[Any] = []
-        self._halves: dict[str, Tensor] = {}
+        self._scheme: Scheme = scheme_at_load(self.options)
+        self._schemes: dict[str, Scheme] = {}
+        self._parts: dict[str, Tensor] = {}
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         self._dtype = torch.bfloat16 if torch_dtype is None else torch_dtype
@@ -101,7 +107,9 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         self._files = list(checkpoint_files)
-        return [key for key in loaded_keys if not key.endswith(SCALE_SUFFIX)]
+        if self.pre_quantized:
+            self._schemes = schemes_in(self._files)
+        return [key for key in loaded_keys if base_of(key, self._scheme, self._schemes) is None]
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **_: Any
@@ -121,16 +129,18 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         return choices
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Make `Fp8Weight`s of the FP8 values and scales in a shard. A half whose other one is elsewhere waits."""
+        """Make `QuantizedWeight`s of the constants in a shard. Those whose others are elsewhere wait."""
         if not self.pre_quantized:
             return state_dict
-        state_dict, self._halves = join({**self._halves, **state_dict}, self._files, self._dtype)
+        state_dict, self._parts = join(
+            {**self._parts, **state_dict}, self._files, self._scheme, self._schemes, self._dtype
+        )
         return state_dict
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
     ) -> bool:
-        return isinstance(param_value, Fp8Weight) or param_name in self._wanted
+        return isinstance(param_value, QuantizedWeight) or param_name in self._wanted
 
     def check_quantized_param_shape(self, param_name: str, expected: Any, param: Any) -> None:
         raise CheckpointError(
@@ -143,18 +153,19 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *_: Any, **__: Any
     ) -> None:
         path = param_name.rpartition(".")[0]
-        if isinstance(param_value, Fp8Weight):
-            made: Fp8Weight | None = Fp8Weight(param_value.to(target_device))
+        if isinstance(param_value, QuantizedWeight):
+            made: QuantizedWeight | None = QuantizedWeight(param_value.to(target_device))
         else:
-            made = quantized(param_value, self.options, torch.device(target_device))
+            made = quantized(param_value, self._scheme, torch.device(target_device))
         if made is None:
             raise NonFiniteWeightError([path])
         model.get_submodule(path)._parameters["weight"] = made  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        if self._halves:
-            name = next(iter(self._halves))
-            kind = "a scale without FP8 values" if name.endswith(SCALE_SUFFIX) else "FP8 values without a scale"
+        if self._parts:
+            name = next(iter(self._parts))
+            other = base_of(name, self._scheme, self._schemes) is not None
+            kind = "a scale without FP8 values" if other else "FP8 values without a scale"
             raise CheckpointError(f"tensor {name!r} is {kind}", holding(name, self._files), name)
         choices = self._choices(model)
         for choice in choices:
@@ -168,23 +179,27 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        return split(state_dict), {}
+        return split(state_dict), metadata_of(state_dict)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for module in model.modules():
             for name, parameter in module._parameters.items():
-                if isinstance(parameter, Fp8Weight):
+                if isinstance(parameter, QuantizedWeight):
                     module._parameters[name] = nn.Parameter(parameter.dequantize(), requires_grad=False)
         return model
 
 
 def config_of(options: Fp8Options) -> Fp8DiffusionConfig:
     """What a configuration holds of ``options``."""
-    return Fp8DiffusionConfig(**{name: value for name, value in options.changed().items() if name in _OPTIONS})
+    given = options.changed()
+    return Fp8DiffusionConfig(**{n: v for n, v in given.items() if n in _COMMON or n in options.method_options})
 
 
 def attach(model: Any, options: Fp8Options) -> None:
     """Let a diffusers model that `quantize_` converted be saved as one that diffusers loaded."""
+    modeling = sys.modules.get("diffusers.models.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.ModelMixin) or hasattr(model, "hf_quantizer"):
+        return
     config = config_of(options)
     model.hf_quantizer = Fp8DiffusionQuantizer(config, pre_quantized=False)
     model.is_quantized = True
@@ -194,4 +209,4 @@ def attach(model: Any, options: Fp8Options) -> None:
 
 AUTO_QUANTIZER_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionQuantizer
 AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig
-registration.registered_with_diffusers()
+quantize.on_converted.append(attach)

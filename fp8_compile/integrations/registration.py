@@ -1,7 +1,7 @@
 """Register with diffusers and transformers when they are imported, before or after this package; import neither.
 
-`integrations.diffusers` and `integrations.transformers` fill the tables at their own ends, so all that is done here is
-to import them in time: the former when diffusers' tables are loaded, the latter when both are.
+`integrations.diffusers` and `integrations.transformers` register themselves when they are imported, so all that is done
+here is to import them in time: the former when diffusers' tables are loaded, the latter when both are.
 """
 
 from __future__ import annotations
@@ -21,27 +21,19 @@ _TRANSFORMERS = "transformers.quantizers.auto"
 
 def register() -> None:
     """Put our quantizers into the tables that are loaded, and into the others as soon as they are."""
+    importlib.import_module(f"{__package__}.torchao")  # imports nothing of torchao's
     sys.meta_path.insert(0, _WhenLoaded([name for name in (_DIFFUSERS, _TRANSFORMERS) if name not in sys.modules]))
-    if _DIFFUSERS in sys.modules:
-        _loaded(_DIFFUSERS)
-
-
-_with_diffusers = False
-
-
-def registered_with_diffusers() -> None:
-    """Called by `integrations.diffusers` when it is complete."""
-    global _with_diffusers
-    _with_diffusers = True
-    if _TRANSFORMERS in sys.modules:
-        _loaded(_TRANSFORMERS)
+    for tables in (_DIFFUSERS, _TRANSFORMERS):
+        if tables in sys.modules:
+            _loaded(tables)
 
 
 def _loaded(tables: str) -> None:
-    # By name: whoever imports `integrations.diffusers` itself gets here while that is half executed.
     if tables == _DIFFUSERS:
         importlib.import_module(f"{__package__}.diffusers")
-    elif _with_diffusers and importlib.util.find_spec("transformers.core_model_loading") is not None:
+    # The module for transformers builds on that for diffusers, so it waits for both.
+    both = f"{__package__}.diffusers" in sys.modules and _TRANSFORMERS in sys.modules
+    if both and importlib.util.find_spec("transformers.core_model_loading") is not None:
         importlib.import_module(f"{__package__}.transformers")
 
 

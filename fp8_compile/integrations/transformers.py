@@ -6,6 +6,7 @@ Imports transformers, and is imported, and registered in its tables, as soon as 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from .. import quantize
 from ..options import Fp8Options
-from ..passes.plan import dtype_objection
-from ..quantize import check_choices, choose, convert, quantized
+from ..quantize import check_choices, choose, convert, quantized, scheme_at_load
+from ..schemes import Scheme
+from ..weights.eligible import QUANTIZABLE_DTYPES
 from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of
 
 
@@ -29,6 +32,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Fp8DiffusionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
         self.options = quantization_config.options
+        self._scheme = scheme_at_load(self.options)
         self._wanted: set[str] = set()
 
     def is_serializable(self) -> bool:
@@ -44,7 +48,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
         return param_name in self._wanted
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self.options)
+        return _Quantize(self._scheme)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         convert(model, choose(model, self.options), self.options)
@@ -53,22 +57,26 @@ class Fp8TransformersQuantizer(HfQuantizer):
 
 def attach(model: Any, options: Fp8Options) -> None:
     """Let ``save_pretrained`` refuse a model that `quantize_` converted in the words that it has for one loaded so."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.PreTrainedModel) or hasattr(model, "hf_quantizer"):
+        return
     model.hf_quantizer = Fp8TransformersQuantizer(config_of(options), pre_quantized=False)
 
 
 class _Quantize(ConversionOps):
-    def __init__(self, options: Fp8Options) -> None:
-        self.options = options
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
         """Leaves alone what transformers keeps in float32, and weights with NaN or Inf, which are an error later."""
         made = {}
         for name, given in input_dict.items():
             value: Tensor = given[0] if isinstance(given, list) else given
-            fp8 = quantized(value, self.options) if dtype_objection(value) is None else None
+            fp8 = quantized(value, self._scheme) if value.dtype in QUANTIZABLE_DTYPES else None
             made[name] = value if fp8 is None else fp8
         return made
 
 
 AUTO_QUANTIZER_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8TransformersQuantizer
 AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP8_DIFFUSION.value] = Fp8DiffusionConfig
+quantize.on_converted.append(attach)

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import parse_options, scheme_for
 from ..errors import Fp8Error, NothingConvertedError
-from ..options import Fp8Options
-from ..passes.plan import weight_objection
-from ..patterns import Pattern, is_adapter, layer_path
-from ..runtime.binder import fingerprint
-from ..schemes.fp8 import scheme_for
+from ..patterns import Pattern, layer_path
+from ..weights import eligible
+from ..weights.eligible import Candidate
+from ..weights.fingerprint import fingerprint
 from .html import Plot, Point, render
 from .quality import METRICS, Drawing, compare, require_lpips
 from .results import check_writable, environment, number_text, plain, quality_to_dict, write_whole
@@ -293,7 +293,7 @@ class Search:
         if by != "layers":
             patterns = {name: (*chosen, *unmeasured[name]) for name, chosen in patterns.items()}
         quality = self.measure(layers)
-        options = Fp8Options.parse(self.variants.options).changed()
+        options = parse_options(self.variants.options).changed()
         return Result(by, patterns, layers, quality, len(self._known), unmeasured, options)
 
     def measure(self, kept: frozenset[Layer]) -> dict[str, Any]:
@@ -389,7 +389,7 @@ class Search:
 
     def _unmeasured(self) -> dict[str, tuple[str, ...]]:
         """Patterns for the layers that could be in FP8 but were in none of the measurements."""
-        options = Fp8Options.parse(self.variants.options)
+        options = parse_options(self.variants.options)
         scheme = scheme_for(options)
         found = {}
         for denoiser, model in self.variants.denoisers.items():
@@ -399,10 +399,10 @@ class Search:
             chosen: dict[str, None] = {}
             for name, module in model.named_modules():
                 path = layer_path(name)
-                if not isinstance(module, nn.Linear) or is_adapter(name) or path in measured:
+                if not isinstance(module, nn.Linear) or path in measured:
                     continue
-                features = (module.in_features, module.out_features)
-                if weight_objection(module.weight, features, options) or scheme.refuses(*features, module.weight.dtype):
+                candidate = Candidate(module.weight, name, (module.in_features, module.out_features))
+                if eligible.reason(candidate, options, scheme) is not None:
                     continue  # stays in BF16 in any case
                 if not any(Pattern(pattern).matches(path) for pattern in chosen):
                     chosen[_widest(path, linears, measured, blocks)] = None
@@ -533,8 +533,8 @@ def how_to_use(result: Result) -> str:
             f" Of it, {', '.join(map(repr, others))} were in BF16 in all measurements; without them those layers would "
             "be converted too, which was not measured."
         )
-    if result.options.get("few_rows", "weight-only") != "weight-only":
-        told += " Leave few_rows out at load time: the list names the layers with few rows."
+    if result.options.get("small_m", "weight-only") != "weight-only":
+        told += " Leave small_m out at load time: the list names the layers with few rows."
     return told
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from ..backend import fp8_diffusion
+from ..checks import parse_options
 from ..errors import Fp8Error, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from ..options import Fp8Options
 from ..report import Report, report
-from ..weights.quantized_weight import Fp8Weight
+from ..weights.quantized_weight import QuantizedWeight
 from .groups import repeated_blocks
 from .quality import Drawing, draw
 
@@ -61,7 +62,7 @@ def check_measurable(pipeline: Any) -> None:
 
 def has_fp8_weights(model: nn.Module) -> bool:
     """Whether a weight of ``model`` was converted at load time."""
-    return any(isinstance(parameter, Fp8Weight) for parameter in model.parameters())
+    return any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters())
 
 
 def mark_steps(denoisers: Iterable[nn.Module]) -> list[Any]:
@@ -144,7 +145,7 @@ class Variants:
                         f"{where} was made by torch.compile(module), which would be measured instead; put back its "
                         "_orig_mod, or compile with module.compile()"
                     )
-        self._parsed = Fp8Options.parse(options)
+        self._parsed = parse_options(options)
         self.options = self._parsed.changed() if isinstance(options, Fp8Options) else dict(options)
         if self._parsed.ignored_layers:
             raise OptionError(

@@ -85,11 +85,7 @@ def as_linear(node: Node) -> Linear | None:
         return Linear(node, x, origin, transposed, bias)
     if is_call(node, torch.addmm, "addmm"):
         bias, x, weight = (_argument(node, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
-    elif (
-        is_call(node, torch.mm, "mm")
-        or is_call(node, torch.matmul, "matmul")
-        or is_call(node, operator.matmul, "__matmul__")
-    ):
+    elif any(is_call(node, *way) for way in _PRODUCTS):
         x, bias = _argument(node, 0, "input"), None
         weight = args[1] if len(args) > 1 else kwargs.get("mat2", kwargs.get("other"))
     else:

@@ -28,17 +28,15 @@ import torch
 from torch._inductor import inductor_prims  # registers the operator that this pass inserts
 from torch.fx import Graph, Node
 
+from .context import Context
+
 # Operators that give a contiguous tensor another shape without moving its data.
 _VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default})
 _FORCE = inductor_prims.force_stride_order
 
 
-def one_fp8_copy(graph: Graph) -> int:
-    """Edit ``graph``, a graph of aten operators after AOTAutograd, in place.
-
-    Returns:
-        How many matmuls were freed of their copy.
-    """
+def one_fp8_copy(graph: Graph, context: Context) -> int:
+    """Edit ``graph``, a graph of aten operators after AOTAutograd, in place; counts the matmuls freed of their copy."""
     freed = 0
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default):
         made = _maker(node.args[0])

@@ -1,54 +1,92 @@
 """The order of the passes, and the trace that each leaves.
 
-On Dynamo's graph:
-
-1. `plan_linears`: decides; it must see the graph as the user wrote it, since it names nodes of that graph.
-
-On a copy of it:
-
-2. `real_rotary`: touches no linear, and none touches it; before the next only because that needs the plan.
-3. `quantize_linears`: carries the plan out.
-
-On the graph after AOTAutograd, through Inductor's ``post_grad_custom_post_pass``:
-
-4. `one_fp8_copy`: last, because earlier passes of Inductor's read the metadata that it takes away.
+All have one signature: ``(graph, context)`` to the number of places that they changed. `PASSES` is read from top to
+bottom; the reason why a pass stands where it stands is beside it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from torch.fx import Graph, GraphModule
 
+from . import spec
+from .context import Context, PassResult
 from .graphs import copy_graph, module_of
 from .one_fp8_copy import one_fp8_copy
-from .plan import Plan
-from .quantize_linears import Constant, quantize_linears
+from .plan import plan_linears
+from .quantize_linears import quantize_linears
 from .real_rotary import real_rotary
 
-PRE_GRAD: dict[str, Callable[[Graph], int]] = {"real_rotary": real_rotary}
-POST_GRAD: dict[str, Callable[[Graph], int]] = {"one_fp8_copy": one_fp8_copy}
+Stage = Literal["dynamo", "post_grad"]
+"""Which graph a pass takes: a copy of Dynamo's, or that after AOTAutograd, inside Inductor
+(``post_grad_custom_post_pass``)."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass and its place.
+
+    Attributes:
+        reason: for its place in the order.
+        optional: whether ``disabled_passes`` may name it.
+    """
+
+    run: Callable[[Graph, Context], int]
+    stage: Stage
+    reason: str
+    optional: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+
+PASSES = (
+    Pass(plan_linears, "dynamo", "first: it names nodes of the graph as the user wrote it", optional=False),
+    Pass(real_rotary, "dynamo", "touches no linear, and no pass touches rotations"),
+    Pass(quantize_linears, "dynamo", "carries out the plan, which no earlier pass may outdate", optional=False),
+    Pass(one_fp8_copy, "post_grad", "last: earlier passes of Inductor's read the metadata that it takes away"),
+)
+
 HEURISTICS = ("whole_rows",)
 """What could be a pass, but is done by steering Inductor: see `fp8_compile.inductor`."""
+
+DISABLEABLE = (*(p.name for p in PASSES if p.optional), *HEURISTICS)
+"""What ``disabled_passes`` may name."""
 
 Trace = Callable[[str, Callable[[], GraphModule]], None]
 """Receives a stage's name, and what makes the graph at that stage."""
 
 
-def rewrite(
-    gm: GraphModule, plan: Plan, trace: Trace, disabled: tuple[str, ...] = ()
-) -> tuple[GraphModule, list[Constant]]:
-    """Run the passes on a copy of Dynamo's graph, but for those that are ``disabled``.
+def rewrite(context: Context, trace: Trace) -> GraphModule:
+    """Run the passes on a copy of Dynamo's graph, ``context.module``.
 
     Returns:
-        The rewritten graph, and the constants that it takes as further inputs.
+        The rewritten graph, which takes ``context.constants`` as further inputs.
     """
+    gm = context.module
     trace("before_passes", lambda: gm)
     graph = copy_graph(gm)
-    for name, run in PRE_GRAD.items():
-        if name not in disabled and run(graph):
-            trace(f"after_{name}", lambda: module_of(graph, gm))
-    constants = quantize_linears(graph, plan)
-    rewritten = module_of(graph, gm)
-    trace("after_quantize_linears", lambda: rewritten)
-    return rewritten, constants
+    for one in of_stage("dynamo", context):
+        if run(one, graph, context) and one.run is not plan_linears:
+            trace(f"after_{one.name}", lambda: module_of(graph, gm))
+    return module_of(graph, gm)
+
+
+def of_stage(stage: Stage, context: Context) -> tuple[Pass, ...]:
+    """The passes of a stage that shall run, in their order."""
+    return tuple(p for p in PASSES if p.stage == stage and p.name not in context.options.disabled_passes)
+
+
+def run(one: Pass, graph: Graph, context: Context) -> int:
+    """Run one pass, and note what it did."""
+    start = time.perf_counter()
+    matches = one.run(graph, context)
+    context.results.append(PassResult(one.name, matches, 1e3 * (time.perf_counter() - start)))
+    if spec.enabled or context.options.dump_graphs is not None:
+        spec.check(graph, context, one.stage, one.name)
+    return matches

@@ -13,9 +13,9 @@ After::
     (3) y = scaled_linear(q, to_q_weight, to_q_weight_scale, b, torch.bfloat16)
     (4) z = scaled_linear(q, to_k_weight, to_k_weight_scale, None, torch.bfloat16)
 
-The new placeholders are only described here (`Constant`): the weights are still unknown, since one graph may run with
-the parameters of many blocks. Why the activation is quantized once here and not by a later search for common
-subexpressions: no such search runs on inference graphs.
+The new placeholders are only described here (`Constants`): the weights are still unknown, since one graph may run with
+the parameters of many blocks. An activation with several readers is quantized once here, because no search for common
+subexpressions runs on inference graphs.
 
 It refuses nothing; what must stay is not in the plan. A linear whose input may have been written into since it was
 quantized gets a quantization of its own.
@@ -24,53 +24,25 @@ quantized gets a quantization of its own.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
-from ..schemes.fp8 import Scheme
-from ..weights.quantized_weight import Fp8Weight
+from ..schemes import Call, Scheme
+from ..weights.quantized_weight import QuantizedWeight
+from .context import Constants, Context, Decision
 from .graphs import call, example, storages, written_storages
 from .linears import Linear, as_linear, is_relayout
-from .plan import Decision, Plan
 
 
-@dataclass(frozen=True)
-class Constant:
-    """Constants that a rewritten graph needs of one parameter.
+def quantize_linears(graph: Graph, context: Context) -> int:
+    """Rewrite ``graph``, a copy of Dynamo's, in place, as ``context.plan`` says; sets ``context.constants``.
 
-    Attributes:
-        weight: name of the parameter's placeholder in the original graph.
-        scheme: whose ``quantize_weight`` makes them.
-        transposed: the parameter is stored ``[K, N]``.
-        path: of the layer that needs them first, for messages.
-        placeholders: their names in the rewritten graph, in the order of ``scheme.constants``.
-        held: the parameter is an `Fp8Weight`, and the constants are the tensors in it. The placeholders of these come
-            before those of the others.
+    Counts the linears that were replaced.
     """
-
-    weight: str
-    scheme: Scheme
-    transposed: bool
-    path: str
-    placeholders: tuple[str, ...]
-    held: bool = False
-
-
-def quantize_linears(graph: Graph, plan: Plan) -> list[Constant]:
-    """Rewrite ``graph`` in place.
-
-    Args:
-        graph: a copy of Dynamo's graph.
-        plan: made for that graph.
-
-    Returns:
-        The constants that the graph now takes instead of the weights, in the order in which it takes them.
-    """
-    chosen = {d.node: d for d in plan.converted}
+    chosen = {d.node: d for d in context.plan.converted}
     rewriter = _Rewriter(graph)
     for node in list(graph.nodes):
         if written := written_storages(node):
@@ -80,19 +52,19 @@ def quantize_linears(graph: Graph, plan: Plan) -> list[Constant]:
             rewriter.replace(linear, chosen[node.name])
     for weight in {weight for weight, _, _ in rewriter.constants}:
         _erase_unused(weight)
-    graph.lint()
-    return sorted((constant for constant, _ in rewriter.constants.values()), key=lambda c: not c.held)
+    context.constants = sorted((made for made, _ in rewriter.constants.values()), key=lambda c: not c.prequantized)
+    return len(chosen)
 
 
 class _Rewriter:
     """What is known half-way through a graph: constants described, activations quantized."""
 
     def __init__(self, graph: Graph) -> None:
-        self.constants: dict[tuple[Node, Scheme | None, bool], tuple[Constant, list[Node]]] = {}
+        self.constants: dict[tuple[Node, Any, bool], tuple[Constants, list[Node]]] = {}
         self._graph = graph
         self._quantized: dict[tuple[Node, Any], Node] = {}
-        self._layouts: dict[Any, Any] = {}
-        self._last = dict.fromkeys((True, False), graph.find_nodes(op="placeholder")[-1])  # of the held, of the others
+        placeholders = graph.find_nodes(op="placeholder")
+        self._last = dict.fromkeys((True, False), placeholders[-1])  # of the prequantized, of the others
 
     def forget_quantized(self, written: set[int]) -> None:
         """Quantize anew, when they are next needed, the activations whose memory was written into."""
@@ -101,59 +73,54 @@ class _Rewriter:
 
     def replace(self, linear: Linear, decision: Decision) -> None:
         """Put quantization and a scaled matmul in the place of ``linear``."""
-        scheme, node = decision.scheme, linear.node
+        scheme, how, node = decision.scheme, decision.call, linear.node
         assert scheme is not None
-        held = isinstance(example(linear.weight), Fp8Weight)
-        key = linear.weight, None if held else scheme, linear.transposed  # with few rows or many, it is the same tensor
+        assert how is not None
+        assert how.linear is not None
+        key = linear.weight, scheme.constants_key(), linear.transposed
         if key not in self.constants:
             self.constants[key] = self._describe(linear, scheme, decision.path)
         operands = self.constants[key][1]
         with self._graph.inserting_before(node):
-            x = self._quantize(linear, scheme)
-            new = call(node, scheme.linear, x, *operands, linear.bias, example(node).dtype)
+            x = self._quantize(linear, how)
+            new = call(node, how.linear, x, *operands, linear.bias, example(node).dtype)
         new.meta["example_value"] = example(node)
         node.replace_all_uses_with(new)
         self._graph.erase_node(node)
 
-    def _quantize(self, linear: Linear, scheme: Scheme) -> Node:
-        if scheme.quantize is None:
+    def _quantize(self, linear: Linear, how: Call) -> Node:
+        if how.quantize is None:
             return linear.input
-        key = linear.input, scheme.quantize
+        key = linear.input, how.quantize
         if key not in self._quantized:
-            self._quantized[key] = call(linear.node, scheme.quantize, linear.input)
+            self._quantized[key] = call(linear.node, how.quantize, linear.input)
         return self._quantized[key]
 
-    def _describe(self, linear: Linear, scheme: Scheme, path: str) -> tuple[Constant, list[Node]]:
-        nodes = []
+    def _describe(self, linear: Linear, scheme: Scheme, path: str) -> tuple[Constants, list[Node]]:
         weight = example(linear.weight)
-        held = isinstance(weight, Fp8Weight)
-        values = [weight.qdata, weight.scale] if held else self._fake_constants(weight, scheme, linear.transposed)
-        for name, value in zip(scheme.constants, values, strict=True):
-            with self._graph.inserting_after(self._last[held]):
-                new = self._graph.placeholder(re.sub(r"\W", "_", f"{path}.{name}".lstrip(".")))
+        prequantized = isinstance(weight, QuantizedWeight)
+        in_features, out_features = linear.features
+        nodes = []
+        for i, (suffix, spec) in enumerate(
+            zip(scheme.suffixes(), scheme.specs(out_features, in_features).values(), strict=True)
+        ):
+            if prequantized:
+                value = weight.constants[i]
+            else:
+                made = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                value = FakeTensor(weight.fake_mode, made, weight.device)
+            with self._graph.inserting_after(self._last[prequantized]):
+                new = self._graph.placeholder(re.sub(r"\W", "_", f"{path}.weight{suffix}".lstrip(".")))
             # How Dynamo marks a parameter: its address never changes, so CUDA graphs need no copy of it.
             new.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
             new.target = new.name  # one weight read in both layouts asks for the same name twice
             new._dynamo_source = None
             nodes.append(new)
-            if self._last[False] is self._last[held]:
+            if self._last[False] is self._last[prequantized]:
                 self._last[False] = new
-            self._last[held] = new
+            self._last[prequantized] = new
         names = tuple(node.name for node in nodes)
-        return Constant(linear.weight.name, scheme, linear.transposed, path, names, held), nodes
-
-    def _fake_constants(self, weight: Any, scheme: Scheme, transposed: bool) -> list[Any]:
-        """What the scheme makes of a fake weight. Weights of one shape are worked out once: a model has few shapes."""
-        key = weight.shape, weight.stride(), weight.dtype, weight.device, scheme, transposed
-        if key not in self._layouts:
-            with weight.fake_mode:
-                made = scheme.make_constants(weight, transposed)
-                self._layouts[key] = [(c.shape, c.stride(), c.dtype, c.device) for c in made]
-        # Never the same fake tensor twice: AOTAutograd would take two inputs for one.
-        return [
-            FakeTensor(weight.fake_mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
-            for size, stride, dtype, device in self._layouts[key]
-        ]
+        return Constants(linear.weight.name, scheme, linear.transposed, path, names, prequantized), nodes
 
 
 def _erase_unused(node: Node) -> None:

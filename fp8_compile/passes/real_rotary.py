@@ -34,17 +34,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .context import Context
 from .graphs import call, example, is_call, storages, written_storages
 
 _MULTIPLICATIONS = ((operator.mul, "__mul__"), (torch.mul, "mul"))
 
 
-def real_rotary(graph: Graph) -> int:
-    """Rewrite ``graph``, a copy of Dynamo's, in place.
-
-    Returns:
-        How many rotations were rewritten.
-    """
+def real_rotary(graph: Graph, context: Context) -> int:
+    """Rewrite ``graph``, a copy of Dynamo's, in place; counts the rotations."""
     rotations = 0
     tables: dict[Node, tuple[Node, Node]] = {}
     for product in list(graph.nodes):

@@ -1,149 +1,140 @@
-"""Schemes: how one kind of FP8 quantization turns weights into constants and linears into scaled matmuls.
-
-Passes, the weight binder and the report know a kind of quantization only through `Scheme`. A new method is one factory,
-registered under the name that the option ``method`` takes::
-
-    register_method("fp8-mine", lambda options: Scheme("fp8-mine", quantize_weight, quantize, linear))
-"""
+"""Method "fp8": E4M3 weights, and activations quantized to E4M3 as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import numerics
-from ..errors import OptionError
+from ..errors import OptionError, QuantizedWeightError
+from ..options import check_choice, check_count
+from .scheme import Call, Scheme, Spec, chunk_rows, high_precision
 
-if TYPE_CHECKING:
-    from ..options import Fp8Options
-
-
-def _refuses_nothing(in_features: int, out_features: int, dtype: torch.dtype) -> str | None:
-    return None
+GRANULARITIES = ("row", "tensor")
+SMALL_M = ("weight-only", "keep")
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """One kind of quantization.
-
-    The three functions are called from graphs that AOTAutograd traces, so they must be made of torch operators and,
-    to be found by a compile cache in another process, importable by module and name. Schemes are told apart by their
-    functions: a factory that makes new functions at each call makes new constants for each graph.
+class Fp8(Scheme):
+    """E4M3 values with float32 scales.
 
     Attributes:
-        name: what the report shows.
-        quantize_weight: a weight ``[N, K]`` to its constants.
-        quantize: an activation ``[..., K]`` to what ``linear`` takes as its first argument; None if it takes the
-            activation as it is.
-        linear: ``(quantized activation, *constants, bias | None, dtype)`` to ``[..., N]`` in ``dtype``.
-        constants: the names of the constants, in the order in which ``quantize_weight`` returns them.
-        refuses: ``(in_features, out_features, dtype)`` to the reason for which a layer cannot use this scheme, or None.
-        fallback: the scheme for linears that the device refuses to run in this one; None if they are kept.
-        few_rows: the scheme for linears whose input has fewer rows than ``min_rows``; None if they are kept.
-    """
-
-    name: str
-    quantize_weight: Callable[[Tensor], tuple[Tensor, ...]]
-    quantize: Callable[[Tensor], Any] | None
-    linear: Callable[..., Tensor]
-    constants: tuple[str, ...] = ("weight", "weight_scale")
-    refuses: Callable[[int, int, torch.dtype], str | None] = _refuses_nothing
-    # Neither makes a difference to constants.
-    fallback: Scheme | None = field(default=None, compare=False)
-    few_rows: Scheme | None = field(default=None, compare=False)
-
-    def make_constants(self, weight: Tensor, transposed: bool) -> tuple[Tensor, ...]:
-        """The constants of ``weight``, ``[N, K]``, or ``[K, N]`` if ``transposed``; fake ones if it is fake."""
-        with torch.no_grad():
-            return self.quantize_weight(weight.t().contiguous() if transposed else weight.contiguous())
-
-
-def _multiple_of_16(in_features: int, out_features: int, dtype: torch.dtype) -> str | None:
-    # cuBLASLt and CUTLASS both ask for 16-byte aligned FP8 rows; kept on every device so that decisions do not differ.
-    for name, features in (("in_features", in_features), ("out_features", out_features)):
-        if features % 16:
-            return f"{name} {features} is not a multiple of 16"
-    return None
-
-
-ROW_AFTERWARDS = Scheme(
-    name="fp8-row-afterwards",
-    quantize_weight=numerics.quantize_rowwise,
-    quantize=numerics.quantize_rowwise,
-    linear=numerics.linear_then_scale,
-    refuses=_multiple_of_16,
-)
-ROW = Scheme(
-    name="fp8-row",
-    quantize_weight=numerics.quantize_rowwise,
-    quantize=numerics.quantize_rowwise,
-    linear=numerics.scaled_linear,
-    refuses=_multiple_of_16,
-    fallback=ROW_AFTERWARDS,
-)
-TENSOR = Scheme(
-    name="fp8-tensor",
-    quantize_weight=numerics.quantize_tensorwise,
-    quantize=numerics.quantize_tensorwise,
-    linear=numerics.scaled_linear,
-    refuses=_multiple_of_16,
-)
-
-
-def weight_only(scheme: Scheme) -> Scheme:
-    """The scheme for few rows that shares its constants with ``scheme``.
-
-    It refuses what ``scheme`` does, although no matmul asks for it here: at load time, when the number of rows is not
-    known yet, the same weights must become FP8 as in compilation.
-    """
-    return Scheme(
-        name="fp8-weight-only",
-        quantize_weight=scheme.quantize_weight,
-        quantize=None,
-        linear=numerics.weight_only_linear,
-        constants=scheme.constants,
-        refuses=scheme.refuses,
-    )
-
-
-def scheme_of(granularity: str) -> Scheme:
-    """The scheme whose constants an `Fp8Weight` of this granularity holds."""
-    return {"row": ROW, "tensor": TENSOR}[granularity]
-
-
-def _fp8(options: Fp8Options) -> Scheme:
-    scheme = scheme_of(options.granularity)
-    return replace(scheme, few_rows=weight_only(scheme)) if options.few_rows == "weight-only" else scheme
-
-
-SchemeFactory = Callable[["Fp8Options"], Scheme]
-_METHODS: dict[str, SchemeFactory] = {"fp8": _fp8}
-
-
-def methods() -> list[str]:
-    """The names that the option ``method`` takes."""
-    return sorted(_METHODS)
-
-
-def register_method(name: str, factory: SchemeFactory) -> None:
-    """Make ``method=name`` available.
-
-    Args:
-        name: value of the option; must not be taken.
-        factory: from the options to the scheme; may raise `OptionError` for options that the method cannot serve.
+        granularity: "row" gives each output channel of a weight and each token of an activation a scale of its own,
+            "tensor" gives one to the whole.
+        activation_scheme: "dynamic" computes each activation's scale from its values.
+        weight_block_size: None; block-wise scales are not available yet.
+        min_m: a linear whose activation has fewer rows (M: tokens of the whole batch) is not multiplied in FP8.
+        small_m: what becomes of it: "weight-only" reads its FP8 weight and multiplies in float32, "keep" leaves it as
+            it is, which is for compilation only.
 
     Raises:
-        OptionError: ``name`` is taken.
+        OptionError: a value is not valid.
     """
-    if name in _METHODS:
-        raise OptionError(f"method {name!r} is registered already; registered: {', '.join(methods())}")
-    _METHODS[name] = factory
+
+    method: ClassVar[str] = "fp8"
+
+    granularity: str = "row"
+    activation_scheme: str = "dynamic"
+    weight_block_size: tuple[int, int] | None = None
+    min_m: int = 8
+    small_m: str = "weight-only"
+
+    def __post_init__(self) -> None:
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("small_m", self.small_m, SMALL_M)
+        if self.activation_scheme == "static":
+            raise OptionError("activation_scheme='static' is not available yet; use 'dynamic'")
+        check_choice("activation_scheme", self.activation_scheme, ("dynamic",))
+        if self.weight_block_size is not None:
+            raise OptionError(
+                f"weight_block_size={self.weight_block_size!r}: block-wise scales are not available yet; use None"
+            )
+        check_count("min_m", self.min_m)
+
+    @property
+    def label(self) -> str:
+        return f"fp8-{self.granularity}"
+
+    def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        scale = (out_features, 1) if self.granularity == "row" else ()
+        return {
+            "qdata": Spec((out_features, in_features), numerics.FP8_DTYPE),
+            "scale": Spec(scale, torch.float32),
+        }
+
+    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
+        quantize = numerics.quantize_rowwise if self.granularity == "row" else numerics.quantize_tensorwise
+        return quantize(weight)
+
+    def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        if self.granularity == "row" or weight.numel() == 0:
+            return super().quantize_in_chunks(weight, device)
+        chunks = torch.split(weight, chunk_rows(weight))
+        device = weight.device if device is None else device
+        amax = torch.stack([chunk.to(device).abs().amax() for chunk in chunks]).amax()
+        parts = (numerics.quantize_with(chunk.to(device), amax)[0] for chunk in chunks)
+        qdata = torch.empty(weight.shape, dtype=numerics.FP8_DTYPE, device=device)
+        for whole, part in zip(torch.split(qdata, chunk_rows(weight)), parts, strict=True):
+            whole.copy_(part)
+        return qdata, numerics.quantize_with(amax, amax)[1]
+
+    def dequantize(self, constants: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        qdata, scale = constants
+        return numerics.dequantize(qdata, scale, dtype)
+
+    def for_call(self, m: float, device: torch.device) -> tuple[Call, ...]:
+        if m == math.inf:  # the meta function of _scaled_mm compares it
+            return (high_precision("number of rows is known only at run time"),)
+        if m < self.min_m:
+            return (WEIGHT_ONLY if self.small_m == "weight-only" else high_precision(f"M is below min_m {self.min_m}"),)
+        return (ROWWISE, ROWWISE_UNFUSED_SCALES) if self.granularity == "row" else (TENSORWISE,)
+
+    def check_at_load(self) -> None:
+        if self.small_m != "weight-only":
+            raise OptionError(
+                f"small_m={self.small_m!r}: at load time it is not known how many rows a layer will see; use "
+                "'weight-only', and name the layers that shall stay as they are in ignored_layers"
+            )
+
+    def reason(self, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+        # cuBLASLt and CUTLASS both ask for 16-byte aligned FP8 rows; kept on every device so that decisions do not
+        # differ, and for every M: at load time, when it is not known yet, the same weights become FP8.
+        for name, features in (("in_features", in_features), ("out_features", out_features)):
+            if features % 16:
+                return f"{name} {features} is not a multiple of 16"
+        return None
+
+    def constants_key(self) -> Any:
+        return replace(self, min_m=Fp8.min_m, small_m=Fp8.small_m)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> tuple[Scheme, tuple[Tensor, ...]]:
+        qdata, scale = (tensors[suffix] for suffix in self.suffixes())
+        if qdata.dim() != 2:
+            raise QuantizedWeightError(f"has FP8 values of shape {list(qdata.shape)}, which are no matrix")
+        rows = qdata.shape[0]
+        if scale.numel() == 1 and rows != 1:
+            granularity, fitting = "tensor", scale.reshape(())
+        elif scale.numel() == rows and scale.dim() <= 2 and scale.shape[:1] in ((rows,), ()):
+            granularity, fitting = "row", scale.reshape(rows, 1)
+        else:
+            raise QuantizedWeightError(
+                f"has shape {list(scale.shape)}; a scale for values of shape {list(qdata.shape)} has one element, or "
+                f"[{rows}, 1] (block-wise scales cannot be read yet)",
+                "_scale",
+            )
+        fitting = fitting.float()
+        if fitting.device.type != "meta" and not (fitting.isfinite() & (fitting > 0)).all():
+            raise QuantizedWeightError("holds a scale that is NaN, infinite, zero or negative", "_scale")
+        return replace(self, granularity=granularity), (qdata.contiguous(), fitting.contiguous())
 
 
-def scheme_for(options: Fp8Options) -> Scheme:
-    """The scheme that ``options.method`` stands for."""
-    return _METHODS[options.method](options)
+ROWWISE = Call("fp8-row", numerics.scaled_linear, numerics.quantize_rowwise)
+# For devices that refuse row-wise scales for a shape, or altogether.
+ROWWISE_UNFUSED_SCALES = Call("fp8-row-unfused-scales", numerics.linear_then_scale, numerics.quantize_rowwise)
+TENSORWISE = Call("fp8-tensor", numerics.scaled_linear, numerics.quantize_tensorwise)
+WEIGHT_ONLY = Call("fp8-weight-only", numerics.weight_only_linear)

@@ -4,8 +4,8 @@ PEFT fuses an adapter with ``weight.data += delta``, and ``.data`` hides the wri
 Neither the compiled graph nor the parameter's address need change: fusing a second adapter after the first was unfused
 looks exactly like the first. https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py (``merge``)
 
-PEFT takes an adapter out by subtracting it. An `Fp8Weight` would have been rounded three times by then, with the steps
-of the merged weight; so its FP8 bytes are kept on the host while an adapter is merged, and put back.
+PEFT takes an adapter out by subtracting it. A `QuantizedWeight` would have been rounded three times by then, with the
+steps of the merged weight; so its constants are kept on the host while an adapter is merged, and put back.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..runtime.binder import fingerprint
-from .quantized_weight import Fp8Weight
+from .fingerprint import fingerprint
+from .quantized_weight import QuantizedWeight
 
 
 def watch_merges() -> None:
@@ -62,11 +61,10 @@ def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Before:
-    """An FP8 weight as it was before the first adapter was merged, and the fingerprint of what it has become."""
+    """A quantized weight as it was before the first adapter was merged, and the fingerprint of what it has become."""
 
-    def __init__(self, weight: Fp8Weight) -> None:
-        self.qdata: Tensor = weight.qdata.to("cpu", copy=True)
-        self.scale: Tensor = weight.scale.to("cpu", copy=True)
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self.constants = tuple(constant.to("cpu", copy=True) for constant in weight.constants)
         self.merged: int | None = None
 
 
@@ -77,27 +75,27 @@ def _base_weight(layer: Any) -> Any:
 def _keep_before_merge(layer: Any) -> None:
     """Keep the FP8 weight of a PEFT layer in which nothing is merged."""
     weight = _base_weight(layer)
-    if isinstance(weight, Fp8Weight) and not layer.merged:
+    if isinstance(weight, QuantizedWeight) and not layer.merged:
         layer._fp8_before_merge = _Before(weight)
 
 
 def _is_as_merged(layer: Any) -> bool:
     """Whether nothing but PEFT has written into the weight since it was kept."""
     before = vars(layer).get("_fp8_before_merge")
-    return before is not None and before.merged == int(fingerprint(_base_weight(layer).qdata))
+    return before is not None and before.merged == int(fingerprint(_base_weight(layer).constants[0]))
 
 
 def _restore_after_unmerge(layer: Any, as_merged: bool) -> None:
     """Put the FP8 weight back once nothing is merged any more; ``as_merged`` is what `_is_as_merged` said before."""
     before = vars(layer).get("_fp8_before_merge")
     weight = _base_weight(layer)
-    if before is None or not isinstance(weight, Fp8Weight):
+    if before is None or not isinstance(weight, QuantizedWeight):
         return
     if layer.merged:
-        before.merged = int(fingerprint(weight.qdata))
+        before.merged = int(fingerprint(weight.constants[0]))
         return
     if as_merged:
         with torch.no_grad():
-            weight.qdata.copy_(before.qdata)
-            weight.scale.copy_(before.scale)
+            for constant, kept in zip(weight.constants, before.constants, strict=True):
+                constant.copy_(kept)
     del layer._fp8_before_merge

@@ -16,8 +16,9 @@ from zoo import MODELS
 import fp8_compile
 from fp8_compile import numerics
 from fp8_compile.device import MIN_CAPABILITY, refusal
-from fp8_compile.runtime import binder
-from fp8_compile.schemes.fp8 import ROW, TENSOR, Scheme, weight_only
+from fp8_compile.runtime import constants
+from fp8_compile.schemes import Call
+from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
 
 AVAILABLE = torch.cuda.is_available() and torch.version.hip is None
 pytestmark = pytest.mark.skipif(
@@ -44,22 +45,24 @@ def run(m: nn.Module, x: Tensor) -> Tensor:
 # --- kernels ---
 
 
-@pytest.mark.parametrize("scheme", [ROW, ROW.fallback, TENSOR, weight_only(ROW)], ids=lambda s: s.name)
+@pytest.mark.parametrize("call", [ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY], ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 8, 127, 1024])
 @pytest.mark.parametrize("features", [(64, 64), (3072, 144), (144, 3072)], ids=str)
 def test_kernel_agrees_with_float64(
-    scheme: Scheme, dtype: torch.dtype, bias: bool, rows: int, features: tuple[int, int]
+    call: Call, dtype: torch.dtype, bias: bool, rows: int, features: tuple[int, int]
 ) -> None:
     k, n = features
-    if (why := refusal(scheme, CUDA, rows, features, dtype, bias)) is not None:
-        pytest.skip(why)
+    scheme = Fp8("tensor" if call is TENSORWISE else "row")
+    if (reason := refusal(scheme, call, CUDA, rows, features, dtype, bias)) is not None:
+        pytest.skip(reason)
     x, w, b = gaussian(rows, k, dtype=dtype), gaussian(n, k, dtype=dtype), gaussian(n, dtype=dtype) if bias else None
-    quantized = x if scheme.quantize is None else scheme.quantize(x)
+    quantized = x if call.quantize is None else call.quantize(x)
     values, scale = scheme.quantize_weight(w)
-    out = scheme.linear(quantized, values, scale, b, dtype)
-    left = x.double() if scheme.quantize is None else quantized[0].double() * quantized[1].double()
+    assert call.linear is not None
+    out = call.linear(quantized, values, scale, b, dtype)
+    left = x.double() if call.quantize is None else quantized[0].double() * quantized[1].double()
     expected = left @ (values.double() * scale.double()).t() + (0 if b is None else b.double())
     assert out.dtype == dtype
     assert sqnr(expected, out) > 44  # fast accumulation keeps 14 bits of the sums; bfloat16 alone would give 50
@@ -69,9 +72,10 @@ def test_kernel_agrees_with_float64(
 @pytest.mark.parametrize("rows", [8, 14, 127, 256, 257])
 def test_long_rows_and_few_of_them(k: int, rows: int) -> None:
     """Where https://github.com/pytorch/ao/issues/4582 refuses, the fallback must not."""
-    assert refusal(ROW, CUDA, rows, (k, 3072), torch.bfloat16, True) is None or (
-        refusal(ROW.fallback, CUDA, rows, (k, 3072), torch.bfloat16, True) is None
-    )
+    reasons = [
+        refusal(Fp8(), c, CUDA, rows, (k, 3072), torch.bfloat16, True) for c in (ROWWISE, ROWWISE_UNFUSED_SCALES)
+    ]
+    assert None in reasons, reasons
 
 
 # --- compiled ---
@@ -138,8 +142,8 @@ def test_a_refused_shape_is_handled() -> None:
         got = torch.compile(m, backend="fp8_diffusion", fullgraph=True)(x)
     assert sqnr(expected, got) > 26
     (row,) = fp8_compile.report(m).layers
-    refused = refusal(ROW, CUDA, 127, (9216, 3072), torch.bfloat16, True)
-    assert row.scheme == ("fp8-row" if refused is None else "fp8-row-afterwards")
+    refused = refusal(Fp8(), ROWWISE, CUDA, 127, (9216, 3072), torch.bfloat16, True)
+    assert row.scheme == ("fp8-row" if refused is None else "fp8-row-unfused-scales")
 
 
 def test_weight_only_modulation() -> None:
@@ -173,13 +177,13 @@ def test_zeros_nan_and_large_values(granularity: str) -> None:
 def test_moved_to_the_cpu_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The values are the same, so nothing is quantized again; meanwhile only the FP8 constants are on the device."""
     quantized: list[str] = []
-    store = binder._store
+    store = constants._store
 
     def counted(state: Any, constant: Any, made: Any) -> None:
         quantized.append(constant.path)
         store(state, constant, made)
 
-    monkeypatch.setattr(binder, "_store", counted)
+    monkeypatch.setattr(constants, "_store", counted)
     gc.collect()
     empty = torch.cuda.memory_allocated()
     m = model()
@@ -190,11 +194,11 @@ def test_moved_to_the_cpu_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     first = [run(m, x) for _ in range(2)][-1]
     assert len(quantized) == 12
     gc.collect()
-    before, constants = torch.cuda.memory_allocated(), fp8_compile.report(m).extra_bytes
+    before, extra = torch.cuda.memory_allocated(), fp8_compile.report(m).extra_bytes
     m.to("cpu")
     gc.collect()
     left = before - torch.cuda.memory_allocated()
-    assert left == allocated >= sum(t.nbytes for t in tensors) > constants > 0
+    assert left == allocated >= sum(t.nbytes for t in tensors) > extra > 0
     m.to(CUDA)
     assert torch.cuda.memory_allocated() == before
     torch.testing.assert_close(run(m, x), first, rtol=0, atol=0)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +17,13 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.graph import GraphLowering
 from torch.fx import Graph, Node
-from util import rand, show
+from util import CONTEXT, rand, show
 
 from fp8_compile.inductor import inner
 from fp8_compile.inductor.inner import PostGradPasses
 from fp8_compile.numerics import FP8_DTYPE, _has_rowwise_kernel
 from fp8_compile.passes import pipeline
+from fp8_compile.passes.context import Context
 from fp8_compile.passes.one_fp8_copy import one_fp8_copy
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -87,7 +89,7 @@ def qkv(readers: int = 3) -> Graph:
 def test_one_quantized_activation_for_three_matmuls() -> None:
     graph = qkv()
     assert asked(graph) == [[True] * 4] * 3
-    assert one_fp8_copy(graph) == 3
+    assert one_fp8_copy(graph, CONTEXT) == 3
     graph.lint()
     text = "\n".join(re.sub(r"(_scaled_mm.default\(\w+), .*", r"\1, ...)", line) for line in show(graph).splitlines())
     text = "\n".join(line for line in text.splitlines() if " = " in line and not line.startswith("permute"))
@@ -111,7 +113,7 @@ def test_only_the_request_for_the_first_operand_goes() -> None:
     (node,) = matmuls(graph)
     args, kwargs = node.meta["eager_input_vals"]
     meta = dict(node.meta)
-    one_fp8_copy(graph)
+    one_fp8_copy(graph, CONTEXT)
     after_args, after_kwargs = node.meta["eager_input_vals"]
     assert after_args[0] is None
     assert len(after_args) == len(args)
@@ -122,7 +124,7 @@ def test_only_the_request_for_the_first_operand_goes() -> None:
 
 def test_forced_layout_is_the_row_major_one() -> None:
     graph = qkv()
-    one_fp8_copy(graph)
+    one_fp8_copy(graph, CONTEXT)
     (forced,) = graph.find_nodes(op="call_function", target=prims.inductor_force_stride_order.default)
     source, strides = forced.args
     assert source.meta["val"].stride() == forced.meta["val"].stride() == (512, 64, 1)
@@ -131,9 +133,9 @@ def test_forced_layout_is_the_row_major_one() -> None:
 
 def test_second_time_changes_nothing() -> None:
     graph = qkv()
-    one_fp8_copy(graph)
+    one_fp8_copy(graph, CONTEXT)
     text = str(graph)
-    assert one_fp8_copy(graph) == 0
+    assert one_fp8_copy(graph, CONTEXT) == 0
     assert str(graph) == text
 
 
@@ -141,7 +143,7 @@ def test_each_activation_is_fixed_once() -> None:
     build = Aten()
     a, b = (build.quantize(build.input(name, 16, 64)) for name in "xy")
     graph = build.output(*(build.matmul(q, f"w{i}") for i, q in enumerate((a, b, a, b, a))))
-    assert one_fp8_copy(graph) == 5
+    assert one_fp8_copy(graph, CONTEXT) == 5
     assert len(graph.find_nodes(op="call_function", target=prims.inductor_force_stride_order.default)) == 2
     assert len({node.args[0] for node in matmuls(graph)}) == 2
 
@@ -151,7 +153,7 @@ def test_views_are_passed_over() -> None:
     quantized = build.quantize(build.input("x", 2, 2, 4, 64))
     once = build.call(aten.view.default, quantized, [4, 4, 64])
     graph = build.output(build.matmul(build.call(aten._unsafe_view.default, once, [16, 64]), "w"), quantized)
-    assert one_fp8_copy(graph) == 1
+    assert one_fp8_copy(graph, CONTEXT) == 1
     (forced,) = graph.find_nodes(op="call_function", target=prims.inductor_force_stride_order.default)
     assert forced.args[0] is quantized
     assert once.args[0] is forced
@@ -195,7 +197,7 @@ def test_unchanged(write: Callable[[Aten], Sequence[Node]]) -> None:
     build = Aten()
     graph = build.output(*write(build))
     text, requests = str(graph), [node.meta.get("eager_input_vals") for node in graph.nodes]
-    assert one_fp8_copy(graph) == 0
+    assert one_fp8_copy(graph, CONTEXT) == 0
     assert str(graph) == text
     assert all(n.meta.get("eager_input_vals") is r for n, r in zip(graph.nodes, requests, strict=True))
 
@@ -204,7 +206,7 @@ def test_input_of_the_graph_has_a_layout_already() -> None:
     build = Aten()
     graph = build.output(build.matmul(build.input("q", 16, 64, dtype=FP8_DTYPE), "w"))
     text = str(graph)
-    assert one_fp8_copy(graph) == 1
+    assert one_fp8_copy(graph, CONTEXT) == 1
     assert str(graph) == text
     assert asked(graph) == [[False, True, True, True]]
 
@@ -271,13 +273,13 @@ def test_graph_of_inductor(granularity: str) -> None:
     others = [n for n in graph.nodes if n not in matmuls(graph)]
     requests = [n.meta.get("eager_input_vals") for n in others]
     assert asked(graph) == [[True] * 4] * 3
-    assert one_fp8_copy(graph) == 3
+    assert one_fp8_copy(graph, CONTEXT) == 3
     graph.lint()
     (forced,) = graph.find_nodes(op="call_function", target=prims.inductor_force_stride_order.default)
     assert forced.args[0].meta["val"].dtype == FP8_DTYPE
     assert all(n.meta.get("eager_input_vals") is r for n, r in zip(others, requests, strict=True))
     text = str(graph)
-    assert one_fp8_copy(graph) == 0
+    assert one_fp8_copy(graph, CONTEXT) == 0
     assert str(graph) == text
 
 
@@ -296,7 +298,7 @@ def test_generated_code(granularity: str, preparation: str, monkeypatch: pytest.
         return re.findall(r"= empty_strided_cpu\((\(.*?\), \(.*?\)), torch.float8_e4m3fn\)", sources[0])
 
     assert buffers() == ["(2, 8, 64), (512, 64, 1)"]
-    monkeypatch.setattr(pipeline, "POST_GRAD", {})
+    monkeypatch.setattr(pipeline, "PASSES", [one for one in pipeline.PASSES if one.stage == "dynamo"])
     assert buffers() == ["(16, 64), (64, 1)"] * 3
 
 
@@ -323,31 +325,38 @@ class Named(CustomGraphPass):
 
 
 def test_uuid_is_the_same_for_the_same_passes() -> None:
-    assert PostGradPasses(None).uuid() == PostGradPasses(None).uuid() is not None
-    assert PostGradPasses(Named("a")).uuid() == PostGradPasses([Named("a")]).uuid()
+    assert PostGradPasses(None, CONTEXT).uuid() == PostGradPasses(None, CONTEXT).uuid() is not None
+    assert PostGradPasses(Named("a"), CONTEXT).uuid() == PostGradPasses([Named("a")], CONTEXT).uuid()
 
 
 def test_uuid_tells_passes_apart() -> None:
     user_passes = [None, Named("a"), Named("b"), [Named("a"), Named("b")], (Named("b"), Named("a"))]
-    assert len({PostGradPasses(passes).uuid() for passes in user_passes}) == len(user_passes)
+    assert len({PostGradPasses(passes, CONTEXT).uuid() for passes in user_passes}) == len(user_passes)
 
 
 def test_uuid_changes_with_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = PostGradPasses(Named("a")).uuid()
+    before = PostGradPasses(Named("a"), CONTEXT).uuid()
     monkeypatch.setattr(inner, "source_hash", lambda: "other")
-    assert PostGradPasses(Named("a")).uuid() != before
+    assert PostGradPasses(Named("a"), CONTEXT).uuid() != before
 
 
 @pytest.mark.parametrize("passes", [Named(None), lambda graph: None, [Named("a"), Named(None)], [print]])
 def test_no_uuid_with_a_pass_that_has_none(passes: Any) -> None:
-    assert PostGradPasses(passes).uuid() is None
+    assert PostGradPasses(passes, CONTEXT).uuid() is None
 
 
 def test_user_passes_run_first(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str | None] = []
-    monkeypatch.setattr(pipeline, "POST_GRAD", {"ours": lambda graph: log.append("ours") or 0})
-    PostGradPasses([Named("a", log), Named("b", log)])(Graph())
+
+    def ours(graph: Graph, context: Context) -> int:
+        log.append("ours")
+        return 3
+
+    monkeypatch.setattr(pipeline, "PASSES", [pipeline.Pass(ours, "post_grad", "the only one")])
+    context = replace(CONTEXT, results=[])
+    PostGradPasses([Named("a", log), Named("b", log)], context)(Graph())
     assert log == ["a", "b", "ours"]
+    assert [(result.name, result.matches) for result in context.results] == [("ours", 3)]
 
 
 @pytest.mark.parametrize("module", ["fp8_compile.passes.one_fp8_copy", "fp8_compile.backend"])

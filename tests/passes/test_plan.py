@@ -12,8 +12,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from util import Call, capture, plan, rand
 
 from fp8_compile import Fp8Options
-from fp8_compile.passes.plan import Decision, plan_linears
-from fp8_compile.schemes.fp8 import ROW, ROW_AFTERWARDS, TENSOR, Scheme, scheme_for, weight_only
+from fp8_compile.passes.context import Decision
+from fp8_compile.schemes import Call as How
+from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
 
 Function = Callable[..., Any]
 
@@ -43,7 +44,8 @@ def test_default_decision() -> None:
             weight="l_fn_modules_0_parameters_weight_",
             transposed=False,
             decision="fp8",
-            scheme=ROW,
+            scheme=Fp8(min_m=1),
+            call=ROWWISE,
         )
     ]
 
@@ -65,8 +67,8 @@ def test_features_of_a_weight_stored_input_features_first() -> None:
         (72, 64, {}, "in_features 72 is not a multiple of 16"),
         (72, 72, {}, "in_features 72 is not a multiple of 16"),
         (72, 64, {"granularity": "tensor"}, "in_features 72 is not a multiple of 16"),
-        (64, 64, {"min_rows": 9, "few_rows": "keep"}, "fewer rows than min_rows 9"),
-        (64, 64, {"min_rows": 8}, ""),
+        (64, 64, {"min_m": 9, "small_m": "keep"}, "M is below min_m 9"),
+        (64, 64, {"min_m": 8}, ""),
     ],
 )
 def test_sizes(in_features: int, out_features: int, options: dict[str, Any], expected: str) -> None:
@@ -76,16 +78,15 @@ def test_sizes(in_features: int, out_features: int, options: dict[str, Any], exp
 def test_defaults_of_the_sizes() -> None:
     """256 features and 8 rows; with fewer rows, the weight alone is in FP8."""
     captured = capture(nn.Sequential(linear(256, 256), linear(256, 240)), rand(8, 256))
-    opts = Fp8Options()
-    reasons = [d.reason for d in plan_linears(captured.gm, opts, scheme_for(opts)).decisions]
-    assert reasons == ["", "narrower than min_features 256"]
+    default = {"min_features": Fp8Options.min_features, "min_m": Fp8.min_m}
+    assert [d.reason for d in plan(captured, **default).decisions] == ["", "narrower than min_features 256"]
     captured = capture(linear(256, 256), rand(7, 256))
-    assert [d.scheme for d in plan_linears(captured.gm, opts, scheme_for(opts)).decisions] == [weight_only(ROW)]
+    assert [d.call for d in plan(captured, **default).decisions] == [WEIGHT_ONLY]
 
 
 def test_one_row() -> None:
     assert reason(linear(), rand(64)) == ""
-    assert reason(linear(), rand(64), min_rows=2, few_rows="keep") == "fewer rows than min_rows 2"
+    assert reason(linear(), rand(64), min_m=2, small_m="keep") == "M is below min_m 2"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -224,7 +225,7 @@ def test_bias_may_be_modified() -> None:
     ("model", "x", "options"),
     [
         (linear(), rand(8, 64), {"min_features": 128}),
-        (linear(), rand(8, 64), {"min_rows": 100, "few_rows": "keep"}),
+        (linear(), rand(8, 64), {"min_m": 100, "small_m": "keep"}),
         (linear(64, 72), rand(8, 64), {}),
         (nn.Linear(64, 64), rand(8, 64).float(), {}),
         (Call(lambda m, x: F.linear(x, m.w * 2), w=(64, 64)), rand(8, 64), {}),
@@ -306,21 +307,21 @@ def test_pattern_reaches_a_layer_wrapped_by_lora(pattern: str) -> None:
 
 
 def test_dynamic_rows_count_as_those_seen() -> None:
-    assert reason(linear(), rand(2, 8, 64), dynamic=True, min_rows=16) == ""
-    assert reason(linear(), rand(2, 8, 64), dynamic=True, min_rows=17, few_rows="keep") == "fewer rows than min_rows 17"
+    assert reason(linear(), rand(2, 8, 64), dynamic=True, min_m=16) == ""
+    assert reason(linear(), rand(2, 8, 64), dynamic=True, min_m=17, small_m="keep") == "M is below min_m 17"
 
 
 def test_rows_known_only_at_run_time() -> None:
     """The meta function of ``_scaled_mm`` compares their number, so no graph with them could be traced."""
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         selected = Call(lambda m, x, mask: F.linear(x[mask], m.w), w=(64, 64))
-        kept = reason(selected, rand(8, 64), torch.arange(8) > 3, min_rows=1)
+        kept = reason(selected, rand(8, 64), torch.arange(8) > 3, min_m=1)
     assert kept == "number of rows is known only at run time"
 
 
 @pytest.mark.parametrize("weight", ["parameter", "activation"])
 def test_deciding_makes_no_shape_static(weight: str) -> None:
-    """One graph serves several resolutions: rows above and below ``min_rows``, and any size of a computed weight."""
+    """One graph serves several resolutions: rows above and below ``min_m``, and any size of a computed weight."""
     function = (lambda m, x: F.linear(x, m.w)) if weight == "parameter" else (lambda m, x: F.linear(x, x))
     module = Call(function, w=(64, 64))
     compiles = []
@@ -329,7 +330,7 @@ def test_deciding_makes_no_shape_static(weight: str) -> None:
         compiles.append(gm)
         return gm.forward
 
-    options = {"inner_backend": inner, "min_features": 1, "min_rows": 8}
+    options = {"inner_backend": inner, "min_features": 1, "min_m": 8}
     compiled = torch.compile(module, backend="fp8_diffusion", fullgraph=True, dynamic=True, options=options)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         assert compiled(rand(12, 64)).shape[0] == 12
@@ -382,48 +383,44 @@ def test_vector_as_weight_inside_a_higher_order_operator() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 8])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_few_rows_with_the_weight_alone_in_fp8(rows: int, granularity: str) -> None:
-    (decision,) = decide(linear(), rand(rows, 64), min_rows=8, granularity=granularity)
-    usual = {"row": ROW, "tensor": TENSOR}[granularity]
-    assert decision.scheme == (weight_only(usual) if rows < 8 else usual)
+def test_small_m_with_the_weight_alone_in_fp8(rows: int, granularity: str) -> None:
+    (decision,) = decide(linear(), rand(rows, 64), min_m=8, granularity=granularity)
+    usual = {"row": ROWWISE, "tensor": TENSORWISE}[granularity]
+    assert decision.call == (WEIGHT_ONLY if rows < 8 else usual)
     assert (decision.decision, decision.reason) == ("fp8", "")
 
 
-def test_few_rows_refuse_what_many_do() -> None:
+def test_small_m_refuse_what_many_do() -> None:
     """At load time, before the number of rows is known, both must be decided alike."""
-    assert reason(linear(72, 48), rand(1, 72), min_rows=8) == "in_features 72 is not a multiple of 16"
+    assert reason(linear(72, 48), rand(1, 72), min_m=8) == "in_features 72 is not a multiple of 16"
 
 
-def refused(*schemes: Scheme) -> list[Decision]:
-    """The decisions on a device that refuses ``schemes``."""
+def refused(*calls: How) -> list[Decision]:
+    """The decisions on a device that refuses ``calls``."""
     asked: list[Any] = []
 
-    def refusal(scheme: Scheme, *what: Any) -> str | None:
-        asked.append(what)
-        return f"no {scheme.name}" if scheme in schemes else None
+    def refusal(scheme: Fp8, call: How, *what: Any) -> str | None:
+        asked.append((scheme, *what))
+        return f"no {call.name}" if call in calls else None
 
-    captured = capture(linear(64, 32), rand(2, 8, 64))
-    options = Fp8Options(min_features=1)
-    found = list(plan_linears(captured.gm, options, scheme_for(options), refusal).decisions)
-    assert set(asked) == {(torch.device("cpu"), 16, (64, 32), torch.bfloat16, True)}
+    found = list(plan(capture(linear(64, 32), rand(2, 8, 64)), refusal).decisions)
+    assert set(asked) == {(Fp8(min_m=1), torch.device("cpu"), 16, (64, 32), torch.bfloat16, True)}
     return found
 
 
 def test_a_refused_shape_has_its_scales_applied_afterwards() -> None:
-    (decision,) = refused(ROW)
-    assert (decision.decision, decision.scheme) == ("fp8", ROW_AFTERWARDS)
+    (decision,) = refused(ROWWISE)
+    assert (decision.decision, decision.call) == ("fp8", ROWWISE_UNFUSED_SCALES)
 
 
 def test_a_shape_refused_altogether_is_kept() -> None:
-    (decision,) = refused(ROW, ROW_AFTERWARDS)
-    assert (decision.decision, decision.scheme, decision.reason) == ("kept", None, "no fp8-row-afterwards")
+    (decision,) = refused(ROWWISE, ROWWISE_UNFUSED_SCALES)
+    assert (decision.decision, decision.call, decision.reason) == ("kept", None, "no fp8-row-unfused-scales")
 
 
 def test_an_ignored_layer_is_not_tried_on_the_device() -> None:
     def refusal(*what: Any) -> str | None:
         raise AssertionError(what)
 
-    captured = capture(linear(64, 32), rand(2, 8, 64))
-    options = Fp8Options(min_features=1, ignored_layers=["*"])
-    (decision,) = plan_linears(captured.gm, options, scheme_for(options), refusal).decisions
+    (decision,) = plan(capture(linear(64, 32), rand(2, 8, 64)), refusal, ignored_layers=["*"]).decisions
     assert decision.reason == "ignored_layers: *"

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from util import Call, Captured, calls, capture, plan, rand, rewritten, run, show
 
 from fp8_compile.numerics import dequantize, quantize_rowwise, quantize_tensorwise, scaled_linear
-from fp8_compile.passes.quantize_linears import Constant
-from fp8_compile.schemes.fp8 import ROW, TENSOR
+from fp8_compile.passes.context import Constants
+from fp8_compile.schemes.fp8 import Fp8
 
 Function = Callable[..., Any]
 
@@ -55,7 +55,9 @@ quantize_rowwise = quantize_rowwise(x)
 scaled_linear = scaled_linear(quantize_rowwise, proj_weight, proj_weight_scale, self.bias, torch.bfloat16)
 return (scaled_linear,)""",
     )
-    assert constants == [Constant("l_self_parameters_proj_", ROW, False, "proj", ("proj_weight", "proj_weight_scale"))]
+    assert constants == [
+        Constants("l_self_parameters_proj_", Fp8(min_m=1), False, "proj", ("proj_weight", "proj_weight_scale"))
+    ]
 
 
 def test_linears_that_share_an_activation_share_its_quantization() -> None:
@@ -112,7 +114,7 @@ scaled_linear_1 = scaled_linear(quantize_tensorwise, to_k_weight, to_k_weight_sc
 linear_2 = linear(x, self.to_v.weight, None)
 return (scaled_linear, scaled_linear_1, linear_2)""",
     )
-    assert {c.scheme for c in constants} == {TENSOR}
+    assert {c.scheme for c in constants} == {Fp8("tensor", min_m=1)}
 
 
 def test_conv1d_of_transformers() -> None:
@@ -315,7 +317,7 @@ def test_second_time_changes_nothing(options: dict[str, Any]) -> None:
     [
         (QKV().bfloat16(), {"ignored_layers": ["re:."]}),
         (QKV().bfloat16(), {"min_features": 65}),
-        (QKV().bfloat16(), {"min_rows": 17, "few_rows": "keep"}),
+        (QKV().bfloat16(), {"min_m": 17, "small_m": "keep"}),
         (Call(lambda m, x: (x @ x.mT, x.relu_(), F.silu(x, True))), {}),
         (Call(lambda m, x: F.linear(x, m.w * 2), w=(64, 64)), {}),
         (Call(lambda m, x: torch.cond(x.sum() > 0, lambda x: F.linear(x, m.w), torch.sin, (x,)), w=(64, 64)), {}),
@@ -544,7 +546,7 @@ CALLS: dict[str, tuple[Function, dict[str, tuple[int, ...]]]] = {
 def test_compiled_result(name: str, granularity: str) -> None:
     """Unusual calls are converted and right, or kept and right."""
     function, shapes = CALLS[name]
-    options = {"inner_backend": "aot_eager", "min_features": 1, "min_rows": 1, "granularity": granularity}
+    options = {"inner_backend": "aot_eager", "min_features": 1, "min_m": 1, "granularity": granularity}
     with torch.no_grad():
         expected = Call(function, **shapes)(rand(8, 64), torch.zeros(8, 32, dtype=torch.bfloat16))
         compiled = torch.compile(Call(function, **shapes), backend="fp8_diffusion", fullgraph=True, options=options)
@@ -555,7 +557,7 @@ def test_compiled_result(name: str, granularity: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_no_rows(granularity: str) -> None:
-    options = {"inner_backend": "aot_eager", "min_features": 1, "min_rows": 1, "granularity": granularity}
+    options = {"inner_backend": "aot_eager", "min_features": 1, "min_m": 1, "granularity": granularity}
     compiled = torch.compile(nn.Linear(64, 32).bfloat16(), backend="fp8_diffusion", dynamic=False, options=options)
     with torch.no_grad():
         assert compiled(rand(0, 64)).shape == (0, 32)

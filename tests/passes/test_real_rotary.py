@@ -8,7 +8,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.fx import Graph
-from util import Call, Captured, calls, capture, show
+from util import CONTEXT, Call, Captured, calls, capture, show
 
 from fp8_compile.passes.graphs import copy_graph, example, module_of
 from fp8_compile.passes.real_rotary import real_rotary
@@ -31,7 +31,7 @@ def qwen_image(m: Any, x: Tensor, freqs: Tensor) -> Tensor:
 
 def rewritten(captured: Captured) -> tuple[int, Graph]:
     graph = copy_graph(captured.gm)
-    return real_rotary(graph), graph
+    return real_rotary(graph, CONTEXT), graph
 
 
 def assert_same_results(captured: Captured, graph: Graph) -> None:
@@ -232,7 +232,7 @@ def test_a_second_run_finds_nothing() -> None:
     captured = capture(Call(qwen_image), values(2, 8, 4, 16), factors(8, 8))
     _, graph = rewritten(captured)
     text = str(graph)
-    assert real_rotary(graph) == 0
+    assert real_rotary(graph, CONTEXT) == 0
     assert str(graph) == text
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fp8_compile import Fp8Options
+from fp8_compile.checks import parse_options, scheme_for
+from fp8_compile.passes.context import Constants, Context, Plan
+from fp8_compile.passes.graphs import copy_graph
 from fp8_compile.passes.pipeline import rewrite
-from fp8_compile.passes.plan import Plan, plan_linears
-from fp8_compile.passes.quantize_linears import Constant
-from fp8_compile.schemes.fp8 import scheme_for
+from fp8_compile.passes.plan import plan_linears
+from fp8_compile.runtime.constants import _make
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -67,26 +68,38 @@ def capture(model: Callable[..., Any], *args: Any, dynamic: bool | None = False)
     return captured
 
 
-def plan(captured: Captured | GraphModule, **options: Any) -> Plan:
-    """The plan under ``options``, which by default refuse no layer for its size."""
-    opts = Fp8Options(**{"min_features": 1, "min_rows": 1, **options})
+# For passes that ask nothing of it.
+CONTEXT = Context(GraphModule(nn.Module(), Graph()), parse_options({}), scheme_for(parse_options({})))
+
+
+def context(captured: Captured | GraphModule, refusal: Any = None, **options: Any) -> Context:
+    """What the passes share under ``options``, which by default refuse no layer for its size."""
+    opts = parse_options({"min_features": 1, "min_m": 1, **options})
     gm = captured.gm if isinstance(captured, Captured) else captured
-    return plan_linears(gm, opts, scheme_for(opts))
+    return Context(gm, opts, scheme_for(opts), refusal)
 
 
-def rewritten(captured: Captured | GraphModule, **options: Any) -> tuple[GraphModule, list[Constant]]:
+def plan(captured: Captured | GraphModule, refusal: Any = None, **options: Any) -> Plan:
+    """The plan under ``options``."""
+    made = context(captured, refusal, **options)
+    matches = plan_linears(copy_graph(made.module), made)
+    assert matches == len(made.plan.converted)
+    return made.plan
+
+
+def rewritten(captured: Captured | GraphModule, **options: Any) -> tuple[GraphModule, list[Constants]]:
     """The graph after the passes on Dynamo's graph, and its constants."""
-    gm = captured.gm if isinstance(captured, Captured) else captured
-    return rewrite(gm, plan(gm, **options), lambda stage, make: None)
+    made = context(captured, **options)
+    return rewrite(made, lambda stage, make: None), made.constants
 
 
-def run(captured: Captured, gm: GraphModule, constants: list[Constant]) -> Any:
+def run(captured: Captured, gm: GraphModule, constants: list[Constants]) -> Any:
     """Execute the rewritten graph on the captured inputs, with the constants of their weights."""
     given = dict(zip((n.name for n in captured.graph.find_nodes(op="placeholder")), captured.inputs, strict=True))
     made = {
         name: tensor
         for c in constants
-        for name, tensor in zip(c.placeholders, c.scheme.make_constants(given[c.weight], c.transposed), strict=True)
+        for name, tensor in zip(c.placeholders, _make(c.scheme, given[c.weight], c.transposed), strict=True)
     }
     with torch.no_grad():
         return gm(*({**given, **made}[n.name] for n in gm.graph.find_nodes(op="placeholder")))

@@ -1,0 +1,146 @@
+"""What both entrances check: options, patterns that match nothing, models in which nothing is converted."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from .errors import NothingConvertedError, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
+from .options import COMMON, Fp8Options, check_choice, check_inductor, inductor_settings
+from .patterns import check_unmatched
+from .schemes import DEFAULT_METHOD, Scheme, methods, own_options, owner_of, scheme_named
+
+logger = logging.getLogger(__name__)
+
+
+def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | None = None) -> Fp8Options:
+    """Check the options that a user gave, names and values.
+
+    Args:
+        options: an instance, a flat dict, or None for the defaults. Keys of a dict are looked up among the attributes
+            of `Fp8Options`, then among the options of the method, then among Inductor's settings.
+        mode: ``torch.compile``'s own ``mode``, which it passes separately.
+
+    Raises:
+        OptionError: a name or a value is not valid, or an option belongs to another method.
+        PatternError: an entry of ``ignored_layers`` is malformed.
+    """
+    if options is None:
+        parsed = Fp8Options()
+    elif isinstance(options, Fp8Options):
+        parsed = options
+    elif isinstance(options, Mapping):
+        parsed = _from_flat_dict(options)
+    else:
+        raise OptionError(f"options={options!r}: expected a dict or Fp8Options")
+    if mode is not None:
+        if parsed.mode not in (None, mode):
+            raise OptionError(f"mode is given twice: {mode!r} and, in the options, {parsed.mode!r}")
+        parsed = replace(parsed, mode=mode)
+    if parsed.disabled_passes:
+        from .passes.pipeline import DISABLEABLE  # loads Inductor, which importing the package shall not
+
+        for name in parsed.disabled_passes:
+            check_choice("disabled_passes", name, DISABLEABLE)
+    scheme_for(parsed)
+    return parsed
+
+
+def _from_flat_dict(options: Mapping[str, Any]) -> Fp8Options:
+    common = {key: value for key, value in options.items() if key in COMMON}
+    method = common.get("method") or DEFAULT_METHOD
+    own = own_options(method) if method in methods() else {}
+    others = {key: value for key, value in options.items() if key not in COMMON}
+    of_method = {key: value for key, value in others.items() if key in own}
+    settings = {key: value for key, value in others.items() if key not in own}
+    for name, more in (("method_options", of_method), ("inductor", settings)):
+        given = common.get(name, {})
+        if not isinstance(given, Mapping):
+            raise OptionError(f"{name}={given!r}: expected a dict")
+        common[name] = {**given, **more}
+    known = inductor_settings() if settings else {}
+    for key in settings:
+        owner = owner_of(key)
+        if key not in known and owner is not None:
+            raise OptionError(f"{key} belongs to method {owner!r}, not to {method!r}")
+    # Before the rest, because an unknown key must be called unknown whatever the inner backend is.
+    check_inductor(settings, [*COMMON, *own])
+    return Fp8Options(**common)
+
+
+def scheme_for(options: Fp8Options) -> Scheme:
+    """The scheme that weights get which are not quantized yet.
+
+    Raises:
+        OptionError: the method is not registered, or an option of its own is not valid.
+    """
+    return scheme_named(DEFAULT_METHOD if options.method is None else options.method, options.method_options)
+
+
+def check_agreement(options: Fp8Options, scheme: Scheme) -> None:
+    """Refuse options that differ from those that a weight was quantized with; what was not given agrees.
+
+    Raises:
+        OptionError: names both.
+    """
+    remedy = "leave the option out, or load the weights anew with it"
+    if options.method not in (None, scheme.method):
+        raise OptionError(
+            f"method={options.method!r}: the weights were quantized with method={scheme.method!r}; {remedy}"
+        )
+    for name, value in options.method_options.items():
+        if name not in scheme.options:
+            raise OptionError(
+                f"{name} belongs to method {owner_of(name)!r}, and the weights were quantized with {scheme.method!r}"
+            )
+        if value != scheme.options[name]:
+            raise OptionError(
+                f"{name}={value!r}: the weights were quantized with {name}={scheme.options[name]!r}; {remedy}"
+            )
+
+
+def unmatched_patterns(patterns: Iterable[str], matched: Iterable[str | None]) -> tuple[str, ...]:
+    """Those of ``patterns`` that are not among ``matched``."""
+    there = set(matched)
+    return tuple(pattern for pattern in patterns if pattern not in there)
+
+
+def warn_of_unmatched(
+    patterns: Sequence[str], paths: Sequence[str], what: str, *, whole_model: bool, stacklevel: int
+) -> None:
+    """Complain of ``patterns`` that named none of the linears at ``paths``.
+
+    Args:
+        what: where those are, for the message: "this graph; ...".
+
+    Raises:
+        PatternError: see `check_unmatched`.
+    """
+    for pattern in patterns:
+        check_unmatched(pattern, paths, whole_model=whole_model)
+        warnings.warn(
+            f"ignored_layers: {pattern!r} matched none of the {len(paths)} linears of {what}",
+            UnmatchedPatternWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def complain_of_nothing(reasons: Counter[str], what: str, *, strict: bool, stacklevel: int) -> None:
+    """Say that none of the linears was converted, and why.
+
+    Args:
+        reasons: how many linears stay for each reason.
+        what: the linears' whole, for the message: "this graph".
+
+    Raises:
+        NothingConvertedError: under ``strict``.
+    """
+    counted = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    message = f"none of the {sum(reasons.values())} linears of {what} became FP8: {counted}"
+    if strict:
+        raise NothingConvertedError(message)
+    warnings.warn(message, NothingConvertedWarning, stacklevel=stacklevel + 1)

@@ -1,0 +1,32 @@
+"""torchao's FP8 weights, used as they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import quantize
+from ..numerics import FP8_DTYPE
+from ..schemes import scheme_named
+from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+
+
+def adopt(weight: Tensor) -> QuantizedWeight | None:
+    """torchao's ``Float8Tensor`` as a `QuantizedWeight` in the same memory; None if ``weight`` is no such thing.
+
+    Block-wise scales and other formats than E4M3 are not taken over.
+    """
+    if type(weight).__name__ != "Float8Tensor" or not type(weight).__module__.startswith("torchao."):
+        return None
+    qdata, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    if qdata.dim() != 2 or qdata.dtype != FP8_DTYPE or weight.dtype not in WEIGHT_DTYPES:
+        return None
+    if scale.numel() == 1:
+        granularity, scale = "tensor", scale.reshape(())
+    elif tuple(scale.shape) == (qdata.shape[0], 1):
+        granularity = "row"
+    else:
+        return None
+    return QuantizedWeight(scheme_named("fp8", {"granularity": granularity}), (qdata, scale.float()), weight.dtype)
+
+
+quantize.adopters.append(adopt)

@@ -1,0 +1,134 @@
+"""What the passes of one compilation share: what was asked for, the plan, the constants."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch.fx import GraphModule
+
+from ..options import Fp8Options
+from ..schemes import Call, Scheme
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one linear.
+
+    Attributes:
+        node: name of the node that computes it, in Dynamo's graph.
+        path: of its module, relative to the compiled region.
+        weight: name of the placeholder that holds its weight, or None if that is no parameter.
+        transposed: the weight is stored ``[in_features, out_features]``.
+        decision: "fp8" or "kept".
+        scheme: of its weight; None if it is kept.
+        call: how it runs; None if it is kept.
+        reason: why it is kept; empty for "fp8".
+        pattern: the entry of ``ignored_layers`` that names it, or None.
+        tracked: whether the report follows the weight. Adapters' weights are swapped and resized by their owners,
+            which a weak reference to them would forbid (``torch.utils.swap_tensors``).
+    """
+
+    node: str
+    path: str
+    in_features: int
+    out_features: int
+    weight: str | None
+    transposed: bool
+    decision: Literal["fp8", "kept"]
+    scheme: Scheme | None = None
+    call: Call | None = None
+    reason: str = ""
+    pattern: str | None = None
+    tracked: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions on all linears of one graph, in its order."""
+
+    decisions: tuple[Decision, ...]
+    ignored_layers: tuple[str, ...]
+
+    @property
+    def converted(self) -> tuple[Decision, ...]:
+        return tuple(d for d in self.decisions if d.decision == "fp8")
+
+    @property
+    def unmatched_patterns(self) -> tuple[str, ...]:
+        matched = {d.pattern for d in self.decisions}
+        return tuple(p for p in self.ignored_layers if p not in matched)
+
+    def reasons(self) -> Counter[str]:
+        """How many linears are kept for each reason."""
+        return Counter(d.reason for d in self.decisions if d.decision == "kept")
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Constants that a rewritten graph needs of one parameter.
+
+    Attributes:
+        weight: name of the parameter's placeholder in the original graph.
+        scheme: what makes them.
+        transposed: the parameter is stored ``[K, N]``.
+        path: of the layer that needs them first, for messages.
+        placeholders: their names in the rewritten graph, in the order of ``scheme.specs``.
+        prequantized: the parameter is a `QuantizedWeight`, and the constants are the tensors in it. The placeholders of
+            these come before those of the others.
+    """
+
+    weight: str
+    scheme: Scheme
+    transposed: bool
+    path: str
+    placeholders: tuple[str, ...]
+    prequantized: bool = False
+
+
+Refusal = Callable[[Scheme, Call, torch.device, int | torch.SymInt, tuple[int, int], torch.dtype, bool], str | None]
+"""Why a device cannot run a call on so many rows and features of a dtype, with a bias or without, or None."""
+
+
+@dataclass
+class PassResult:
+    """What a pass did to one graph.
+
+    Attributes:
+        matches: how many places it found; None if it did not run.
+        milliseconds: that it took.
+        note: why it did not run.
+    """
+
+    name: str
+    matches: int | None = None
+    milliseconds: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class Context:
+    """What the passes of one compilation share.
+
+    Attributes:
+        module: Dynamo's own graph module, whose subgraphs the copy refers to by name.
+        options: as the user gave them.
+        scheme: for weights that are not quantized yet.
+        refusal: asked of each linear that is to become FP8; None where there is no device to ask.
+        earlier: placeholders of weights that an earlier conversion left as they were, and its reasons.
+        plan: what `plan_linears` decided.
+        constants: what `quantize_linears` needs, in the order in which the graph takes them.
+        results: what each pass did, in their order.
+    """
+
+    module: GraphModule
+    options: Fp8Options
+    scheme: Scheme
+    refusal: Refusal | None = None
+    earlier: Mapping[str, str] = field(default_factory=dict)
+    plan: Plan = Plan((), ())
+    constants: list[Constants] = field(default_factory=list)
+    results: list[PassResult] = field(default_factory=list)

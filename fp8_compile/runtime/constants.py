@@ -1,0 +1,262 @@
+"""Constants of parameters: made once for each, and made anew when the parameter has changed.
+
+Constants belong to parameters and never to graphs. What is known of a parameter is kept under a weak reference to it
+and dies with it.
+
+Whether constants still fit their parameter is asked from what the host knows without touching the device: the
+parameter's version counter and address. If either has changed, a fingerprint of the values decides, so that a weight
+that was offloaded and brought back is not quantized again. New values go into the same memory: a CUDA graph that has
+recorded the address reads them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import NonFiniteWeightError
+from ..passes.context import Constants, Decision, PassResult, Plan
+from ..schemes import Scheme
+from ..weights.fingerprint import fingerprint
+from ..weights.quantized_weight import QuantizedWeight
+
+logger = logging.getLogger(__name__)
+
+LOCK = threading.RLock()
+"""All that is known of weights is shared between threads."""
+
+Stamp = tuple[int, int, tuple[int, ...] | None]
+"""Version, address, and strides where no guard of Dynamo's tells of them."""
+
+
+@dataclass(eq=False)
+class GraphRecord:
+    """One graph that the backend compiled: what was decided for it, and what each pass did.
+
+    Attributes:
+        compile_id: Dynamo's identifier of the compilation, as in ``TORCH_LOGS`` and tlparse.
+        serial: counts the graphs of this process.
+    """
+
+    plan: Plan
+    passes: Sequence[PassResult]
+    compile_id: str
+    serial: int = field(default_factory=itertools.count().__next__)
+
+
+Kind = tuple[Any, bool]
+"""The scheme's ``constants_key``, and whether the parameter is transposed; who agrees in it shares constants."""
+
+
+@dataclass
+class Made:
+    """Constants of one parameter, and what the parameter was when they were made."""
+
+    scheme: Scheme
+    tensors: tuple[Tensor, ...]
+    stamp: Stamp
+    fingerprint: int
+
+
+@dataclass
+class WeightState:
+    """All that is known of one parameter."""
+
+    constants: dict[Kind, Made] = field(default_factory=dict)
+    decisions: dict[GraphRecord, list[Decision]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for made in self.constants.values() for t in made.tensors)
+
+
+STATES: Any = WeakTensorKeyDictionary()
+
+
+def state_of(weight: Tensor) -> WeightState | None:
+    """What is known of ``weight``, or None if no compiled graph has run with it."""
+    state: WeightState | None = STATES.get(_key(weight))
+    return state
+
+
+def state_for(weight: Tensor) -> WeightState:
+    """What is known of ``weight``, from now on."""
+    state: WeightState = STATES.setdefault(_key(weight), WeightState())
+    return state
+
+
+def _key(weight: Tensor) -> Any:
+    return weight.identity if isinstance(weight, QuantizedWeight) else weight
+
+
+# Before torch 2.13 a swap of ``.data`` for its transpose changes neither version nor address, and no guard of Dynamo's.
+STRIDES_ARE_GUARDED = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+
+
+def forget_all() -> None:
+    """Drop all constants and decisions: with the compiled graphs gone, nothing reads them."""
+    with LOCK:
+        STATES.clear()
+
+
+def stamp_of(weight: Tensor) -> Stamp:
+    """What tells of most changes of ``weight``."""
+    # Tensors made in inference mode have no version counter: there, only a new address tells of a change.
+    version = -1 if weight.is_inference() else weight._version
+    return version, weight.data_ptr(), None if STRIDES_ARE_GUARDED else weight.stride()
+
+
+def is_fake(weight: Tensor) -> bool:
+    """Whether ``weight`` has no values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(weight, FakeTensor)
+
+
+def _make(scheme: Scheme, weight: Tensor, transposed: bool) -> tuple[Tensor, ...]:
+    """The constants of ``weight``, ``[N, K]``, or ``[K, N]`` if ``transposed``; fake ones if it is fake."""
+    with torch.no_grad():
+        return scheme.quantize_weight(weight.t().contiguous() if transposed else weight.contiguous())
+
+
+def _kind(constants: Constants) -> Kind:
+    return constants.scheme.constants_key(), constants.transposed
+
+
+def make_constants(weights: Sequence[Tensor], needed: Sequence[Constants], verify: bool) -> list[tuple[Tensor, ...]]:
+    """The constants that a graph needs, made or made anew where the weights call for it.
+
+    Args:
+        weights: the parameters, one for each of ``needed``.
+        needed: as the rewrite described them.
+        verify: compare the values even where version and address say that nothing has changed.
+
+    Raises:
+        NonFiniteWeightError: a weight holds NaN or Inf; nothing is kept of it.
+    """
+    if any(is_fake(w) for w in weights):
+        return [_make(c.scheme, w, c.transposed) for w, c in zip(weights, needed, strict=True)]
+
+    # Not inference tensors, whatever the caller's mode: those could not be updated outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        doubtful: dict[tuple[int, Kind], tuple[Tensor, Constants]] = {}
+        for weight, constant in zip(weights, needed, strict=True):
+            known = state_for(weight).constants.get(_kind(constant))
+            if verify or known is None or known.stamp != stamp_of(weight):
+                doubtful[id(weight), _kind(constant)] = weight, constant
+        if doubtful:
+            _bring_up_to_date(list(doubtful.values()))
+    return [state_for(w).constants[_kind(c)].tensors for w, c in zip(weights, needed, strict=True)]
+
+
+def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constants]]) -> None:
+    fresh: list[tuple[Tensor, Constants, Made]] = []
+    # Before the values are read: a write in between must be seen as one that came later.
+    stamps = [stamp_of(weight) for weight, _ in doubtful]
+    prints = _to_host([fingerprint(weight) for weight, _ in doubtful])
+    for (weight, constant), stamp, value in zip(doubtful, stamps, prints, strict=True):
+        known = state_for(weight).constants.get(_kind(constant))
+        # A write that was counted counts; the values decide where only the address is new, or all looks as before.
+        counted = known is not None and known.stamp[0] != stamp[0]
+        if (
+            known is not None
+            and not counted
+            and known.fingerprint == value
+            and known.tensors[0].device == weight.device
+        ):
+            known.stamp = stamp
+            continue
+        tensors = _make(constant.scheme, weight, constant.transposed)
+        fresh.append((weight, constant, Made(constant.scheme, tensors, stamp, value)))
+
+    if fresh:
+        finite = _to_host([_all_finite(made.tensors) for _, _, made in fresh])
+        broken = [constant.path for (_, constant, _), ok in zip(fresh, finite, strict=True) if not ok]
+        if broken:
+            raise NonFiniteWeightError(broken)
+    for weight, constant, made in fresh:
+        _store(state_for(weight), constant, made)
+
+
+def _store(state: WeightState, constant: Constants, made: Made) -> None:
+    known = state.constants.get(_kind(constant))
+    if known is not None and known.tensors[0].device == made.tensors[0].device:
+        for old, new in zip(known.tensors, made.tensors, strict=True):
+            old.copy_(new)
+        made.tensors = known.tensors
+        if made.tensors[0].is_cuda:  # another stream, or a graph being replayed, may read them next
+            torch.cuda.synchronize(made.tensors[0].device)
+    state.constants[_kind(constant)] = made
+    logger.debug("quantized the weight of %s (%s)", constant.path, constant.scheme.method)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    # A NaN or Inf of the weight reaches its scale through the amax; so the scales tell, and they are small.
+    finite = [t.isfinite().all() for t in tensors if t.is_floating_point() and t.itemsize > 1]
+    return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool)
+
+
+def _to_host(scalars: Sequence[Tensor]) -> list[Any]:
+    """The values of ``scalars``, at the price of a single synchronisation."""
+    return torch.stack([s.to(scalars[0].device) for s in scalars]).tolist()
+
+
+_announced_bytes = 0
+
+
+def announce_memory() -> None:
+    """Say once, and again when it has grown, what the constants take beside the weights."""
+    global _announced_bytes
+    fp8_bytes = sum(state.nbytes for state in STATES.values())
+    if fp8_bytes <= _announced_bytes:
+        return
+    _announced_bytes = fp8_bytes
+    own_bytes = sum(weight.nbytes for weight, state in STATES.items() if state.constants)
+    logger.warning(
+        "FP8 weights take %.1f MB beside the %.1f MB of the weights that they were made from, which remain part of "
+        "the model. To need less, convert fewer layers (ignored_layers); see the page on memory in the documentation.",
+        fp8_bytes / 1e6,
+        own_bytes / 1e6,
+    )
+
+
+def refresh(model: torch.nn.Module) -> list[str]:
+    """Compare every FP8 constant of ``model`` with its weight, and make anew those that no longer fit.
+
+    Needed after an edit that leaves no trace: writing through ``weight.data``, through a view of the storage, or in
+    place into a parameter that was made in inference mode, which has no version counter. Not needed after
+    ``load_state_dict``, an in-place operation on the parameter, PEFT's merging and unmerging, or moving the model.
+
+    Returns:
+        The names of the parameters whose constants were made anew, as in ``model.named_parameters()``.
+
+    Raises:
+        NonFiniteWeightError: a weight now holds NaN or Inf.
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, for example pipeline.transformer, got {type(model).__name__}")
+    changed = []
+    with LOCK, torch.inference_mode(False), torch.no_grad():
+        for name, weight in model.named_parameters():
+            state = state_of(weight)
+            if state is None or not state.constants:
+                continue
+            before = dict(state.constants)
+            _bring_up_to_date(
+                [
+                    (weight, Constants("", made.scheme, transposed, name.removesuffix(".weight"), ()))
+                    for (_, transposed), made in before.items()
+                ]
+            )
+            if any(made.fingerprint != before[kind].fingerprint for kind, made in state.constants.items()):
+                changed.append(name)
+    return changed

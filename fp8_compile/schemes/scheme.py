@@ -1,0 +1,170 @@
+"""What a scheme is: one kind of quantization, which weights carry and graphs are written by.
+
+A scheme is told by its method's name and its options: a frozen dataclass of plain values. So it can be copied,
+compared, pickled and written into files, and holds no function. Nothing outside of this folder asks how it is made.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantizedWeightError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of a constant, which is contiguous."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """How one linear of a graph runs.
+
+    The functions become nodes of a graph that AOTAutograd traces: they must be made of torch operators and, to be found
+    by a compile cache in another process, importable by module and name.
+
+    Attributes:
+        name: what the report shows.
+        linear: ``(activation, *constants, bias | None, dtype)`` to ``[..., N]`` in ``dtype``; None if the linear runs
+            as it is written, on the weight that the constants stand for.
+        quantize: an activation ``[..., K]`` to what ``linear`` takes; None if that is the activation itself.
+        reason: why ``linear`` is None.
+    """
+
+    name: str
+    linear: Callable[..., Tensor] | None
+    quantize: Callable[[Tensor], Any] | None = None
+    reason: str = ""
+
+
+def high_precision(reason: str) -> Call:
+    """The linear as it is written; a weight that is quantized already is dequantized for it."""
+    return Call("high precision", None, reason=reason)
+
+
+@dataclass(frozen=True)
+class Scheme(abc.ABC):
+    """One kind of quantization; a method is a subclass, whose fields are the method's own options.
+
+    Equal schemes make equal constants of a weight. Options are checked when a scheme is made (``__post_init__``), which
+    raises `OptionError`.
+
+    Attributes:
+        method: the value of the option ``method``.
+    """
+
+    method: ClassVar[str]
+
+    @abc.abstractmethod
+    def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        """The constants of a weight ``[out_features, in_features]`` by name, in the order of ``quantize_weight``.
+
+        Names are those of attributes: "qdata" and "scale" where nothing else is meant.
+        """
+
+    def weight_shape(self, constants: Sequence[Tensor]) -> tuple[int, int]:
+        """The shape ``[N, K]`` of the weight that ``constants`` stand for; the default: that of the first."""
+        if not constants or constants[0].dim() != 2:
+            shapes = [list(constant.shape) for constant in constants]
+            raise QuantizedWeightError(f"method {self.method!r}: constants of shapes {shapes} stand for no matrix")
+        return constants[0].shape[0], constants[0].shape[1]
+
+    @abc.abstractmethod
+    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The constants of ``weight``, ``[N, K]``.
+
+        NaN or Inf in a weight must show in a float32 constant, as it does in a scale made from the amax. The weight may
+        be fake, so its values must not be looked at.
+        """
+
+    @abc.abstractmethod
+    def dequantize(self, constants: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """The weight ``[N, K]`` that ``constants`` stand for, in ``dtype``."""
+
+    @abc.abstractmethod
+    def for_call(self, m: float, device: torch.device) -> tuple[Call, ...]:
+        """How a linear runs in a graph: the ways in order of preference.
+
+        A way that the device refuses for this shape falls back to the next; after the last one the linear stays as it
+        is written.
+
+        Args:
+            m: rows of the activation (its elements, by K); infinite if that is known only at run time.
+        """
+
+    def check_at_load(self) -> None:  # noqa: B027
+        """Refuse options that cannot be served before a graph is seen.
+
+        Raises:
+            OptionError: names the option and what to do.
+        """
+
+    def reason(self, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
+        """Why the scheme cannot take a weight ``[out_features, in_features]`` of ``dtype``, or None."""
+        return None
+
+    def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        """`quantize_weight`, on ``device``, where a few rows are at a time; None leaves them where they are.
+
+        The default is for schemes whose rows do not depend on each other: the first dimension of each constant is N.
+        """
+        if weight.numel() == 0:
+            return tuple(t.to(device) for t in self.quantize_weight(weight))
+        specs = self.specs(*weight.shape)
+        device = weight.device if device is None else device
+        made = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs.values())
+        rows = chunk_rows(weight)
+        for start, chunk in zip(range(0, weight.shape[0], rows), torch.split(weight, rows), strict=True):
+            for whole, part in zip(made, self.quantize_weight(chunk.to(device)), strict=True):
+                whole[start : start + rows].copy_(part)
+        return made
+
+    @property
+    def label(self) -> str:
+        """What a report calls weights of this scheme that have run in no graph yet."""
+        return self.method
+
+    def constants_key(self) -> Any:
+        """What tells the constants of this scheme from those of others: schemes that agree in it share them."""
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    # --- in files ---
+
+    def suffixes(self) -> tuple[str, ...]:
+        """What stands behind the weight's name in files, for each constant.
+
+        The default is compressed-tensors' layout: ``PATH.weight`` and ``PATH.weight_scale``.
+        """
+        return ("", *(f"_{name}" for name in list(self.specs(1, 1))[1:]))
+
+    def read(self, tensors: Mapping[str, Tensor]) -> tuple[Scheme, tuple[Tensor, ...]]:
+        """The scheme and the constants that ``tensors``, by the suffixes of their names in a file, stand for.
+
+        Raises:
+            QuantizedWeightError: a shape, a dtype or a value is none that the scheme writes.
+        """
+        return self, tuple(tensors[suffix] for suffix in self.suffixes())
+
+
+# Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 10 bytes for each.
+CHUNK = 1 << 20
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """How many rows of ``weight``, ``[N, K]``, are quantized at a time."""
+    return max(1, weight.shape[0] if weight.is_meta else CHUNK // max(1, weight.shape[1]))

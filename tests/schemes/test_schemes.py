@@ -1,0 +1,252 @@
+"""What a scheme promises, for those of this package and one that a test registers; and the table of methods."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import methods as ours
+import pytest
+import torch
+from blocks import LOAD, OPTIONS, WIDTH, model, tokens
+from methods import HOW, Doubled
+from sqnr import sqnr
+from torch import Tensor, nn
+
+import fp8_compile
+from fp8_compile import OptionError, QuantizedWeight, Scheme, UnknownMethodError, numerics, register_method, schemes
+from fp8_compile.checks import parse_options, scheme_for
+from fp8_compile.runtime.constants import _make
+from fp8_compile.schemes import scheme_named
+from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+
+CPU = torch.device("cpu")
+ALL = [Fp8(), Fp8("tensor"), Fp8(min_m=3, small_m="keep"), Doubled(), Doubled(3)]
+EACH = pytest.mark.parametrize("scheme", ALL, ids=repr)
+METHOD = {"method": "doubled"}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schemes, "_METHODS", dict(schemes._METHODS))
+    register_method(Doubled)
+
+
+# --- every scheme ---
+
+
+@EACH
+def test_a_scheme_is_told_by_its_name_and_its_options(scheme: Scheme, doubled: None) -> None:
+    """Dynamo copies what `__tensor_flatten__` gives and compares it with ``==``."""
+    assert copy.deepcopy(scheme) == pickle.loads(pickle.dumps(scheme)) == scheme
+    assert scheme_named(scheme.method, scheme.options) == scheme
+    assert [other for other in ALL if other == scheme] == [scheme]
+
+
+@EACH
+@pytest.mark.parametrize("transposed", [False, True])
+def test_constants_are_as_the_specs_say(scheme: Scheme, transposed: bool) -> None:
+    """In the graph they are described by the specs alone."""
+    weight = torch.randn(32, 64, dtype=torch.bfloat16)
+    made = _make(scheme, nn.Parameter(weight.t() if transposed else weight), transposed)
+    specs = scheme.specs(32, 64).values()
+    assert [(tuple(c.shape), c.dtype) for c in made] == [(spec.shape, spec.dtype) for spec in specs]
+    assert all(c.is_contiguous() and not c.requires_grad for c in made)
+    assert scheme.weight_shape(made) == (32, 64)
+    for whole, part in zip(made, scheme.quantize_in_chunks(weight), strict=True):
+        assert torch.equal(whole.float(), part.float())
+    assert sqnr(weight, scheme.dequantize(made, torch.bfloat16)) > 24
+    assert scheme.read(dict(zip(scheme.suffixes(), made, strict=True)))[0].constants_key() == scheme.constants_key()
+
+
+@EACH
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 4096])
+def test_every_way_to_run_gives_the_linear(scheme: Scheme, m: int) -> None:
+    weight, x = torch.randn(32, 64, dtype=torch.bfloat16), torch.randn(m, 64, dtype=torch.bfloat16)
+    bias = torch.randn(32, dtype=torch.bfloat16)
+    for call in scheme.for_call(m, CPU):
+        if call.linear is None:
+            assert call.reason
+            continue
+        activation = x if call.quantize is None else call.quantize(x)
+        out = call.linear(activation, *scheme.quantize_weight(weight), bias, torch.bfloat16)
+        assert sqnr(nn.functional.linear(x, weight, bias), out) > 24
+
+
+def test_how_fp8_runs() -> None:
+    assert Fp8().for_call(8, CPU) == (ROWWISE, ROWWISE_UNFUSED_SCALES)
+    assert Fp8("tensor").for_call(8, CPU) == (TENSORWISE,)
+    assert Fp8().for_call(7, CPU) == Fp8("tensor").for_call(7, CPU) == (WEIGHT_ONLY,)
+    assert Fp8(min_m=7).for_call(7, CPU)[0] == ROWWISE
+    (kept,) = Fp8(small_m="keep").for_call(7, CPU)
+    assert (kept.linear, kept.reason) == (None, "M is below min_m 8")
+    (unknown,) = Fp8().for_call(float("inf"), CPU)
+    assert (unknown.linear, unknown.reason) == (None, "number of rows is known only at run time")
+    assert ROWWISE.quantize is numerics.quantize_rowwise
+    assert TENSORWISE.quantize is numerics.quantize_tensorwise
+
+
+# --- the table of methods ---
+
+
+def test_a_registered_method_is_an_option(doubled: None) -> None:
+    assert sorted(schemes.methods()) == ["doubled", "fp8"]
+    assert scheme_for(parse_options({**METHOD, "factor": 3})) == Doubled(3)
+    with pytest.raises(UnknownMethodError, match=r"did you mean 'doubled'.*valid: doubled, fp8.*register_method"):
+        parse_options({"method": "double"})
+    with pytest.raises(OptionError, match="factor=0: expected an integer of at least 1"):
+        parse_options({**METHOD, "factor": 0})
+
+
+def test_an_option_of_another_method_says_whose_it_is(doubled: None) -> None:
+    with pytest.raises(OptionError, match="granularity belongs to method 'fp8', not to 'doubled'"):
+        parse_options({**METHOD, "granularity": "tensor"})
+    with pytest.raises(OptionError, match="factor belongs to method 'doubled', not to 'fp8'"):
+        parse_options({"factor": 3})
+
+
+def test_a_name_can_be_registered_once(doubled: None) -> None:
+    class Other(Doubled):
+        pass
+
+    register_method(Doubled)  # the same again changes nothing
+    with pytest.raises(OptionError, match="method 'doubled' is registered already; registered: doubled, fp8"):
+        register_method(Other)
+    assert schemes.methods()["doubled"] is Doubled
+
+
+def test_a_method_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package names its method by an entry point; nothing of it is imported by hand."""
+    info = tmp_path / "other_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fp8_compile.methods]\ndoubled = methods:Doubled\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    schemes._from_entry_points.cache_clear()
+    try:
+        assert scheme_for(parse_options(METHOD)) == Doubled()
+    finally:
+        monkeypatch.undo()
+        schemes._from_entry_points.cache_clear()
+
+
+# --- a registered method through every entrance ---
+
+
+def is_doubled(m: nn.Module) -> bool:
+    return all(isinstance(p, QuantizedWeight) and p.scheme == Doubled(3) for p in m.parameters() if p.dim() == 2)
+
+
+def runs_doubled(m: Any, x: Tensor, **options: Any) -> bool:
+    """Whether ``m``, compiled with ``options``, runs the registered method's own functions."""
+    ours.used.clear()
+    torch.compiler.reset()
+    m._compiled_call_impl = None
+    expected = m(x)
+    m.compile(backend="fp8_diffusion", fullgraph=True, options={"inner_backend": "eager", **options})
+    close = sqnr(expected, m(x)) > 35
+    return close and len(ours.used) > 2 and {r.scheme for r in fp8_compile.report(m).layers} == {HOW.name}
+
+
+def test_compiled_alone(doubled: None) -> None:
+    assert runs_doubled(model(), tokens(), **{**OPTIONS, **METHOD, "factor": 3, "inner_backend": "eager"})
+
+
+def test_converted_at_load_time_and_whatever_follows(doubled: None, tmp_path: Path) -> None:
+    """The weights carry their scheme: no option has to say it again."""
+    m, x = model(), tokens()
+    fp8_compile.quantize_(m, {**LOAD, **METHOD, "factor": 3})
+    assert is_doubled(m)
+    assert runs_doubled(m, x)
+    for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert is_doubled(other)
+        assert runs_doubled(other, x)
+    file = io.BytesIO()
+    torch.save(m.state_dict(), file)
+    file.seek(0)
+    other = model()
+    other.load_state_dict(torch.load(file, weights_only=True), assign=True)
+    fp8_compile.save_fp8_checkpoint(m, tmp_path / "m.safetensors")
+    read = model()
+    fp8_compile.load_fp8_checkpoint(read, tmp_path / "m.safetensors")
+    for made in (other, read):
+        assert is_doubled(made)
+        assert runs_doubled(made, x)
+
+
+def test_options_that_differ_from_the_weights(doubled: None) -> None:
+    m, x = model(1), tokens()
+    fp8_compile.quantize_(m, {**LOAD, **METHOD, "factor": 3})
+    for options, message in (
+        ({"method": "fp8"}, "method='fp8': the weights were quantized with method='doubled'"),
+        ({**METHOD, "factor": 2}, "factor=2: the weights were quantized with factor=3"),
+        ({"granularity": "row"}, "granularity belongs to method 'fp8', and the weights were quantized with 'doubled'"),
+    ):
+        m.compile(backend="fp8_diffusion", options={"inner_backend": "eager", **options})
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
+            m(x)
+    assert runs_doubled(m, x, **METHOD, factor=3)
+
+
+def test_through_diffusers(doubled: None, tmp_path: Path) -> None:
+    import diffusers
+
+    kind: Any = diffusers.QwenImageTransformer2DModel
+    from bench.tiny import build_transformer
+
+    build_transformer().bfloat16().save_pretrained(tmp_path / "bf16")
+    config = fp8_compile.Fp8DiffusionConfig(**METHOD, factor=3, ignored_layers=["txt_mlp"])
+    m = kind.from_pretrained(tmp_path / "bf16", torch_dtype=torch.bfloat16, quantization_config=config)
+    quantized = {n: p for n, p in m.named_parameters() if isinstance(p, QuantizedWeight)}
+    assert len(quantized) > 10
+    assert {p.scheme for p in quantized.values()} == {Doubled(3)}
+    m.save_pretrained(tmp_path / "saved")
+    again = kind.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    read = {n: p for n, p in again.named_parameters() if isinstance(p, QuantizedWeight)}
+    assert read.keys() == quantized.keys()
+    for name, parameter in read.items():
+        assert parameter.scheme == Doubled(3)
+        assert torch.equal(parameter.dequantize(), quantized[name].dequantize())
+
+
+def test_a_file_whose_method_is_not_registered(doubled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model(1)
+    fp8_compile.quantize_(m, {**LOAD, **METHOD})
+    fp8_compile.save_fp8_checkpoint(m, tmp_path / "m.safetensors")
+    pickled = pickle.dumps(m)
+    monkeypatch.delitem(schemes._METHODS, "doubled")
+    for read in (
+        lambda: fp8_compile.load_fp8_checkpoint(model(1), tmp_path / "m.safetensors"),
+        lambda: pickle.loads(pickled),
+    ):
+        with pytest.raises(UnknownMethodError, match=r"method='doubled' is not valid.*importing the module that calls"):
+            read()
+
+
+def test_nan_and_inf_are_found_in_its_constants(doubled: None) -> None:
+    for convert in (
+        lambda m: fp8_compile.quantize_(m, {**LOAD, **METHOD}),
+        lambda m: torch.compile(m, backend="fp8_diffusion", options={**OPTIONS, **METHOD})(tokens()),
+    ):
+        m = model(1)
+        m.blocks[0].to_q.weight[3, 5] = float("nan")
+        with pytest.raises(fp8_compile.NonFiniteWeightError, match="to_q"):
+            convert(m)
+
+
+def test_files_name_weights_by_their_public_place() -> None:
+    """A move of a module inside the package leaves the files that ``torch.save`` wrote readable."""
+    weight = QuantizedWeight.quantize(torch.randn(WIDTH, WIDTH), Fp8())
+    assert b"fp8_compile\nrebuild" in pickle.dumps(weight, protocol=2)
+    assert b"weights.quantized_weight" not in pickle.dumps(weight, protocol=2)
+    assert QuantizedWeight.__module__ == "fp8_compile"
