@@ -26,8 +26,9 @@ from fp8_compile.measure.ablate import BASELINE, Ablation, AblationError, ablate
 from fp8_compile.measure.groups import QWEN_IMAGE_GROUPS, GroupsError, groups_for, read_groups
 from fp8_compile.measure.html import Axis, amplification, difference
 from fp8_compile.measure.quality import compare, draw
-from fp8_compile.measure.variants import BF16, PipelineError, Variants
+from fp8_compile.measure.variants import BF16, Variants
 from fp8_compile.patterns import first_match
+from fp8_compile.pipelines.denoisers import PipelineError
 
 GROUPS = {"all FP8": (), "skip mlp": ("mlp",), "all kept": ("*",)}
 PROMPTS = ("a <b>red</b> circle", "two blue squares")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..measure.search import Bound
-    from ..measure.variants import StepClock
+    from ..pipelines.step_clock import StepClock
     from ..report import Report
 
 try:
@@ -116,7 +116,8 @@ def text_to_image(
 
     from .. import NothingConvertedError, report
     from ..measure.groups import RECOMMENDED
-    from ..measure.variants import StepClock, denoisers_of, has_fp8_weights, mark_steps
+    from ..pipelines.denoisers import denoisers_of, has_fp8_weights, mark_steps
+    from ..pipelines.step_clock import StepClock
 
     patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]
     options = _options(

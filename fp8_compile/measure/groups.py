@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import Fp8Error, PatternError
 from ..patterns import Pattern
+from ..pipelines.denoisers import repeated_blocks
 
 Groups = dict[str, tuple[str, ...]]
 """``ignored_layers`` by the name of the choice."""
@@ -48,12 +49,6 @@ RECOMMENDED: Groups = {"QwenImageTransformer2DModel": ("img_mlp",)}
 
 class GroupsError(Fp8Error, ValueError):
     """A file of groups that cannot be read, or does not map names to lists of patterns."""
-
-
-def repeated_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Path and module of the blocks that ``compile_repeated_blocks`` compiles; none where the model names no kind."""
-    kinds = getattr(denoiser, "_repeated_blocks", None) or ()
-    return [(path, module) for path, module in denoiser.named_modules() if type(module).__name__ in kinds]
 
 
 def groups_for(denoiser: nn.Module) -> Groups:

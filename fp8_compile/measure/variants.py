@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,34 +13,15 @@ import torch
 from torch import nn
 
 from ..backend import fp8_diffusion
-from ..errors import Fp8Error, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
+from ..errors import NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from ..options import Fp8Options
+from ..pipelines.denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps, repeated_blocks
+from ..pipelines.step_clock import StepClock
 from ..report import Report, report
-from ..weights.quantized_weight import Fp8Weight
-from .groups import repeated_blocks
 from .quality import Drawing, draw
-
-DENOISERS = ("transformer", "transformer_2", "unet")
-"""What a pipeline calls the modules that run at every step."""
 
 BF16 = None
 """Instead of patterns: the region is compiled by the inner backend alone, unquantized."""
-
-
-class PipelineError(Fp8Error, ValueError):
-    """A pipeline that has nothing to compile, or that cannot be measured."""
-
-
-def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
-    """The modules of ``pipeline`` that run at every step, by their names in it.
-
-    Raises:
-        PipelineError: it has none of `DENOISERS`.
-    """
-    found = {name: module for name in DENOISERS if (module := getattr(pipeline, name, None)) is not None}
-    if not found:
-        raise PipelineError(f"{type(pipeline).__name__} has none of {', '.join(DENOISERS)}: nothing to compile")
-    return found
 
 
 def check_measurable(pipeline: Any) -> None:
@@ -57,24 +36,6 @@ def check_measurable(pipeline: Any) -> None:
         raise PipelineError(f"{name} takes no callback_on_step_end, by which steps are measured: {', '.join(accepted)}")
     if "num_frames" in accepted:
         raise PipelineError(f"{name} takes num_frames, so it makes videos; measured are pipelines that make images")
-
-
-def has_fp8_weights(model: nn.Module) -> bool:
-    """Whether a weight of ``model`` was converted at load time."""
-    return any(isinstance(parameter, Fp8Weight) for parameter in model.parameters())
-
-
-def mark_steps(denoisers: Iterable[nn.Module]) -> list[Any]:
-    """Hooks that tell CUDA graphs of every call of these modules, whose blocks are compiled one by one.
-
-    Without them each block begins a new iteration, which frees the result of the block before it. A module that is
-    compiled as a whole needs none, and could not have one: the hook would be compiled with it.
-    """
-
-    def mark(*_: Any) -> None:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-
-    return [module.register_forward_pre_hook(mark) for module in denoisers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,54 +207,3 @@ class Variants:
 def _regions(name: str, model: nn.Module, whole: bool) -> list[Region]:
     blocks = [Region(name, path, block) for path, block in repeated_blocks(model)]
     return blocks if blocks and not whole else [Region(name, "", model)]
-
-
-class StepClock:
-    """Times the steps of a pipeline, and apart from them what torch.compile took.
-
-    Args:
-        device: where the pipeline runs.
-    """
-
-    def __init__(self, device: str | torch.device) -> None:
-        self._device = torch.device(device)
-        self._step_ends: list[tuple[float, float]] = []
-        self.compile_seconds = 0.0
-        self._compile_start = 0.0
-
-    def __enter__(self) -> StepClock:
-        from torch._dynamo.callback import callback_handler
-
-        callback_handler.register_start_callback(self._compile_started)
-        callback_handler.register_end_callback(self._compile_ended)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        from torch._dynamo.callback import callback_handler
-
-        callback_handler.remove_start_callback(self._compile_started)
-        callback_handler.remove_end_callback(self._compile_ended)
-
-    def _compile_started(self, _: Any) -> None:
-        self._compile_start = time.perf_counter()
-
-    def _compile_ended(self, _: Any) -> None:
-        self.compile_seconds += time.perf_counter() - self._compile_start
-
-    def step(self, pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A pipeline's ``callback_on_step_end``."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # another GPU than the current one, perhaps
-        self._step_ends.append((time.perf_counter(), self.compile_seconds))
-        return kwargs
-
-    @property
-    def seconds(self) -> list[float]:
-        """Of all steps but the first, whose start is unknown; compilation is not counted."""
-        pairs = zip(self._step_ends, self._step_ends[1:], strict=False)
-        return [(end - compiled) - (start - before) for (start, before), (end, compiled) in pairs]
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """The median of ``seconds``; None where there are none."""
-        return statistics.median(self.seconds) if self.seconds else None
