@@ -115,9 +115,9 @@ def text_to_image(
     import torch
 
     from .. import NothingConvertedError, report
-    from ..measure.groups import RECOMMENDED
     from ..pipelines.denoisers import denoisers_of, has_fp8_weights, mark_steps
     from ..pipelines.step_clock import StepClock
+    from ..recipes import RECOMMENDED
 
     patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]
     options = _options(

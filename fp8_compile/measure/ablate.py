@@ -26,16 +26,16 @@ from torch import nn
 
 from ..errors import Fp8Error, NothingConvertedError
 from ..patterns import check_unmatched, first_match, layer_path
-from .groups import Groups
+from ..recipes import Groups
 from .html import LOSSLESS_SIDE, Plot, Point, amplification, data_uri, difference, render
 from .quality import Comparison, Drawing, compare, following, require_lpips
 from .results import (
     check_writable,
     environment,
     number_text,
-    plain,
     quality_to_dict,
     quartiles,
+    to_jsonable,
     write_whole,
 )
 from .scenes import SceneError
@@ -305,8 +305,8 @@ def ablate(
         "seeds": list(seeds),
         "rounds": rounds,
         "lpips": perceptual,
-        "call": plain(call),
-        "options": plain(variants.options),
+        "call": to_jsonable(call),
+        "options": to_jsonable(variants.options),
     }
     where = environment(variants.pipeline)
     rows: dict[str, AblationRow] = {}

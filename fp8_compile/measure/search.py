@@ -35,7 +35,7 @@ from ..runtime.binder import fingerprint
 from ..schemes.fp8 import scheme_for
 from .html import Plot, Point, render
 from .quality import METRICS, Drawing, compare, require_lpips
-from .results import check_writable, environment, number_text, plain, quality_to_dict, write_whole
+from .results import check_writable, environment, number_text, quality_to_dict, to_jsonable, write_whole
 from .variants import BF16, Patterns, Region, Variants
 
 BY = ("layers", "blocks", "blocks-then-layers")
@@ -241,11 +241,11 @@ class Search:
             "pipeline": type(variants.pipeline).__name__,
             "weights": _fingerprints(variants.pipeline, variants.denoisers),
             "scheduler": _scheduler(variants.pipeline),
-            "options": plain(variants.options),
+            "options": to_jsonable(variants.options),
             "lpips": bound.metric == "lpips",
             "prompts": self.prompts,
             "seeds": self.seeds,
-            "call": plain(call),
+            "call": to_jsonable(call),
             **{name: here[name] for name in ("device", "torch", "diffusers", "fp8-compile")},
         }
         self._state = self._read()
@@ -510,7 +510,7 @@ def paste(result: Result) -> str:
 def _source(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{name!r}: {_source(item)}' for name, item in value.items())}}}"
-    return str(plain(value)) if callable(value) else repr(value)
+    return str(to_jsonable(value)) if callable(value) else repr(value)
 
 
 def how_to_use(result: Result) -> str:
@@ -580,7 +580,9 @@ def _fingerprints(pipeline: Any, denoisers: Mapping[str, nn.Module]) -> dict[str
 
 def _scheduler(pipeline: Any) -> Any:
     scheduler = getattr(pipeline, "scheduler", None)
-    return None if scheduler is None else [type(scheduler).__name__, plain(dict(getattr(scheduler, "config", {})))]
+    return (
+        None if scheduler is None else [type(scheduler).__name__, to_jsonable(dict(getattr(scheduler, "config", {})))]
+    )
 
 
 def _fingerprint(model: nn.Module) -> str:

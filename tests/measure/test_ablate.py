@@ -23,68 +23,13 @@ from typer.testing import CliRunner
 import fp8_compile
 from fp8_compile.cli.main import app
 from fp8_compile.measure.ablate import BASELINE, Ablation, AblationError, ablate
-from fp8_compile.measure.groups import QWEN_IMAGE_GROUPS, GroupsError, groups_for, read_groups
 from fp8_compile.measure.html import Axis, amplification, difference
 from fp8_compile.measure.quality import compare, draw
 from fp8_compile.measure.variants import BF16, Variants
-from fp8_compile.patterns import first_match
 from fp8_compile.pipelines.denoisers import PipelineError
 
 GROUPS = {"all FP8": (), "skip mlp": ("mlp",), "all kept": ("*",)}
 PROMPTS = ("a <b>red</b> circle", "two blue squares")
-
-
-def test_the_choices_for_qwen_image_are_thirteen_and_all_differ() -> None:
-    from bench.tiny import build_transformer
-
-    model = build_transformer()
-    linears = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    kept = {
-        name: frozenset(path for path in linears if first_match(patterns, path))
-        for name, patterns in QWEN_IMAGE_GROUPS.items()
-    }
-    assert len(set(kept.values())) == len(kept) == 13
-    assert not kept["all FP8"]
-    assert all(any(first_match([p], path) for path in linears) for ps in QWEN_IMAGE_GROUPS.values() for p in ps)
-    assert groups_for(model) == QWEN_IMAGE_GROUPS
-
-
-def test_the_choices_for_other_models_are_the_parts_of_their_blocks() -> None:
-    assert groups_for(Pipeline().transformer) == {
-        "all FP8": (),
-        "skip to_q": ("to_q",),
-        "skip to_v": ("to_v",),
-        "skip mlp": ("mlp",),
-    }
-
-
-def test_groups_are_read_from_json_and_toml(tmp_path: Path) -> None:
-    (tmp_path / "g.json").write_text('{"all": [], "some": ["mlp", "re:to_.$"]}')
-    (tmp_path / "g.toml").write_text("all = []\nsome = [\"mlp\", 're:to_.$']\n")
-    expected = {"all": (), "some": ("mlp", "re:to_.$")}
-    assert read_groups(tmp_path / "g.json") == read_groups(tmp_path / "g.toml") == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("g.yaml", "", r"groups are read from \.json and \.toml files"),
-        ("g.json", "{", "g.json': Expecting property name"),
-        ("g.toml", "a = ", "g.toml': Invalid value"),
-        ("g.json", "[]", "a table of names and lists of patterns belongs here"),
-        ("g.json", "{}", "and at least one"),
-        ("g.json", '{"a": ["mlp"], "a": []}', "g.json': 'a' is there twice"),
-        ("g.json", '{"a": "mlp"}', "'a' is 'mlp'; a list of patterns belongs here"),
-        ("g.json", '{"a": ["re:("]}', "'a': ignored_layers: 're:\\('"),
-        ("g.json", '{"a": [1]}', "'a': ignored_layers: 1"),
-        ("g.json", None, "No such file"),
-    ],
-)
-def test_a_file_that_holds_no_groups_is_refused(tmp_path: Path, name: str, text: str | None, message: str) -> None:
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(GroupsError, match=message):
-        read_groups(tmp_path / name)
 
 
 def test_variants_take_turns_and_are_what_compiling_alone_gives() -> None:

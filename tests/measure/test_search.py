@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import fp8_compile
 from fp8_compile.cli.main import app
 from fp8_compile.measure.quality import draw
-from fp8_compile.measure.results import plain
+from fp8_compile.measure.results import to_jsonable
 from fp8_compile.measure.search import Bound, Search, SearchError, how_to_use, paste, smallest
 from fp8_compile.measure.variants import Variants
 
@@ -100,7 +100,7 @@ def test_a_bound_knows_which_way_is_better() -> None:
     assert (psnr.of(quality), psnr.loss(31.0) < psnr.loss(30.0)) == (31.0, True)
     assert Bound("psnr", 30, "mean").of(quality) == math.inf
     assert (l2.of(quality), l2.loss(0.1) < l2.loss(0.2)) == (0.1, True)
-    broken = json.loads(json.dumps({"worst": {"psnr": plain(math.nan), "relative_l2": plain(math.nan)}}))
+    broken = json.loads(json.dumps({"worst": {"psnr": to_jsonable(math.nan), "relative_l2": to_jsonable(math.nan)}}))
     assert Bound("psnr", 30).loss(Bound("psnr", 30).of(broken)) == math.inf
     assert Bound("relative_l2", 0.2).loss(Bound("relative_l2", 0.2).of(broken)) == math.inf
     assert str(psnr) == "psnr of the worst picture at least 30"
@@ -315,8 +315,8 @@ def test_equal_settings_with_tuples_and_functions_are_resumed(tmp_path: Path) ->
 
     measured = resumed().run("blocks").measurements
     assert resumed().run("blocks").measurements == measured
-    assert plain({1: (math.nan, [math.inf]), "f": eager}) == {"1": ["NaN", [None]], "f": f"{__name__}.eager"}
-    assert "0x" not in plain(object())
+    assert to_jsonable({1: (math.nan, [math.inf]), "f": eager}) == {"1": ["NaN", [None]], "f": f"{__name__}.eager"}
+    assert "0x" not in to_jsonable(object())
 
 
 def eager(gm: Any, inputs: Any) -> Any:
