@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..measure.search import Bound
-    from ..measure.variants import StepClock
+    from ..pipelines.step_clock import StepClock
     from ..report import Report
 
 try:
@@ -115,8 +115,9 @@ def text_to_image(
     import torch
 
     from .. import NothingConvertedError, report
-    from ..measure.groups import RECOMMENDED
-    from ..measure.variants import StepClock, denoisers_of, has_fp8_weights, mark_steps
+    from ..pipelines.denoisers import denoisers_of, has_fp8_weights, mark_steps
+    from ..pipelines.step_clock import StepClock
+    from ..recipes import RECOMMENDED
 
     patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]
     options = _options(
@@ -201,6 +202,7 @@ def ablate(
     device: Device = None,
 ) -> None:
     """Compare choices of layers that stay in BF16: time, memory, and quality against compiled BF16."""
+    from ..measure import ablation_page
     from ..measure.ablate import ONE_STEP
     from ..measure.ablate import ablate as measure
     from ..measure.groups import groups_for, read_groups
@@ -246,9 +248,9 @@ def ablate(
             **call,
         )
     # The table first: it is what was asked for, and the page may still fail.
-    typer.echo(found.markdown())
-    (output / "ablation.md").write_text(found.markdown(), encoding="utf-8")
-    (output / "ablation.html").write_text(found.html(pictures), encoding="utf-8")
+    typer.echo(ablation_page.markdown(found))
+    (output / "ablation.md").write_text(ablation_page.markdown(found), encoding="utf-8")
+    (output / "ablation.html").write_text(ablation_page.html(found, pictures), encoding="utf-8")
     typer.echo(f"wrote {output / 'ablation'}.{{md,json,html}}")
 
 
@@ -292,7 +294,8 @@ def search(
     device: Device = None,
 ) -> None:
     """Find a small set of layers to keep in BF16 that meets a bound on quality, by measuring pictures."""
-    from ..measure.search import BY, Search, how_to_use, paste
+    from ..measure import search_page
+    from ..measure.search import BY, Search
     from ..measure.variants import Variants
 
     bound = _bound(metric, max_loss, min_quality, statistic)
@@ -335,9 +338,9 @@ def search(
         f"{len(result.kept)} of {len(made.layers)} layers to keep, after {result.measurements} measurements; "
         f"{bound.metric} {bound.of(result.quality):.4f}"
     )
-    typer.echo(paste(result))
-    typer.echo(how_to_use(result))
-    (output / "search.html").write_text(made.html(result), encoding="utf-8")
+    typer.echo(search_page.paste(result))
+    typer.echo(search_page.how_to_use(result))
+    (output / "search.html").write_text(search_page.html(made, result), encoding="utf-8")
     typer.echo(f"wrote {output / 'search'}.{{json,html}}")
 
 

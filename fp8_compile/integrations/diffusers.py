@@ -9,7 +9,7 @@ float32, ``[N, 1]`` or without dimensions; the options stand in ``config.json`` 
 from __future__ import annotations
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ _COMMON = ("method", "ignored_layers", "min_features", "strict")
 """Options that concern weights, whatever the method; those of the method itself do, too."""
 
 
-class QuantMethod(str, Enum):
+class QuantMethod(StrEnum):
     """Under which name diffusers knows the quantizer."""
 
     FP8_DIFFUSION = "fp8_diffusion"

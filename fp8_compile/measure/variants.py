@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,38 +14,19 @@ from torch import nn
 
 from ..backend import fp8_diffusion
 from ..checks import parse_options
-from ..errors import Fp8Error, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
+from ..errors import NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from ..options import Fp8Options
+from ..pipelines.denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps, repeated_blocks
+from ..pipelines.step_clock import StepClock
 from ..report import Report, report
-from ..weights.quantized_weight import QuantizedWeight
-from .groups import repeated_blocks
-from .quality import Drawing, draw
-
-DENOISERS = ("transformer", "transformer_2", "unet")
-"""What a pipeline calls the modules that run at every step."""
+from .quality import Sample, generate
 
 BF16 = None
-"""Instead of patterns: the region is compiled by the inner backend alone, unquantized."""
-
-
-class PipelineError(Fp8Error, ValueError):
-    """A pipeline that has nothing to compile, or that cannot be measured."""
-
-
-def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
-    """The modules of ``pipeline`` that run at every step, by their names in it.
-
-    Raises:
-        PipelineError: it has none of `DENOISERS`.
-    """
-    found = {name: module for name in DENOISERS if (module := getattr(pipeline, name, None)) is not None}
-    if not found:
-        raise PipelineError(f"{type(pipeline).__name__} has none of {', '.join(DENOISERS)}: nothing to compile")
-    return found
+"""In the place of patterns: the region is compiled by the inner backend alone, unquantized."""
 
 
 def check_measurable(pipeline: Any) -> None:
-    """Refuse a pipeline whose steps cannot be seen, or that makes no pictures.
+    """Refuse a pipeline that makes no pictures, or that does not say when a step ends.
 
     Raises:
         PipelineError: it takes no ``callback_on_step_end``, or it makes videos.
@@ -58,24 +37,6 @@ def check_measurable(pipeline: Any) -> None:
         raise PipelineError(f"{name} takes no callback_on_step_end, by which steps are measured: {', '.join(accepted)}")
     if "num_frames" in accepted:
         raise PipelineError(f"{name} takes num_frames, so it makes videos; measured are pipelines that make images")
-
-
-def has_fp8_weights(model: nn.Module) -> bool:
-    """Whether a weight of ``model`` was converted at load time."""
-    return any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters())
-
-
-def mark_steps(denoisers: Iterable[nn.Module]) -> list[Any]:
-    """Hooks that tell CUDA graphs of every call of these modules, whose blocks are compiled one by one.
-
-    Without them each block begins a new iteration, which frees the result of the block before it. A module that is
-    compiled as a whole needs none, and could not have one: the hook would be compiled with it.
-    """
-
-    def mark(*_: Any) -> None:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-
-    return [module.register_forward_pre_hook(mark) for module in denoisers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +58,7 @@ Patterns = tuple[str, ...] | None
 
 
 class NotedBackend:
-    """``fp8_diffusion``; notes in ``graphs`` which it compiled, since all variants share a model's report."""
+    """``fp8_diffusion``, which adds each graph that it compiles to ``graphs``: all variants share a model's report."""
 
     reset = staticmethod(fp8_diffusion.reset)  # type: ignore[attr-defined]  # for torch.compiler.reset
 
@@ -113,12 +74,12 @@ class Variants:
     """A pipeline whose denoisers run as one of several compiled variants, switched without compiling again.
 
     All variants live in one process and share the weights and their FP8 constants, so that they can be timed in turn.
-    Graphs are compiled for the exact sizes of their inputs (``dynamic=False``): else the first variant would get static
-    graphs and the later ones dynamic graphs, and their times could not be compared. What the pipeline is compiled with
-    already is put back by `close`.
+    Graphs are compiled for the exact sizes of their inputs (``dynamic=False``). Otherwise the first variant would get
+    static graphs and the later ones dynamic graphs, and their times could not be compared. `close` puts back what the
+    pipeline was compiled with before.
 
-    With a mode or Inductor's settings, which may ask for CUDA graphs, and blocks, every call of a denoiser is told to
-    CUDA graphs by a hook until `close`.
+    A mode or Inductor's settings may ask for CUDA graphs. Where blocks are compiled with them, hooks mark every call of
+    a denoiser as a step, until `close`; see `mark_steps`.
 
     Args:
         pipeline: a diffusers pipeline, on its device.
@@ -126,8 +87,8 @@ class Variants:
         whole: compile each denoiser as one graph. Default: its repeated blocks, where it names any.
 
     Raises:
-        PipelineError: the pipeline has nothing to compile, makes no pictures, takes no callback, its weights are in FP8
-            already, or ``torch.compile`` has put another module in the place of one of its own.
+        PipelineError: the pipeline has nothing to compile, makes videos, takes no callback, has FP8 weights already, or
+            ``torch.compile(module)`` was put in the place of one of its modules.
         OptionError: an option is invalid, or ``ignored_layers`` or ``strict`` is among them.
     """
 
@@ -177,7 +138,7 @@ class Variants:
         for region in self.regions:
             patterns = patterns_of(region)
             if isinstance(patterns, str):
-                raise OptionError(f"ignored_layers={patterns!r}: a tuple of patterns belongs here, also for one")
+                raise OptionError(f"ignored_layers: expected a tuple of patterns, got {patterns!r}")
             patterns = BF16 if patterns is BF16 else tuple(patterns)
             key = (region, patterns)
             if key not in self._calls:
@@ -194,15 +155,15 @@ class Variants:
             options = {**self.options, "ignored_layers": list(patterns)}
             return {"backend": self._backends.setdefault(patterns, NotedBackend()), "options": options}
         mode, inductor = self._parsed.mode, self._parsed.inductor
-        # torch.compile takes no mode beside settings, and the twin shall have both, as FP8 has. A setting wins.
+        # BF16 gets the mode and the settings, as FP8 does; torch.compile takes only one of them. A setting wins.
         of_mode = {} if mode is None else torch._inductor.list_mode_options(mode)
         settings = {**of_mode, **inductor}
         return {"backend": self._parsed.inner_backend, **({"options": settings} if settings else {})}
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> tuple[Drawing, ...]:
-        """`quality.draw`, by the variant in use."""
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> tuple[Sample, ...]:
+        """`quality.generate`, by the variant in use."""
         with self._running():
-            return draw(self.pipeline, prompts, seeds, **call)
+            return generate(self.pipeline, prompts, seeds, **call)
 
     def step_seconds(self, prompt: str, seed: int, **call: Any) -> list[float]:
         """Seconds of each step but the first, whose start is unknown, of one picture by the variant in use."""
@@ -223,8 +184,7 @@ class Variants:
     def close(self) -> None:
         """Let the pipeline run as it did before, and let go of what was compiled.
 
-        What torch itself keeps stays until ``torch.compiler.reset()``: its graphs, and with them the FP8 constants
-        beside the weights.
+        What torch keeps stays until ``torch.compiler.reset()``: its graphs, and with them the FP8 constants.
         """
         for module, call in self._before.items():
             module._compiled_call_impl = call
@@ -239,7 +199,7 @@ class Variants:
         config: Any = torch._dynamo.config
         with config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=NothingConvertedWarning)  # a block that is kept as a whole
-            # A pattern meant for one of several kinds of blocks; `reports` tells of those that match nowhere.
+            # A pattern may be meant for one of several kinds of blocks; `reports` has those that match nowhere.
             warnings.filterwarnings("ignore", category=UnmatchedPatternWarning)
             yield
 
@@ -247,54 +207,3 @@ class Variants:
 def _regions(name: str, model: nn.Module, whole: bool) -> list[Region]:
     blocks = [Region(name, path, block) for path, block in repeated_blocks(model)]
     return blocks if blocks and not whole else [Region(name, "", model)]
-
-
-class StepClock:
-    """Times the steps of a pipeline, and apart from them what torch.compile took.
-
-    Args:
-        device: where the pipeline runs.
-    """
-
-    def __init__(self, device: str | torch.device) -> None:
-        self._device = torch.device(device)
-        self._step_ends: list[tuple[float, float]] = []
-        self.compile_seconds = 0.0
-        self._compile_start = 0.0
-
-    def __enter__(self) -> StepClock:
-        from torch._dynamo.callback import callback_handler
-
-        callback_handler.register_start_callback(self._compile_started)
-        callback_handler.register_end_callback(self._compile_ended)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        from torch._dynamo.callback import callback_handler
-
-        callback_handler.remove_start_callback(self._compile_started)
-        callback_handler.remove_end_callback(self._compile_ended)
-
-    def _compile_started(self, _: Any) -> None:
-        self._compile_start = time.perf_counter()
-
-    def _compile_ended(self, _: Any) -> None:
-        self.compile_seconds += time.perf_counter() - self._compile_start
-
-    def step(self, pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A pipeline's ``callback_on_step_end``."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # another GPU than the current one, perhaps
-        self._step_ends.append((time.perf_counter(), self.compile_seconds))
-        return kwargs
-
-    @property
-    def seconds(self) -> list[float]:
-        """Of all steps but the first, whose start is unknown; compilation is not counted."""
-        pairs = zip(self._step_ends, self._step_ends[1:], strict=False)
-        return [(end - compiled) - (start - before) for (start, before), (end, compiled) in pairs]
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """The median of ``seconds``; None where there are none."""
-        return statistics.median(self.seconds) if self.seconds else None
