@@ -127,7 +127,7 @@ def environment() -> dict[str, Any]:
         "diffusers": _version("diffusers"),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed_sources": _git("status", "--porcelain", "--", "bench/*.py", "fp8_compile").splitlines(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *program, *sys.argv[1:]]),
     }
 

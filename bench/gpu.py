@@ -68,9 +68,9 @@ import torch
 from torch import Tensor, nn
 
 from fp8_compile.errors import Fp8Error
-from fp8_compile.measure.groups import QWEN_IMAGE_GROUPS
 from fp8_compile.measure.results import write_whole
 from fp8_compile.measure.variants import NotedBackend
+from fp8_compile.recipes.qwen_image import QWEN_IMAGE_GROUPS
 from fp8_compile.runtime.binder import state_of
 
 from .common import Spread, environment, interleave, parser, table

@@ -23,7 +23,7 @@ from torch import Tensor
 from fp8_compile import Scheme, numerics, register_method
 from fp8_compile.embedded import EMBEDDED_CALLS, default_pipeline_dir
 from fp8_compile.errors import OptionError
-from fp8_compile.measure.quality import compare, draw, following
+from fp8_compile.measure.quality import compare, generate, prompt_adherence
 from fp8_compile.measure.scenes import scenes
 from fp8_compile.options import Fp8Options
 
@@ -109,17 +109,17 @@ def load(name: str, factor: float | None = None, choice: str | None = None) -> A
 def measure(name: str, factor: float, prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """By granularity: PSNR in dB (mean and worst), relative L2 of the last latents, right pictures."""
     call = EMBEDDED_CALLS[name]
-    plain = draw(load(name, factor), prompts, (0,), **call)
-    measured = {"BF16": {"right": following(plain)["all"][0]}}
+    reference = generate(load(name, factor), prompts, (0,), **call)
+    measured = {"BF16": {"right": prompt_adherence(reference)["all"][0]}}
     for choice in CHOICES:
         torch.compiler.reset()
-        drawn = draw(load(name, factor, choice), prompts, (0,), **call)
-        found = compare(plain, drawn)
+        samples = generate(load(name, factor, choice), prompts, (0,), **call)
+        found = compare(reference, samples)
         measured[choice] = {
             "psnr_mean": found.mean["psnr"],
             "psnr_worst": found.worst["psnr"],
             "relative_l2": found.mean["relative_l2"],
-            "right": following(drawn)["all"][0],
+            "right": prompt_adherence(samples)["all"][0],
         }
     return measured
 

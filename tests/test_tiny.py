@@ -12,7 +12,7 @@ from bench.outliers import load
 from bench.tiny import build_qwen_image, build_z_image
 from fp8_compile.embedded import EMBEDDED_CALLS, default_pipeline_dir
 from fp8_compile.errors import OptionError
-from fp8_compile.measure.quality import draw, following
+from fp8_compile.measure.quality import generate, prompt_adherence
 from fp8_compile.measure.scenes import scenes
 
 LARGEST_FILE = 10 * 1024 * 1024
@@ -74,6 +74,6 @@ def test_a_pipeline_that_is_not_embedded_is_refused_with_those_that_are() -> Non
 @pytest.mark.parametrize(("name", "least"), [("qwen-image", 23), ("z-image", 23)])
 def test_an_embedded_pipeline_draws_held_out_captions(name: str, least: int) -> None:
     captions = [scene.caption for scene in random.Random(1).sample([s for s in scenes() if s.held_out], 24)]
-    found = following(draw(load(name), captions, (0,), **EMBEDDED_CALLS[name]))
+    found = prompt_adherence(generate(load(name), captions, (0,), **EMBEDDED_CALLS[name]))
     assert found["all"][0] >= least, found
     assert found["background"] == (24, 24), found

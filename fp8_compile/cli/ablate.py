@@ -29,6 +29,7 @@ def ablate(
     whole: Whole = False,
 ) -> None:
     """Compare choices of layers that stay in BF16: time, memory, and quality against compiled BF16."""
+    from ..measure import ablation_page
     from ..measure.ablate import ONE_STEP
     from ..measure.ablate import ablate as measure
     from ..measure.groups import groups_for, read_groups
@@ -52,7 +53,8 @@ def ablate(
         **call,
     )
     # The table first: it is what was asked for, and the page may still fail.
-    typer.echo(found.markdown())
-    (output / "ablation.md").write_text(found.markdown(), encoding="utf-8")
-    (output / "ablation.html").write_text(found.html(pictures), encoding="utf-8")
+    table = ablation_page.markdown(found)
+    typer.echo(table)
+    (output / "ablation.md").write_text(table, encoding="utf-8")
+    (output / "ablation.html").write_text(ablation_page.html(found, pictures), encoding="utf-8")
     typer.echo(f"wrote {output / 'ablation'}.{{md,json,html}}")

@@ -11,7 +11,7 @@ from .arguments import MeasureSettings, with_options
 from .messages import check_folder, errors_as_messages, fail, tell
 
 if TYPE_CHECKING:
-    from ..measure.search import Bound
+    from ..measure.bound import Bound
 
 
 @with_options
@@ -40,7 +40,8 @@ def search(
     ] = Path("search"),
 ) -> None:
     """Find a small set of layers to keep in BF16 that meets a bound on quality, by measuring pictures."""
-    from ..measure.search import BY, Search, how_to_use, paste
+    from ..measure import search_page
+    from ..measure.search import BY, Search
     from ..measure.variants import Variants
 
     bound = _bound(metric, max_loss, min_quality, statistic)
@@ -65,15 +66,15 @@ def search(
         f"{len(result.kept)} of {len(made.layers)} layers to keep, after {result.measurements} measurements; "
         f"{bound.metric} {bound.of(result.quality):.4f}"
     )
-    typer.echo(paste(result))
-    typer.echo(how_to_use(result))
-    (output / "search.html").write_text(made.html(result), encoding="utf-8")
+    typer.echo(search_page.paste(result))
+    typer.echo(search_page.how_to_use(result))
+    (output / "search.html").write_text(search_page.html(made, result), encoding="utf-8")
     typer.echo(f"wrote {output / 'search'}.{{json,html}}")
 
 
 def _bound(metric: str, max_loss: float | None, min_quality: float | None, statistic: str) -> Bound:
     """The bound, given by the option that says in which direction the metric is better."""
-    from ..measure.search import Bound
+    from ..measure.bound import Bound
 
     value = min_quality if max_loss is None else max_loss
     if value is None or (max_loss is not None and min_quality is not None):

@@ -63,7 +63,7 @@ def text_to_image(
 
 def _tell_recommended(session: Session) -> None:
     from ..embedded import embedded_name
-    from ..measure.groups import RECOMMENDED
+    from ..recipes import RECOMMENDED
 
     for module in session.denoisers.values():
         recommended = RECOMMENDED.get(type(module).__name__)

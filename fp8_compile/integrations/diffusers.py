@@ -8,7 +8,7 @@ float32, ``[N, 1]`` or without dimensions; the options stand in ``config.json`` 
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .checkpoints import SCALE_SUFFIX, holding, join, split
 _OPTIONS = ("method", "ignored_layers", "granularity", "min_features", "min_rows", "few_rows", "strict")
 
 
-class QuantMethod(str, Enum):
+class QuantMethod(StrEnum):
     """Under which name diffusers knows the quantizer."""
 
     FP8_DIFFUSION = "fp8_diffusion"

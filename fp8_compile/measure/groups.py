@@ -1,17 +1,12 @@
-"""Which layers to keep out of FP8: the choices that an ablation compares, and what others recommend.
-
-Patterns are those of `fp8_compile.patterns`. Where a recommendation comes from, and what was measured, is in
-``docs/models.md``.
-"""
+"""The choices of layers to keep in BF16 that an ablation compares: for a model, or read from a file."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-import sys
+import tomllib
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +15,7 @@ from torch import nn
 from ..errors import Fp8Error, PatternError
 from ..patterns import Pattern
 from ..pipelines.denoisers import repeated_blocks
-
-Groups = dict[str, tuple[str, ...]]
-"""``ignored_layers`` by the name of the choice."""
-
-_TEXT_KV, _TEXT_OUT, _QKV, _OUT = "add_kv_proj", "to_add_out", "to_qkv", "attn.to_out"
-
-QWEN_IMAGE_GROUPS: Groups = {
-    "all FP8": (),
-    "skip text KV": (_TEXT_KV,),
-    "skip text out": (_TEXT_OUT,),
-    "skip text KV + out": (_TEXT_KV, _TEXT_OUT),
-    "skip image QKV": (_QKV,),
-    "skip image out": (_OUT,),
-    "skip image QKV + out": (_QKV, _OUT),
-    "skip img_mlp": ("img_mlp",),
-    "skip txt_mlp": ("txt_mlp",),
-    "skip both MLPs": ("img_mlp", "txt_mlp"),
-    "skip all attention": (_QKV, _TEXT_KV, _OUT, _TEXT_OUT),
-    "skip text stream": (_TEXT_KV, _TEXT_OUT, "txt_mlp"),
-    "skip attention + txt_mlp": (_QKV, _TEXT_KV, _OUT, _TEXT_OUT, "txt_mlp"),
-}
-"""With compiled BF16, the 14 configurations of Qwen-Image that an ablation compares."""
-
-RECOMMENDED: Groups = {"QwenImageTransformer2DModel": ("img_mlp",)}
-"""What others recommend to keep, by the class of the transformer; classes without an entry: nothing."""
+from ..recipes import RECIPES, Groups
 
 
 class GroupsError(Fp8Error, ValueError):
@@ -52,14 +23,15 @@ class GroupsError(Fp8Error, ValueError):
 
 
 def groups_for(denoiser: nn.Module) -> Groups:
-    """The choices to compare for a model: `QWEN_IMAGE_GROUPS`, or for another class one per part of its blocks.
+    """The choices to compare for a model: those of its recipe, or where it has none, one per part of its blocks.
 
     Args:
         denoiser: a diffusers transformer or UNet. Parts are the children of its repeated blocks (of the model itself,
             if it names none) that hold linears.
     """
-    if type(denoiser).__name__ == "QwenImageTransformer2DModel":
-        return dict(QWEN_IMAGE_GROUPS)
+    recipe = RECIPES.get(type(denoiser).__name__)
+    if recipe is not None and recipe.groups:
+        return dict(recipe.groups)
     blocks = [block for _, block in repeated_blocks(denoiser)] or [denoiser]
     parts = {
         name: None
@@ -74,13 +46,12 @@ def read_groups(path: str | os.PathLike[str]) -> Groups:
     """Read groups from a ``.json`` or ``.toml`` file that maps each name to a list of patterns.
 
     Raises:
-        GroupsError: it cannot be read, or holds something else; the message names the entry.
-        PatternError: a pattern is malformed.
+        GroupsError: the file cannot be read, or holds something else; the message names the entry.
     """
     path = Path(path)
     parsers: Mapping[str, Callable[[str], Any]] = {
         ".json": functools.partial(json.loads, object_pairs_hook=_without_repetition),
-        ".toml": _toml().loads,
+        ".toml": tomllib.loads,
     }
     if path.suffix not in parsers:
         raise GroupsError(f"{str(path)!r}: groups are read from {' and '.join(parsers)} files")
@@ -89,10 +60,10 @@ def read_groups(path: str | os.PathLike[str]) -> Groups:
     except (OSError, ValueError) as error:  # both parsers raise kinds of ValueError
         raise GroupsError(f"{str(path)!r}: {error}") from error
     if not isinstance(groups, dict) or not groups:
-        raise GroupsError(f"{str(path)!r}: a table of names and lists of patterns belongs here, and at least one")
+        raise GroupsError(f"{str(path)!r}: expected a table of at least one name and its patterns, got {groups!r}")
     for name, patterns in groups.items():
         if not isinstance(patterns, list):
-            raise GroupsError(f"{str(path)!r}: {name!r} is {patterns!r}; a list of patterns belongs here")
+            raise GroupsError(f"{str(path)!r}: {name!r}: expected a list of patterns, got {patterns!r}")
         try:
             for pattern in patterns:
                 Pattern(pattern)
@@ -102,14 +73,10 @@ def read_groups(path: str | os.PathLike[str]) -> Groups:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict, which would keep the last of several entries of one name; TOML refuses them itself."""
+    """A JSON object as a dict. `json` would keep the last of two entries with one name; TOML refuses them itself."""
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
-            raise ValueError(f"{name!r} is there twice")
+            raise ValueError(f"{name!r} is given twice")
         made[name] = value
     return made
-
-
-def _toml() -> Any:
-    return import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

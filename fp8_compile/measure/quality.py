@@ -1,13 +1,13 @@
 """How far the pictures of a quantized pipeline are from those of its unquantized twin.
 
 Every number is measured end to end: the same prompts and the same initial noise through both pipelines, compiled as
-they will be used. PSNR and SSIM are scikit-image's, LPIPS is the `lpips` package's; prompt-following is judged by
-`scenes.detect`, so only for captions of `scenes`. Needs ``pip install 'fp8-compile[quality]'``, LPIPS
+they will be used. PSNR and SSIM are scikit-image's, LPIPS is the `lpips` package's. Adherence to the prompt is judged
+by `scenes.detect`, so only for captions of `scenes`. Needs ``pip install 'fp8-compile[quality]'``, LPIPS
 ``'fp8-compile[quality,lpips]'``.
 
-    plain = draw(pipe, prompts, seeds, height=64, width=64)
+    bf16 = generate(pipe, prompts, seeds, height=64, width=64)
     pipe.transformer.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True)
-    print(compare(plain, draw(pipe, prompts, seeds, height=64, width=64)))
+    print(compare(bf16, generate(pipe, prompts, seeds, height=64, width=64)))
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _OWN_ARGUMENTS = (
 
 
 class QualityError(Fp8Error, ValueError):
-    """What should be compared does not belong together, or what compares it is not there."""
+    """The pictures cannot be compared, or a metric is not installed."""
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """One picture and how it came about.
+class Sample:
+    """One generated picture, with the latents that led to it.
 
     Attributes:
         latents: after every step, float32 (steps, ...) on the CPU.
@@ -64,26 +64,26 @@ class Drawing:
     latents: Tensor
 
 
-def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any) -> tuple[Drawing, ...]:
-    """Draw every prompt with every seed, one picture at a time.
+def generate(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any) -> tuple[Sample, ...]:
+    """Generate a picture for every prompt and every seed, one at a time.
 
     Args:
         pipeline: a diffusers pipeline that takes ``callback_on_step_end``.
         prompts: a picture of each for every seed.
-        seeds: of the initial noise, which is drawn on the CPU and so the same on every device.
+        seeds: of the initial noise, which is made on the CPU and so is the same on every device.
         **arguments: for the pipeline's call, for example ``num_inference_steps``.
 
     Raises:
         QualityError: ``prompts`` is one string, or ``arguments`` holds one that is given here, such as ``generator``.
     """
     if isinstance(prompts, str):
-        raise QualityError(f"prompts={prompts!r}: a list of prompts belongs here, also for one")
+        raise QualityError(f"expected a list of prompts, got {prompts!r}")
     for name in _OWN_ARGUMENTS:
         if name in arguments:
             raise QualityError(
-                f"{name}={arguments[name]!r}: every picture is drawn alone, from its prompt and its seed; leave it out"
+                f"{name}={arguments[name]!r}: every picture is generated alone, from its prompt and seed; leave it out"
             )
-    drawings = []
+    samples = []
     for prompt in prompts:
         for seed in seeds:
             steps: list[Tensor] = []
@@ -94,8 +94,8 @@ def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **argument
 
             generator = torch.Generator("cpu").manual_seed(seed)
             image = pipeline(prompt, generator=generator, callback_on_step_end=keep, **arguments).images[0]
-            drawings.append(Drawing(prompt, seed, image, torch.stack(steps)))
-    return tuple(drawings)
+            samples.append(Sample(prompt, seed, image, torch.stack(steps)))
+    return tuple(samples)
 
 
 def psnr(reference: Image, image: Image) -> float:
@@ -128,7 +128,7 @@ def lpips(reference: Image, image: Image) -> float:
 
 @functools.cache
 def require_lpips() -> Any:
-    """The model that `lpips` measures with; asks for it before anything is drawn. Raises as `lpips` does."""
+    """The model that `lpips` measures with; call it before any picture is generated. Raises as `lpips` does."""
     try:
         package, models = import_module("lpips"), import_module("torchvision.models")
     except ModuleNotFoundError as error:
@@ -216,22 +216,22 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(reference: Sequence[Drawing], drawings: Sequence[Drawing], perceptual: bool = False) -> Comparison:
+def compare(reference: Sequence[Sample], samples: Sequence[Sample], perceptual: bool = False) -> Comparison:
     """Compare pictures of the same prompts and seeds, in the same order.
 
     Args:
         perceptual: by `lpips` too.
 
     Raises:
-        QualityError: they are none, or of different prompts, seeds, sizes or numbers of steps; or see `lpips`.
+        QualityError: there are none, or they differ in prompts, seeds, sizes or numbers of steps; or see `lpips`.
     """
-    if not reference or len(reference) != len(drawings):
-        raise QualityError(f"{len(reference)} pictures cannot be compared with {len(drawings)}")
+    if not reference or len(reference) != len(samples):
+        raise QualityError(f"{len(reference)} pictures cannot be compared with {len(samples)}")
     rows = []
-    for mine, theirs in zip(reference, drawings, strict=True):
+    for mine, theirs in zip(reference, samples, strict=True):
         if (mine.prompt, mine.seed) != (theirs.prompt, theirs.seed):
             raise QualityError(
-                f"{mine.prompt!r}, seed {mine.seed}, is no twin of {theirs.prompt!r}, seed {theirs.seed}"
+                f"{mine.prompt!r}, seed {mine.seed}, cannot be compared with {theirs.prompt!r}, seed {theirs.seed}"
             )
         if mine.latents.shape != theirs.latents.shape:
             raise QualityError(
@@ -252,16 +252,16 @@ def compare(reference: Sequence[Drawing], drawings: Sequence[Drawing], perceptua
     return Comparison(tuple(rows))
 
 
-def following(drawings: Sequence[Drawing]) -> dict[str, tuple[int, int]]:
-    """How often pictures show what their prompts say: (right, of) per attribute of `scenes`, and of "all" at once.
+def prompt_adherence(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
+    """How many pictures show what their prompts say: (right, of) per attribute of `scenes`, and for "all" of them.
 
     Raises:
         SceneError: a prompt is no caption of `scenes`.
     """
     counts: dict[str, tuple[int, int]] = {}
-    wanted = [parse(drawing.prompt) for drawing in drawings]
-    for drawing, scene in zip(drawings, wanted, strict=True):
-        verdict = detect(drawing.image).follows(scene)
+    wanted = [parse(sample.prompt) for sample in samples]
+    for sample, scene in zip(samples, wanted, strict=True):
+        verdict = detect(sample.image).follows(scene)
         for name, right in {"all": all(verdict.values()), **verdict}.items():
             before, of = counts.get(name, (0, 0))
             counts[name] = (before + right, of + 1)

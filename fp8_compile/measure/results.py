@@ -1,4 +1,4 @@
-"""What ablations and searches share: where they were measured, and values as text and as plain data."""
+"""What ablations and searches share: the environment of a measurement, values as text and as JSON, writing files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-import fp8_compile
-
 from .quality import Comparison
 
 
@@ -26,20 +24,20 @@ def number_text(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "NaN" if math.isnan(value) else "infinite"
 
 
-def plain(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """``value`` as JSON gives it back, so that it equals what was read from a file.
 
-    Tuples become lists, keys text; an infinite number becomes None, and NaN the text "NaN". A function is told by where
-    it is defined, and anything else by its text without addresses, which differ in every process.
+    Tuples become lists, keys text; an infinite number becomes None, and NaN the text "NaN". A function becomes the name
+    of its module and its own; anything else its text, without addresses, which differ in every process.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else None
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {str(name): to_jsonable(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_jsonable(item) for item in value]
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
@@ -48,14 +46,14 @@ def plain(value: Any) -> Any:
 def quality_to_dict(quality: Comparison) -> dict[str, Any]:
     """The mean, the worst, and every picture, as plain data."""
     return {
-        "mean": {metric: plain(value) for metric, value in quality.mean.items()},
-        "worst": {metric: plain(value) for metric, value in quality.worst.items()},
-        "pictures": [{name: plain(value) for name, value in asdict(row).items()} for row in quality.rows],
+        "mean": {metric: to_jsonable(value) for metric, value in quality.mean.items()},
+        "worst": {metric: to_jsonable(value) for metric, value in quality.worst.items()},
+        "pictures": [{name: to_jsonable(value) for name, value in asdict(row).items()} for row in quality.rows],
     }
 
 
 def environment(pipeline: Any) -> dict[str, Any]:
-    """On what, with what and when this process measures."""
+    """The device, the versions and the date of a measurement by this process."""
     kind = str(pipeline.device).partition(":")[0]
     return {
         "device": torch.cuda.get_device_name(pipeline.device) if kind == "cuda" else kind,
@@ -64,8 +62,8 @@ def environment(pipeline: Any) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
-        "fp8-compile": fp8_compile.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "fp8-compile": version("fp8-compile"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -78,7 +76,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write ``text`` so that ``file`` is the old one until it is the new one; makes the folder."""
+    """Replace ``file`` in one step, so that a reader sees the old text or the new one; makes the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(text, encoding="utf-8")
@@ -86,7 +84,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def check_writable(file: Path) -> None:
-    """Find out before any work whether ``file`` could be written after it; creates nothing.
+    """Refuse a ``file`` that could not be written, before any work is done for it; creates nothing.
 
     Raises:
         OSError: it is a folder, a folder that it is to be in is a file, or writing is not permitted there.

@@ -18,14 +18,14 @@ from ..options import Fp8Options
 from ..pipelines.denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps, repeated_blocks
 from ..pipelines.step_clock import StepClock
 from ..report import Report, report
-from .quality import Drawing, draw
+from .quality import Sample, generate
 
 BF16 = None
-"""Instead of patterns: the region is compiled by the inner backend alone, unquantized."""
+"""In the place of patterns: the region is compiled by the inner backend alone, unquantized."""
 
 
 def check_measurable(pipeline: Any) -> None:
-    """Refuse a pipeline whose steps cannot be seen, or that makes no pictures.
+    """Refuse a pipeline that makes no pictures, or that does not say when a step ends.
 
     Raises:
         PipelineError: it takes no ``callback_on_step_end``, or it makes videos.
@@ -57,7 +57,7 @@ Patterns = tuple[str, ...] | None
 
 
 class NotedBackend:
-    """``fp8_diffusion``; notes in ``graphs`` which it compiled, since all variants share a model's report."""
+    """``fp8_diffusion``, which adds each graph that it compiles to ``graphs``: all variants share a model's report."""
 
     reset = staticmethod(fp8_diffusion.reset)  # type: ignore[attr-defined]  # for torch.compiler.reset
 
@@ -73,12 +73,12 @@ class Variants:
     """A pipeline whose denoisers run as one of several compiled variants, switched without compiling again.
 
     All variants live in one process and share the weights and their FP8 constants, so that they can be timed in turn.
-    Graphs are compiled for the exact sizes of their inputs (``dynamic=False``): else the first variant would get static
-    graphs and the later ones dynamic graphs, and their times could not be compared. What the pipeline is compiled with
-    already is put back by `close`.
+    Graphs are compiled for the exact sizes of their inputs (``dynamic=False``). Otherwise the first variant would get
+    static graphs and the later ones dynamic graphs, and their times could not be compared. `close` puts back what the
+    pipeline was compiled with before.
 
-    With a mode or Inductor's settings, which may ask for CUDA graphs, and blocks, every call of a denoiser is told to
-    CUDA graphs by a hook until `close`.
+    A mode or Inductor's settings may ask for CUDA graphs. Where blocks are compiled with them, hooks mark every call of
+    a denoiser as a step, until `close`; see `mark_steps`.
 
     Args:
         pipeline: a diffusers pipeline, on its device.
@@ -86,8 +86,8 @@ class Variants:
         whole: compile each denoiser as one graph. Default: its repeated blocks, where it names any.
 
     Raises:
-        PipelineError: the pipeline has nothing to compile, makes no pictures, takes no callback, its weights are in FP8
-            already, or ``torch.compile`` has put another module in the place of one of its own.
+        PipelineError: the pipeline has nothing to compile, makes videos, takes no callback, has FP8 weights already, or
+            ``torch.compile(module)`` was put in the place of one of its modules.
         OptionError: an option is invalid, or ``ignored_layers`` or ``strict`` is among them.
     """
 
@@ -137,7 +137,7 @@ class Variants:
         for region in self.regions:
             patterns = patterns_of(region)
             if isinstance(patterns, str):
-                raise OptionError(f"ignored_layers={patterns!r}: a tuple of patterns belongs here, also for one")
+                raise OptionError(f"ignored_layers: expected a tuple of patterns, got {patterns!r}")
             patterns = BF16 if patterns is BF16 else tuple(patterns)
             key = (region, patterns)
             if key not in self._calls:
@@ -154,15 +154,15 @@ class Variants:
             options = {**self.options, "ignored_layers": list(patterns)}
             return {"backend": self._backends.setdefault(patterns, NotedBackend()), "options": options}
         mode, inductor = self._parsed.mode, self._parsed.inductor
-        # torch.compile takes no mode beside settings, and the twin shall have both, as FP8 has. A setting wins.
+        # BF16 gets the mode and the settings, as FP8 does; torch.compile takes only one of them. A setting wins.
         of_mode = {} if mode is None else torch._inductor.list_mode_options(mode)
         settings = {**of_mode, **inductor}
         return {"backend": self._parsed.inner_backend, **({"options": settings} if settings else {})}
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> tuple[Drawing, ...]:
-        """`quality.draw`, by the variant in use."""
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> tuple[Sample, ...]:
+        """`quality.generate`, by the variant in use."""
         with self._running():
-            return draw(self.pipeline, prompts, seeds, **call)
+            return generate(self.pipeline, prompts, seeds, **call)
 
     def step_seconds(self, prompt: str, seed: int, **call: Any) -> list[float]:
         """Seconds of each step but the first, whose start is unknown, of one picture by the variant in use."""
@@ -183,8 +183,7 @@ class Variants:
     def close(self) -> None:
         """Let the pipeline run as it did before, and let go of what was compiled.
 
-        What torch itself keeps stays until ``torch.compiler.reset()``: its graphs, and with them the FP8 constants
-        beside the weights.
+        What torch keeps stays until ``torch.compiler.reset()``: its graphs, and with them the FP8 constants.
         """
         for module, call in self._before.items():
             module._compiled_call_impl = call
@@ -199,7 +198,7 @@ class Variants:
         config: Any = torch._dynamo.config
         with config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=NothingConvertedWarning)  # a block that is kept as a whole
-            # A pattern meant for one of several kinds of blocks; `reports` tells of those that match nowhere.
+            # A pattern may be meant for one of several kinds of blocks; `reports` has those that match nowhere.
             warnings.filterwarnings("ignore", category=UnmatchedPatternWarning)
             yield
 

@@ -22,84 +22,30 @@ from typer.testing import CliRunner
 
 import fp8_compile
 from fp8_compile.cli.main import app
+from fp8_compile.measure import ablation_page
 from fp8_compile.measure.ablate import BASELINE, Ablation, AblationError, ablate
-from fp8_compile.measure.groups import QWEN_IMAGE_GROUPS, GroupsError, groups_for, read_groups
 from fp8_compile.measure.html import Axis, amplification, difference
-from fp8_compile.measure.quality import compare, draw
+from fp8_compile.measure.quality import compare, generate
 from fp8_compile.measure.variants import BF16, Variants
-from fp8_compile.patterns import first_match
 from fp8_compile.pipelines.denoisers import PipelineError
 
 GROUPS = {"all FP8": (), "skip mlp": ("mlp",), "all kept": ("*",)}
 PROMPTS = ("a <b>red</b> circle", "two blue squares")
 
 
-def test_the_choices_for_qwen_image_are_thirteen_and_all_differ() -> None:
-    from bench.tiny import build_transformer
-
-    model = build_transformer()
-    linears = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    kept = {
-        name: frozenset(path for path in linears if first_match(patterns, path))
-        for name, patterns in QWEN_IMAGE_GROUPS.items()
-    }
-    assert len(set(kept.values())) == len(kept) == 13
-    assert not kept["all FP8"]
-    assert all(any(first_match([p], path) for path in linears) for ps in QWEN_IMAGE_GROUPS.values() for p in ps)
-    assert groups_for(model) == QWEN_IMAGE_GROUPS
-
-
-def test_the_choices_for_other_models_are_the_parts_of_their_blocks() -> None:
-    assert groups_for(Pipeline().transformer) == {
-        "all FP8": (),
-        "skip to_q": ("to_q",),
-        "skip to_v": ("to_v",),
-        "skip mlp": ("mlp",),
-    }
-
-
-def test_groups_are_read_from_json_and_toml(tmp_path: Path) -> None:
-    (tmp_path / "g.json").write_text('{"all": [], "some": ["mlp", "re:to_.$"]}')
-    (tmp_path / "g.toml").write_text("all = []\nsome = [\"mlp\", 're:to_.$']\n")
-    expected = {"all": (), "some": ("mlp", "re:to_.$")}
-    assert read_groups(tmp_path / "g.json") == read_groups(tmp_path / "g.toml") == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("g.yaml", "", r"groups are read from \.json and \.toml files"),
-        ("g.json", "{", "g.json': Expecting property name"),
-        ("g.toml", "a = ", "g.toml': Invalid value"),
-        ("g.json", "[]", "a table of names and lists of patterns belongs here"),
-        ("g.json", "{}", "and at least one"),
-        ("g.json", '{"a": ["mlp"], "a": []}', "g.json': 'a' is there twice"),
-        ("g.json", '{"a": "mlp"}', "'a' is 'mlp'; a list of patterns belongs here"),
-        ("g.json", '{"a": ["re:("]}', "'a': ignored_layers: 're:\\('"),
-        ("g.json", '{"a": [1]}', "'a': ignored_layers: 1"),
-        ("g.json", None, "No such file"),
-    ],
-)
-def test_a_file_that_holds_no_groups_is_refused(tmp_path: Path, name: str, text: str | None, message: str) -> None:
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(GroupsError, match=message):
-        read_groups(tmp_path / name)
-
-
 def test_variants_take_turns_and_are_what_compiling_alone_gives() -> None:
     pipe = Pipeline()
-    eager = draw(pipe, PROMPTS, [0])
+    eager = generate(pipe, PROMPTS, [0])
     variants = Variants(pipe, OPTIONS)
     drawn = {}
     for patterns in (BF16, (), ("mlp",), BF16, ("mlp",), ()):
         variants.use_everywhere(patterns)
-        again = variants.draw(PROMPTS, [0])
+        again = variants.generate(PROMPTS, [0])
         before = drawn.setdefault(patterns, again)
         assert all(torch.equal(a.latents, b.latents) for a, b in zip(again, before, strict=True))
     assert [len(variants.graphs(patterns)) for patterns in (BF16, (), ("mlp",))] == [0, 1, 1]  # one for all blocks
     variants.close()
-    again = draw(pipe, PROMPTS, [0])
+    again = generate(pipe, PROMPTS, [0])
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(again, eager, strict=True))
     assert fp8_compile.report(pipe.transformer).graphs == (*variants.graphs(()), *variants.graphs(("mlp",)))
     assert [row.decision for row in variants.reports(("mlp",))["transformer"].layers].count("fp8") == 6
@@ -108,7 +54,7 @@ def test_variants_take_turns_and_are_what_compiling_alone_gives() -> None:
     for block in alone.transformer.blocks:
         options = {**OPTIONS, "ignored_layers": ["mlp"]}
         block.compile(backend="fp8_diffusion", fullgraph=True, dynamic=False, options=options)
-    expected = draw(alone, PROMPTS, [0])
+    expected = generate(alone, PROMPTS, [0])
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(expected, drawn["mlp",], strict=True))
 
 
@@ -128,7 +74,7 @@ def test_compiled_whole_a_block_is_named_by_its_index() -> None:
 def test_a_model_compiled_as_a_whole_is_put_aside() -> None:
     pipe = Pipeline()
     pipe.transformer.compile(backend="fp8_diffusion", options={**OPTIONS, "inner_backend": "eager"})
-    draw(pipe, PROMPTS, [0])
+    generate(pipe, PROMPTS, [0])
     own = pipe.transformer._compiled_call_impl
     with contextlib.closing(Variants(pipe, fp8_compile.Fp8Options(**OPTIONS))) as variants:
         assert variants.options == OPTIONS
@@ -168,7 +114,7 @@ def test_a_pattern_for_one_of_two_kinds_of_blocks_is_no_warning(recwarn: pytest.
     pipe.transformer._repeated_blocks = ("Block", "Other")  # type: ignore[assignment]
     variants = Variants(pipe, OPTIONS)
     variants.use_everywhere(("extra",))
-    variants.draw(PROMPTS, [0])
+    variants.generate(PROMPTS, [0])
     assert not [w for w in recwarn if issubclass(w.category, fp8_compile.UnmatchedPatternWarning)]
     assert variants.reports(("extra",))["transformer"].unmatched_patterns == ()
 
@@ -181,19 +127,19 @@ def test_the_twin_has_the_mode_and_the_settings() -> None:
 
 
 def test_cuda_graphs_are_told_of_every_call_of_a_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[None] = []
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(None))
+    marks_made: list[None] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks_made.append(None))
     pipe, x = Pipeline(), torch.zeros(1, 16, 64, dtype=torch.bfloat16)
     for options, whole, marks in (
         ({"mode": "reduce-overhead"}, False, 1), ({}, False, 0), ({"mode": "reduce-overhead"}, True, 0)
     ):  # fmt: skip
-        told.clear()
+        marks_made.clear()
         variants = Variants(pipe, options, whole)
         pipe.transformer(x)
-        assert len(told) == marks
+        assert len(marks_made) == marks
         variants.close()
         pipe.transformer(x)
-        assert len(told) == marks
+        assert len(marks_made) == marks
 
 
 def test_what_was_compiled_is_let_go() -> None:
@@ -249,8 +195,8 @@ def test_every_row_is_measured_against_compiled_bf16(found: Ablation) -> None:
     row = rows["all FP8"]
     medians = [statistics.median(r.step_seconds) for r in (rows[BASELINE], row)]
     assert found.speedup(row) == pytest.approx(medians[0] / medians[1])
-    assert row.quality == compare(rows[BASELINE].drawings, row.drawings)
-    assert len(row.drawings) == 4
+    assert row.quality == compare(rows[BASELINE].samples, row.samples)
+    assert len(row.samples) == 4
     assert row.quality is not None
     assert row.quality.worst["relative_l2"] > 0
     kept = rows["all kept"].quality
@@ -268,21 +214,21 @@ def test_every_row_is_measured_against_compiled_bf16(found: Ablation) -> None:
 
 
 def test_json_and_markdown_tell_all_rows(found: Ablation) -> None:
-    told = json.loads(found.json())
-    assert [row["ignored_layers"] for row in told["rows"]] == [None, [], ["mlp"], ["*"]]
-    assert told["rows"][3]["quality"]["worst"]["psnr"] is None  # equal pictures
-    assert told["rows"][1]["quality"]["mean"]["psnr"] == found.rows[1].quality.mean["psnr"]  # type: ignore[union-attr]
-    assert told["settings"]["call"] == {"num_inference_steps": 4}
-    assert told["environment"]["device"] == "cpu"
-    table = [line for line in found.markdown().splitlines() if line.startswith("|")]
+    written = json.loads(found.json())
+    assert [row["ignored_layers"] for row in written["rows"]] == [None, [], ["mlp"], ["*"]]
+    assert written["rows"][3]["quality"]["worst"]["psnr"] is None  # equal pictures
+    assert written["rows"][1]["quality"]["mean"]["psnr"] == found.rows[1].quality.mean["psnr"]  # type: ignore[union-attr]
+    assert written["settings"]["call"] == {"num_inference_steps": 4}
+    assert written["environment"]["device"] == "cpu"
+    table = [line for line in ablation_page.markdown(found).splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(GROUPS) + 1
     assert len({line.count("|") for line in table}) == 1
-    assert "Measured on cpu" in found.markdown()
-    assert "these times say nothing of a GPU" in found.markdown()
+    assert "Measured on cpu" in ablation_page.markdown(found)
+    assert "these times say nothing of a GPU" in ablation_page.markdown(found)
 
 
 def test_the_page_holds_everything_and_loads_nothing(found: Ablation) -> None:
-    page = Page(found.html(pictures=3))
+    page = Page(ablation_page.html(found, pictures=3))
     assert len(page.loads) == 3 * (1 + 2 * len(GROUPS))  # pictures, and but for BF16 their differences
     assert all(load.startswith("data:image/png;base64,") for load in page.loads)
     assert PROMPTS[0] in page.texts  # escaped, and so not taken for a tag
@@ -316,7 +262,7 @@ def test_an_axis_holds_its_values_and_has_round_ticks(values: tuple[float, ...])
         ({"a": ("to_vv",)}, {}, fp8_compile.PatternError, "did you mean"),
         ({"a": ("mlp", "img_mod")}, {}, AblationError, "'a': 'img_mod' matches none of the layers to_q, to_v, mlp.0"),
         ({"a": ("blocks.0.*",)}, {}, fp8_compile.PatternError, "outside the compiled region"),
-        ({}, {}, AblationError, "groups={}: at least one"),
+        ({}, {}, AblationError, "groups: expected at least one, got {}"),
         ({BASELINE: ()}, {}, AblationError, "is the name of the unquantized row"),
         ({"a": ("*",)}, {}, fp8_compile.NothingConvertedError, r"no layer of the model became FP8: ignored_layers: \*"),
         ({"a": ()}, {"num_inference_steps": 1}, AblationError, "one step cannot be timed"),
@@ -330,11 +276,11 @@ def test_what_cannot_be_measured_is_refused(groups: Any, call: Any, error: type[
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"groups": {}}, r"groups=\{\}: at least one"),
-        ({"prompts": ()}, r"prompts=\(\): at least one"),
-        ({"seeds": []}, r"seeds=\[\]: at least one"),
-        ({"rounds": 0}, "rounds=0: an integer of at least 1"),
-        ({"rounds": 1.5}, r"rounds=1\.5: an integer of at least 1"),
+        ({"groups": {}}, r"groups: expected at least one, got \{\}"),
+        ({"prompts": ()}, r"prompts: expected at least one, got \(\)"),
+        ({"seeds": []}, r"seeds: expected at least one, got \[\]"),
+        ({"rounds": 0}, "rounds: expected an integer of at least 1, got 0"),
+        ({"rounds": 1.5}, r"rounds: expected an integer of at least 1, got 1\.5"),
         ({"num_inference_steps": 1}, "one step cannot be timed"),
         ({"written": Path(__file__) / "a.json"}, "cannot be written: .* is a file, not a folder"),
     ],
@@ -342,35 +288,35 @@ def test_what_cannot_be_measured_is_refused(groups: Any, call: Any, error: type[
 def test_a_bad_call_is_refused_before_anything_is_drawn(
     monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(Variants, "draw", lambda *args, **call: pytest.fail("drawn"))
+    monkeypatch.setattr(Variants, "generate", lambda *args, **call: pytest.fail("drawn"))
     given = {"groups": {"all": ()}, "prompts": PROMPTS, "seeds": (0,), "rounds": 1, **wrong}
     with pytest.raises(AblationError, match=message):
         ablate(Variants(Pipeline(), OPTIONS), **given)
 
 
 def test_a_row_that_fails_is_told_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, file, before = Variants.draw, tmp_path / "out" / "a.json", []
+    generate, file, before = Variants.generate, tmp_path / "out" / "a.json", []
 
     def failing(self: Variants, *args: Any, **call: Any) -> Any:
         if file.exists():
             before.append([row["name"] for row in json.loads(file.read_text())["rows"]])
         if self._calls.get((self.regions[0], ("mlp",))) is self.regions[0].module._compiled_call_impl:
             raise torch.OutOfMemoryError("no memory\nleft")
-        return draw(self, *args, **call)
+        return generate(self, *args, **call)
 
-    monkeypatch.setattr(Variants, "draw", failing)
+    monkeypatch.setattr(Variants, "generate", failing)
     groups = {"<mlp>": ("mlp",), "all": ()}
     found = ablate(Variants(Pipeline(), OPTIONS), groups, PROMPTS[:1], (0,), rounds=1, written=file)
     assert before == [[BASELINE], [BASELINE, "<mlp>"]]  # what is known is written at once
-    told = json.loads(file.read_text())
-    assert [row["failure"] for row in told["rows"]] == ["", "OutOfMemoryError: no memory left", ""]
-    assert [row["speedup"] is None for row in told["rows"]] == [False, True, False]
-    table = [line for line in found.markdown().splitlines() if line.startswith("|")]
+    written = json.loads(file.read_text())
+    assert [row["failure"] for row in written["rows"]] == ["", "OutOfMemoryError: no memory left", ""]
+    assert [row["speedup"] is None for row in written["rows"]] == [False, True, False]
+    table = [line for line in ablation_page.markdown(found).splitlines() if line.startswith("|")]
     assert "| &lt;mlp> (failed: OutOfMemoryError: no memory left) |" in table[3]
     assert len({line.count("|") for line in table}) == 1
-    assert Page(found.html()).tags.count("figure") == 2
-    with pytest.raises(AblationError, match="pictures=0: a number of at least 1"):
-        found.html(0)
+    assert Page(ablation_page.html(found)).tags.count("figure") == 2
+    with pytest.raises(AblationError, match="pictures: expected a number of at least 1, got 0"):
+        ablation_page.html(found, 0)
     with pytest.raises(AblationError, match="every group failed: a: OutOfMemoryError"):
         ablate(Variants(Pipeline(), OPTIONS), {"a": ("mlp",)}, PROMPTS[:1], (0,), rounds=1)
 
@@ -382,11 +328,11 @@ def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
     options += ["--few-rows", "weight-only", "--groups", str(tmp_path / "groups.toml")]
     done = CliRunner().invoke(app, ["ablate", *options, "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    told = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert [row["name"] for row in told["rows"]] == [BASELINE, "text in BF16", "all"]
-    assert told["settings"]["options"]["few_rows"] == "weight-only"
-    assert 0 < told["rows"][1]["fp8_layers"] < told["rows"][2]["fp8_layers"]
-    assert told["rows"][0]["following"]["all"][1] == 1  # the prompt is a scene, so its picture was judged
+    written = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert [row["name"] for row in written["rows"]] == [BASELINE, "text in BF16", "all"]
+    assert written["settings"]["options"]["few_rows"] == "weight-only"
+    assert 0 < written["rows"][1]["fp8_layers"] < written["rows"][2]["fp8_layers"]
+    assert written["rows"][0]["prompt_adherence"]["all"][1] == 1  # the prompt is a scene, so its picture was judged
     assert (tmp_path / "out" / "ablation.md").read_text() in done.output
     assert Page((tmp_path / "out" / "ablation.html").read_text()).tags.count("figure") == 3
 
@@ -411,11 +357,11 @@ def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_p
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
-PROBE = """<iframe style="width:WIDTHpx;height:600px;border:0"></iframe><pre id="told"></pre><script>
+PROBE = """<iframe style="width:WIDTHpx;height:600px;border:0"></iframe><pre id="seen"></pre><script>
 const frame = document.querySelector("iframe");
 frame.onload = () => {
 const page = frame.contentDocument;
-document.querySelector("#told").textContent = JSON.stringify({
+document.querySelector("#seen").textContent = JSON.stringify({
   width: page.documentElement.scrollWidth,
   pictures: [...page.images].every(image => image.complete && image.naturalWidth > 0),
   marks: [...page.querySelectorAll("circle")].every(mark => mark.getBoundingClientRect().width > 2),
@@ -429,16 +375,16 @@ frame.srcdoc = TEXT;
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed to show the page in")
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
 def test_a_browser_shows_the_page(found: Ablation, tmp_path: Path, width: int, dark: bool) -> None:
-    text = json.dumps(found.html()).replace("</", "<\\/")
+    text = json.dumps(ablation_page.html(found)).replace("</", "<\\/")
     (tmp_path / "probe.html").write_text(PROBE.replace("WIDTH", str(width)).replace("TEXT", text))
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=5000"]
     done = subprocess.run(
         [*command, "--dump-dom", str(tmp_path / "probe.html")], capture_output=True, text=True, check=True, timeout=60
     )
-    told = json.loads(done.stdout.split('<pre id="told">')[1].split("</pre>")[0])
-    assert told["width"] <= width  # nothing but the table scrolls sideways
-    assert told["pictures"]
-    assert told["marks"]
-    ground, ink = (sum(map(int, told[name][4:-1].split(","))) for name in ("ground", "text"))
+    seen = json.loads(done.stdout.split('<pre id="seen">')[1].split("</pre>")[0])
+    assert seen["width"] <= width  # nothing but the table scrolls sideways
+    assert seen["pictures"]
+    assert seen["marks"]
+    ground, ink = (sum(map(int, seen[name][4:-1].split(","))) for name in ("ground", "text"))
     assert (ground < ink) == dark

@@ -20,13 +20,13 @@ from bench.outliers import METHODS, load, measure, scheme
 from fp8_compile.embedded import EMBEDDED_CALLS
 from fp8_compile.measure.quality import (
     METRICS,
-    Drawing,
     QualityError,
+    Sample,
     compare,
     cosine,
-    draw,
-    following,
+    generate,
     lpips,
+    prompt_adherence,
     psnr,
     relative_l2,
     require_lpips,
@@ -39,8 +39,8 @@ GREY = Image.new("RGB", (64, 64), (100, 100, 100))
 RAMP = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 
 
-def drawing(image: Image.Image = RAMP, latents: tuple[float, float] = (1.0, 2.0), prompt: str = "p") -> Drawing:
-    return Drawing(prompt, 0, image, torch.tensor(latents)[:, None] * torch.tensor([[3.0, 4.0]]))
+def sample(image: Image.Image = RAMP, latents: tuple[float, float] = (1.0, 2.0), prompt: str = "p") -> Sample:
+    return Sample(prompt, 0, image, torch.tensor(latents)[:, None] * torch.tensor([[3.0, 4.0]]))
 
 
 def test_psnr_and_ssim_of_known_pictures() -> None:
@@ -60,7 +60,7 @@ def test_distances_of_known_latents() -> None:
 
 
 def test_a_comparison_holds_the_trajectory_the_mean_and_the_worst() -> None:
-    grey = drawing(GREY)
+    grey = sample(GREY)
     off = replace(grey, image=GREY.point(lambda v: v + 16), latents=grey.latents * torch.tensor([[1.0], [1.5]]))
     near = replace(grey, image=GREY.point(lambda v: v + 4))
     found = compare([grey, grey], [off, near])
@@ -75,9 +75,9 @@ def test_a_comparison_holds_the_trajectory_the_mean_and_the_worst() -> None:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_nothing_is_worse_than_a_picture_of_nan(order: tuple[int, int]) -> None:
-    bad = replace(drawing(), latents=torch.full((2, 2), math.nan))
-    pictures = [drawing(), bad]
-    found = compare([drawing(), drawing()], [pictures[i] for i in order])
+    bad = replace(sample(), latents=torch.full((2, 2), math.nan))
+    pictures = [sample(), bad]
+    found = compare([sample(), sample()], [pictures[i] for i in order])
     assert all(math.isnan(found.worst[metric]) for metric in ("relative_l2", "cosine"))
     assert found.worst["psnr"] == math.inf
 
@@ -86,35 +86,35 @@ def test_nothing_is_worse_than_a_picture_of_nan(order: tuple[int, int]) -> None:
     ("others", "message"),
     [
         ([], "1 pictures cannot be compared with 0"),
-        ([drawing(prompt="q")], "'p', seed 0, is no twin of 'q', seed 0"),
-        ([replace(drawing(), seed=7)], "seed 7"),
-        ([replace(drawing(), latents=torch.zeros(3, 2))], r"latents of shape \(2, 2\) and \(3, 2\)"),
-        ([drawing(RAMP.resize((32, 64)))], r"pictures of \(64, 64\) and \(32, 64\) pixels"),
+        ([sample(prompt="q")], "'p', seed 0, cannot be compared with 'q', seed 0"),
+        ([replace(sample(), seed=7)], "seed 7"),
+        ([replace(sample(), latents=torch.zeros(3, 2))], r"latents of shape \(2, 2\) and \(3, 2\)"),
+        ([sample(RAMP.resize((32, 64)))], r"pictures of \(64, 64\) and \(32, 64\) pixels"),
     ],
 )
-def test_what_does_not_belong_together_is_not_compared(others: list[Drawing], message: str) -> None:
+def test_what_does_not_belong_together_is_not_compared(others: list[Sample], message: str) -> None:
     with pytest.raises(QualityError, match=message):
-        compare([drawing()], others)
+        compare([sample()], others)
 
 
 def test_what_makes_a_picture_its_own_is_not_given_for_all() -> None:
-    with pytest.raises(QualityError, match="output_type='latent': every picture is drawn alone"):
-        draw(Pipeline(), ["p"], [0], output_type="latent")
+    with pytest.raises(QualityError, match="output_type='latent': every picture is generated alone"):
+        generate(Pipeline(), ["p"], [0], output_type="latent")
 
 
-def test_following_counts_what_pictures_show() -> None:
+def test_prompt_adherence_counts_what_pictures_show() -> None:
     two, three = Scene(2, "square", "blue", "yellow"), Scene(3, "square", "blue", "yellow")
     shown = two.draw(random.Random(0))
-    counts = following([drawing(shown, prompt=two.caption), drawing(shown, prompt=three.caption)])
+    counts = prompt_adherence([sample(shown, prompt=two.caption), sample(shown, prompt=three.caption)])
     assert counts["all"] == counts["count"] == (1, 2)
     assert counts["color"] == counts["shape"] == (2, 2)
     assert "position" not in counts
     with pytest.raises(SceneError, match="'a cat' describes no scene"):
-        following([drawing(prompt="a cat")])
+        prompt_adherence([sample(prompt="a cat")])
 
 
 def test_lpips_is_measured_only_if_asked_for() -> None:
-    plain = compare([drawing()], [drawing()])
+    plain = compare([sample()], [sample()])
     assert plain.metrics == tuple(metric for metric in METRICS if metric != "lpips")
     assert plain.rows[0].lpips is None
 
@@ -132,7 +132,7 @@ def test_lpips_fetches_nothing_and_tells_what_is_missing(monkeypatch: pytest.Mon
         lpips(GREY, RAMP)
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(QualityError, match=r"lpips.* not installed; LPIPS needs: pip install 'fp8-compile\[lpips\]'"):
-        compare([drawing()], [drawing()], perceptual=True)
+        compare([sample()], [sample()], perceptual=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -148,7 +148,7 @@ def test_lpips_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path:
     torch.save(alexnet().state_dict(), tmp_path / "checkpoints" / name)
     require_lpips.cache_clear()
     assert lpips(GREY, GREY) == 0
-    found = compare([drawing()], [replace(drawing(), image=RAMP.transpose(Image.Transpose.FLIP_TOP_BOTTOM))], True)
+    found = compare([sample()], [replace(sample(), image=RAMP.transpose(Image.Transpose.FLIP_TOP_BOTTOM))], True)
     assert found.worst["lpips"] > 0
     require_lpips.cache_clear()
 
@@ -158,8 +158,8 @@ SEEDS = (0, 1)
 
 
 @functools.cache
-def _plain(name: str) -> tuple[Drawing, ...]:
-    return draw(load(name), HELD_OUT, SEEDS, **EMBEDDED_CALLS[name])
+def _plain(name: str) -> tuple[Sample, ...]:
+    return generate(load(name), HELD_OUT, SEEDS, **EMBEDDED_CALLS[name])
 
 
 # Of the mean over 12 pictures, and of the worst. Measured for row: 50.2 and 44.2 dB, SSIM 0.997 and 0.996, relative L2
@@ -196,14 +196,14 @@ FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
 @pytest.mark.parametrize(("name", "granularity"), FLOORS)
 def test_gate_compiled_fp8_draws_what_bf16_draws(name: str, granularity: str) -> None:
     plain = _plain(name)
-    fp8 = draw(load(name, choice=granularity), HELD_OUT, SEEDS, **EMBEDDED_CALLS[name])
+    fp8 = generate(load(name, choice=granularity), HELD_OUT, SEEDS, **EMBEDDED_CALLS[name])
     found = compare(plain, fp8)
     for metric, (mean, worst) in FLOORS[name, granularity].items():
         better = METRICS[metric]
         assert better(found.mean[metric], mean) == found.mean[metric], f"{metric}, mean:\n{found}"
         assert better(found.worst[metric], worst) == found.worst[metric], f"{metric}, worst:\n{found}"
     assert found.worst["relative_l2"] > 0  # FP8 was at work
-    assert following(fp8)["all"][0] >= following(plain)["all"][0] - 1
+    assert prompt_adherence(fp8)["all"][0] >= prompt_adherence(plain)["all"][0] - 1
 
 
 # Measured on these 3 pictures, PSNR, mean: row 39.3 and 41.3 dB, block 36.0 and 38.3 dB, and all show what they should;
@@ -216,7 +216,7 @@ def test_gate_outliers_spare_finer_scales_and_ruin_one_per_tensor(name: str, mon
     for method in METHODS:
         monkeypatch.setitem(fp8._METHODS, method, scheme)
     found = measure(name, HARD[name], HELD_OUT[:3])
-    assert {granularity: told["right"] for granularity, told in found.items()} == {
+    assert {granularity: measured["right"] for granularity, measured in found.items()} == {
         "BF16": 3,
         "tensor": 0,
         "row": 3,

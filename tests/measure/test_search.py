@@ -20,9 +20,11 @@ from typer.testing import CliRunner
 
 import fp8_compile
 from fp8_compile.cli.main import app
-from fp8_compile.measure.quality import draw
-from fp8_compile.measure.results import plain
-from fp8_compile.measure.search import Bound, Search, SearchError, how_to_use, paste, smallest
+from fp8_compile.measure import search_page
+from fp8_compile.measure.quality import generate
+from fp8_compile.measure.results import to_jsonable
+from fp8_compile.measure.search import Bound, Search, SearchError, smallest
+from fp8_compile.measure.search_page import how_to_use, paste
 from fp8_compile.measure.variants import Variants
 
 
@@ -82,11 +84,11 @@ def test_a_smaller_set_than_the_first_that_is_enough_is_found() -> None:
     [
         (("lpsnr", 1.0), "metric='lpsnr' is not valid; valid: psnr, ssim, relative_l2, cosine"),
         (("psnr", 30.0, "median"), "statistic='median' is not valid; valid: worst, mean"),
-        (("ssim", 1.5), r"ssim of 1\.5: no bound for it; a number above 0 and at most 1"),
-        (("relative_l2", 0.0), r"relative_l2 of 0\.0"),
-        (("psnr", math.nan), "psnr of nan"),
-        (("psnr", math.inf), "psnr of inf"),
-        (("psnr", "30"), "psnr of '30': no bound for it; a number belongs here"),
+        (("ssim", 1.5), r"bound for ssim: expected a number above 0 and at most 1, got 1\.5"),
+        (("relative_l2", 0.0), r"relative_l2: expected a number above 0, got 0\.0"),
+        (("psnr", math.nan), "psnr: .*, got nan"),
+        (("psnr", math.inf), "psnr: .*, got inf"),
+        (("psnr", "30"), "bound for psnr: expected a number, got '30'"),
     ],
 )
 def test_a_bound_that_no_metric_has_is_refused(arguments: Any, message: str) -> None:
@@ -100,16 +102,16 @@ def test_a_bound_knows_which_way_is_better() -> None:
     assert (psnr.of(quality), psnr.loss(31.0) < psnr.loss(30.0)) == (31.0, True)
     assert Bound("psnr", 30, "mean").of(quality) == math.inf
     assert (l2.of(quality), l2.loss(0.1) < l2.loss(0.2)) == (0.1, True)
-    broken = json.loads(json.dumps({"worst": {"psnr": plain(math.nan), "relative_l2": plain(math.nan)}}))
+    broken = json.loads(json.dumps({"worst": {"psnr": to_jsonable(math.nan), "relative_l2": to_jsonable(math.nan)}}))
     assert Bound("psnr", 30).loss(Bound("psnr", 30).of(broken)) == math.inf
     assert Bound("relative_l2", 0.2).loss(Bound("relative_l2", 0.2).of(broken)) == math.inf
     assert str(psnr) == "psnr of the worst picture at least 30"
     assert str(l2) == "relative_l2 in the mean of all pictures at most 0.2"
 
 
-def searched(pipe: Any, state: Path, bound: Bound, told: list[str] | None = None, **options: Any) -> Search:
+def searched(pipe: Any, state: Path, bound: Bound, lines: list[str] | None = None, **options: Any) -> Search:
     variants = Variants(pipe, {**OPTIONS, "granularity": "tensor", **options})
-    lines = [] if told is None else told
+    lines = [] if lines is None else lines
     return Search(variants, bound, ["a", "b"], [0], state, progress=lines.append)
 
 
@@ -139,7 +141,7 @@ def test_the_layer_with_outliers_is_found_in_its_block_and_the_list_means_it(tmp
     assert options == {**OPTIONS, "granularity": "tensor", "ignored_layers": ["blocks.1.to_q", "proj_out"]}
     compiled = with_outlier(Pipeline(), block=1)
     compiled.transformer.compile(backend="fp8_diffusion", fullgraph=True, options=options)
-    draw(compiled, ["a"], [0])
+    generate(compiled, ["a"], [0])
     fp8_compile.quantize_(pipe.transformer, options)
     for model in (pipe.transformer, compiled.transformer):
         made = {layer.path for layer in fp8_compile.report(model).layers if layer.decision == "fp8"}
@@ -149,32 +151,34 @@ def test_the_layer_with_outliers_is_found_in_its_block_and_the_list_means_it(tmp
 def test_a_search_goes_on_where_it_stopped_and_measures_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state, told = tmp_path / "folder" / "s.json", []
+    state, lines = tmp_path / "folder" / "s.json", []
     pipe = with_outlier(Pipeline(), block=1)
     bound = Bound("relative_l2", 0.08)
     first = searched(pipe, state, bound)
-    draw, drawn = Variants.draw, []
+    generate, calls = Variants.generate, []
 
     def interrupted(self: Variants, *args: Any, **call: Any) -> Any:
-        drawn.append(None)
-        if len(drawn) == 5:
+        calls.append(None)
+        if len(calls) == 5:
             raise KeyboardInterrupt
-        return draw(self, *args, **call)
+        return generate(self, *args, **call)
 
-    monkeypatch.setattr(Variants, "draw", interrupted)
+    monkeypatch.setattr(Variants, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         first.run("blocks")
     before = json.loads(state.read_text())["measurements"]
     assert len(before) >= 2
-    second = searched(pipe, state, bound, told)
+    second = searched(pipe, state, bound, lines)
     result = second.run("blocks")
     after = json.loads(state.read_text())["measurements"]
     assert after[: len(before)] == before
-    assert len(after) == result.measurements == len(before) + sum(": met" in t or "not met" in t for t in told)
+    assert len(after) == result.measurements == len(before) + sum(": met" in t or "not met" in t for t in lines)
 
-    told.clear()
-    again = searched(pipe, state, Bound("psnr", 20.0, "mean"), told).run("blocks")  # another bound, nothing to draw
-    assert told == []
+    lines.clear()
+    again = searched(pipe, state, Bound("psnr", 20.0, "mean"), lines).run(
+        "blocks"
+    )  # another bound, nothing to generate
+    assert lines == []
     assert again.measurements == result.measurements
 
 
@@ -201,6 +205,7 @@ def test_a_state_of_other_settings_or_none_at_all_is_refused(tmp_path: Path) -> 
     ]
     blocks = good["layers"]["transformer"]
     for layers in (
+        [],
         {"transformer": []},
         {"unet": blocks},
         {"transformer": {"blocks.9": []}},
@@ -211,7 +216,7 @@ def test_a_state_of_other_settings_or_none_at_all_is_refused(tmp_path: Path) -> 
         state.write_text(json.dumps({**good, **wrong}))
         with pytest.raises(SearchError, match=r"s\.json' is no state of a search: .*; remove it"):
             searched(Pipeline(), state, bound)
-    for text in ("{", "[]", '{"settings": {}}', '{"settings": {}, "layers": [], "measurements": []}'):
+    for text in ("{", "[]", '{"settings": {}}'):
         state.write_text(text)
         with pytest.raises(SearchError, match="is no state of a search"):
             searched(Pipeline(), state, bound)
@@ -228,9 +233,14 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
         searched(Pipeline(), tmp_path / "file" / "s.json", bound)
     with pytest.raises(SearchError, match=r"cannot be written: .* is a folder"):
         searched(Pipeline(), tmp_path, bound)
-    for prompts, seeds, message in (([], [0], r"prompts=\[\]"), (["a"], [], r"seeds=\[\]")):
+    for prompts, seeds, message in (
+        ([], [0], r"prompts: expected at least one, got \[\]"),
+        (["a"], [], r"seeds: expected at least one, got \[\]"),
+    ):
         with pytest.raises(SearchError, match=message):
             Search(Variants(Pipeline(), OPTIONS), bound, prompts, seeds, tmp_path / "d.json")
+    with pytest.raises(SearchError, match="expected a list of prompts, got 'a cat'"):
+        Search(Variants(Pipeline(), OPTIONS), bound, "a cat", [0], tmp_path / "d.json")
     with pytest.raises(SearchError, match="by='rows' is not valid; valid: layers, blocks, blocks-then-layers"):
         searched(Pipeline(), tmp_path / "c.json", bound).run("rows")
 
@@ -238,7 +248,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
 def test_the_page_shows_the_path_and_needs_nothing_else(tmp_path: Path) -> None:
     search = searched(with_outlier(Pipeline(), block=1), tmp_path / "s.json", Bound("relative_l2", 0.08))
     result = search.run("blocks")
-    page = Page(search.html(result))
+    page = Page(search_page.html(search, result))
     assert page.loads == []
     assert page.tags.count("circle") == result.measurements
     assert paste(result) in page.texts
@@ -315,8 +325,8 @@ def test_equal_settings_with_tuples_and_functions_are_resumed(tmp_path: Path) ->
 
     measured = resumed().run("blocks").measurements
     assert resumed().run("blocks").measurements == measured
-    assert plain({1: (math.nan, [math.inf]), "f": eager}) == {"1": ["NaN", [None]], "f": f"{__name__}.eager"}
-    assert "0x" not in plain(object())
+    assert to_jsonable({1: (math.nan, [math.inf]), "f": eager}) == {"1": ["NaN", [None]], "f": f"{__name__}.eager"}
+    assert "0x" not in to_jsonable(object())
 
 
 def eager(gm: Any, inputs: Any) -> Any:
@@ -347,8 +357,8 @@ def test_another_text_encoder_or_scheduler_is_another_search(tmp_path: Path) -> 
 def test_a_page_without_a_finite_value_has_no_plot(tmp_path: Path) -> None:
     search = searched(Pipeline(), tmp_path / "s.json", Bound("psnr", 20.0))
     result = search.run("blocks")
-    for measured in search._state["measurements"]:
-        measured["quality"]["worst"]["psnr"] = None
-    page = Page(search.html(result))
+    for quality in search.state.measurements.values():
+        quality["worst"]["psnr"] = None
+    page = Page(search_page.html(search, result))
     assert "svg" not in page.tags
     assert "nothing to plot" in " ".join(page.texts)
