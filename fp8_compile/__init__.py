@@ -23,12 +23,11 @@ from .quantize import quantize_
 from .report import report
 from .runtime.constants import refresh
 from .schemes import Call, Scheme, Spec, high_precision, register_method
+from .version import __version__
 from .weights.quantized_weight import QuantizedWeight, rebuild
 
 if TYPE_CHECKING:
     from .integrations.diffusers import Fp8DiffusionConfig
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Call",
@@ -49,6 +48,7 @@ __all__ = [
     "UnknownMethodError",
     "UnmatchedPatternWarning",
     "UnsupportedDeviceError",
+    "__version__",
     "high_precision",
     "load_fp8_checkpoint",
     "quantize_",

@@ -7,6 +7,9 @@ from typing import Any
 
 from ..errors import OptionError
 
+PREFIX = "embedded:"
+"""Before the name of an embedded pipeline, where a directory or a hub name could stand as well."""
+
 EMBEDDED_CALLS: dict[str, dict[str, Any]] = {
     "qwen-image": {"height": 64, "width": 64, "num_inference_steps": 8, "true_cfg_scale": 1.0},
     "z-image": {"height": 64, "width": 64, "num_inference_steps": 8, "guidance_scale": 0.0},
@@ -29,3 +32,11 @@ def default_pipeline_dir(pipeline: str = "qwen-image") -> Path:
     if pipeline not in EMBEDDED_CALLS:
         raise OptionError(f"no embedded pipeline is called {pipeline!r}; there are {', '.join(EMBEDDED_CALLS)}")
     return Path(__file__).parent / pipeline
+
+
+def embedded_name(model: str) -> str | None:
+    """The name of the embedded pipeline that ``model`` asks for, such as "embedded:z-image"; None if it asks for none.
+
+    Nothing is said of whether there is one of that name; see `default_pipeline_dir`.
+    """
+    return model.removeprefix(PREFIX) if model.startswith(PREFIX) else None

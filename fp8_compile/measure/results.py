@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..version import __version__
 from .quality import Comparison
 
 
@@ -62,7 +63,7 @@ def environment(pipeline: Any) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
-        "fp8-compile": version("fp8-compile"),
+        "fp8-compile": __version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

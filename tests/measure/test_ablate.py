@@ -325,7 +325,7 @@ def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
     (tmp_path / "groups.toml").write_text('"text in BF16" = ["txt_mlp"]\n"all" = []\n')
     prompt = "a large red circle on a white background"
     options = ["--steps", "2", "--seed", "0", "--prompt", prompt, "--rounds", "1", "--inner-backend", "eager"]
-    options += ["--few-rows", "weight-only", "--groups", str(tmp_path / "groups.toml")]
+    options += ["--small-m", "weight-only", "--groups", str(tmp_path / "groups.toml")]
     done = CliRunner().invoke(app, ["ablate", *options, "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "out" / "ablation.json").read_text())

@@ -304,7 +304,7 @@ def test_the_command_searches_and_goes_on(tmp_path: Path) -> None:
         (["--max-loss", "0.1", "--metric", "mse"], "metric='mse' is not valid"),
         (["--max-loss", "0.1", "--by", "rows"], "--by 'rows' is not valid; valid: layers, blocks, blocks-then-layers"),
         (["--max-loss", "0.1", "--granularity", "column"], "granularity='column' is not valid"),
-        (["--max-loss", "0.1", "--few-rows", "drop"], "small_m='drop' is not valid"),
+        (["--max-loss", "0.1", "--small-m", "drop"], "small_m='drop' is not valid"),
         (["--max-loss", "0.1", "--dtype", "float32"], "use one of those"),
         (["--max-loss", "0.1", "--output", __file__], "cannot be written: "),
     ],

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import fp8_compile
+
 PROMPT = "a red circle on a white background"
-COMMAND = [sys.executable, "-c", "from fp8_compile.cli.main import main; main()", "text-to-image", PROMPT]
+COMMAND = [sys.executable, "-m", "fp8_compile", "text-to-image", PROMPT]
 SMALL = ["--height", "64", "--width", "64", "--steps", "2"]
 
 
@@ -74,7 +76,7 @@ def test_options_reach_the_backend_and_what_others_keep_is_named(tmp_path: Path)
     arguments = ["text-to-image", PROMPT, "--model", tmp_path / "own", "--steps", 1, "--height", 64, "--width", 64]
     arguments += ["--inner-backend", "eager", "--output", tmp_path / "own.png"]
     told = []
-    for more in ([], ["--few-rows", "keep", "--ignored-layers", "txt_mlp"]):
+    for more in ([], ["--small-m", "keep", "--ignored-layers", "txt_mlp"]):
         done = CliRunner().invoke(app, [str(a) for a in [*arguments, *more]])
         assert done.exit_code == 0, done.output
         told.append(done.output)
@@ -83,41 +85,6 @@ def test_options_reach_the_backend_and_what_others_keep_is_named(tmp_path: Path)
     # Without the four of txt_mlp and the four of modulation.
     assert "20 layers in FP8, 14 kept" in told[1]
     assert "others keep" not in told[1]
-
-
-def test_fp8_weights_are_not_drawn_as_unquantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
-    import fp8_compile
-    from bench.tiny import build_qwen_image
-    from fp8_compile.cli import main
-
-    pipe = build_qwen_image()
-    fp8_compile.quantize_(pipe.transformer)
-    monkeypatch.setattr(main, "_load", lambda *_: pipe)
-    arguments = ["text-to-image", PROMPT, "--model", "DIR", "--no-quantization", "--output", str(tmp_path / "a.png")]
-    done = CliRunner().invoke(main.app, arguments)
-    assert done.exit_code == 1
-    assert "--no-quantization: the transformer of --model 'DIR' has FP8 weights" in done.output
-
-
-def test_a_mode_marks_the_steps_of_cuda_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from typer.testing import CliRunner
-
-    from bench.tiny import build_qwen_image
-    from fp8_compile.cli import main
-
-    told: list[None] = []
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(None))
-    monkeypatch.setattr(main, "_load", lambda *_: build_qwen_image())
-    monkeypatch.setattr(main, "_compile", lambda *_, **__: None)  # what is compiled does not matter here
-    arguments = ["text-to-image", PROMPT, "--model", "DIR", "--no-quantization", "--steps", "2", "--height", "64"]
-    arguments += ["--width", "64", "--output", str(tmp_path / "a.png")]
-    for more, marks in (([], 0), (["--compile-mode", "reduce-overhead"], 2)):
-        done = CliRunner().invoke(main.app, [*arguments, *more])
-        assert done.exit_code == 0, done.output
-        assert len(told) == marks
 
 
 def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> None:
@@ -149,11 +116,14 @@ def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> No
         (["--ignored-layers", "img_mlp,"], "ignored_layers: '': a module path"),
         (["--height", "40", "--model", "embedded:z-image"], "Height must be divisible by 16 (got 40)"),
         (["--true-cfg-scale", "4", "--model", "embedded:z-image"], "ZImagePipeline takes no true_cfg_scale; it takes"),
-        (["--true-cfg-scale", "4"], "--true-cfg-scale 4 needs a --negative-prompt"),
-        (["--true-cfg-scale", "1", "--negative-prompt", "x"], "is no guidance, and --negative-prompt needs some"),
-        (["--guidance-scale", "0", "--negative-prompt", "x", "--model", "embedded:z-image"], "0 is no guidance, and"),
+        (["--true-cfg-scale", "4"], "true_cfg_scale=4 needs a negative_prompt"),
+        (["--true-cfg-scale", "1", "--negative-prompt", "x"], "is no guidance, but negative_prompt needs some"),
+        (
+            ["--guidance-scale", "0", "--negative-prompt", "x", "--model", "embedded:z-image"],
+            "guidance_scale=0 is no guidance",
+        ),
         (["--guidance-scale", "4"], "this QwenImageTransformer2DModel takes none (no guidance_embeds)"),
-        (["--guidance-scale", "nan", "--model", "embedded:z-image"], "--guidance-scale nan: a number belongs here"),
+        (["--guidance-scale", "nan", "--model", "embedded:z-image"], "guidance_scale=nan: expected a finite number"),
         ([*SMALL, "--ignored-layers", "img_mpl"], "did you mean 'img_mlp'"),
         ([*SMALL, "--ignored-layers", "transformer_blocks.0.*"], "outside the compiled region"),
         ([*SMALL, "--ignored-layers", "transformer_blocks,attn,*_mlp,*_mod"], "no layer of the model became FP8"),
@@ -167,6 +137,20 @@ def test_bad_input_ends_with_a_message_and_no_picture(
     assert message in told
     assert "Traceback" not in told
     assert not list(tmp_path.iterdir())
+
+
+def test_both_ways_to_run_it_tell_the_version() -> None:
+    script = "from fp8_compile.cli.main import main; main()"  # what the installed command runs
+    for way in (["-c", script], ["-m", "fp8_compile"]):
+        done = subprocess.run([sys.executable, *way, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"fp8-diffusion {fp8_compile.__version__}\n"
+
+
+def test_what_to_install_is_said_where_typer_is_not() -> None:
+    script = "import runpy, sys; sys.modules['typer'] = None; runpy.run_module('fp8_compile', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "typer is not installed; the command line needs: pip install 'fp8-compile[cli]'\n"
 
 
 def test_the_command_line_of_diffusers_needs_nothing_but_the_entry_point(tmp_path: Path) -> None:

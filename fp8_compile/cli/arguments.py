@@ -1,0 +1,165 @@
+"""The options that commands share, each written down once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .messages import fail
+
+if TYPE_CHECKING:
+    from ..pipelines.session import Session
+
+# What is measured by default. Equal token counts for most tokenizers, so that both prompts share one compiled graph.
+PROMPTS = ("a large red circle on a white background", "two small blue squares on a yellow background")
+SEEDS = (0, 1)
+
+LEAST_SEED, LARGEST_SEED = -(2**63), 2**64 - 1
+"""The seeds that a generator of torch takes."""
+
+Seed = Annotated[int, typer.Option(min=LEAST_SEED, max=LARGEST_SEED, help="Of the initial noise.")]
+Whole = Annotated[
+    bool, typer.Option("--whole", help="Compile the whole transformer at once instead of block by block.")
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of every command: which pipeline, how it is called, quantized and compiled."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
+            "embedded:z-image."
+        ),
+    ] = "embedded:qwen-image"
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16"
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
+    height: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None
+    width: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None
+    negative_prompt: Annotated[str | None, typer.Option(help="What the picture should not show; needs guidance.")] = (
+        None
+    )
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="The pipeline's guidance_scale; 0 for Z-Image-Turbo, 1 for most to draw without."),
+    ] = None
+    true_cfg_scale: Annotated[
+        float | None,
+        typer.Option(help="The pipeline's true_cfg_scale: classifier-free guidance of Qwen-Image and others."),
+    ] = None
+    quantization: Annotated[
+        str | None, typer.Option(help="Method of quantization. Default: fp8, or what the weights were quantized with.")
+    ] = None
+    granularity: Annotated[
+        str | None, typer.Option(help="Scales: one per row, or one per tensor. Default: row, or what the weights have.")
+    ] = None
+    small_m: Annotated[str | None, typer.Option(help="Layers that see few rows: weight-only (default), or keep.")] = (
+        None
+    )
+    inner_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph, and the BF16 twin.")] = (
+        "inductor"
+    )
+    compile_mode: Annotated[str | None, typer.Option(help="The mode of torch.compile, for example max-autotune.")] = (
+        None
+    )
+
+    def options(self, ignored_layers: Sequence[str] = ()) -> dict[str, Any]:
+        """Those of the backend.
+
+        Raises:
+            OptionError: one is not valid.
+            PatternError: an entry of ``ignored_layers`` is malformed.
+        """
+        from ..checks import parse_options
+
+        # What is not given is left out: weights that are quantized already have options of their own.
+        given = {
+            "method": self.quantization,
+            "granularity": self.granularity,
+            "small_m": self.small_m,
+            "mode": self.compile_mode,
+        }
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        options["inner_backend"] = self.inner_backend
+        if ignored_layers:
+            options["ignored_layers"] = list(ignored_layers)
+        parse_options(options)
+        return options
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call by the names that diffusers gives them; None where not given."""
+        return {
+            "num_inference_steps": self.steps,
+            "height": self.height,
+            "width": self.width,
+            "negative_prompt": self.negative_prompt,
+            "guidance_scale": self.guidance_scale,
+            "true_cfg_scale": self.true_cfg_scale,
+        }
+
+
+@dataclass(frozen=True)
+class MeasureSettings(Settings):
+    """Options of every command that measures pictures of several prompts and seeds."""
+
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What the pictures show; repeat it.")] = None
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", min=LEAST_SEED, max=LARGEST_SEED, help="Of the initial noise; repeat it."),
+    ] = None
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        return self.prompt or PROMPTS
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        return self.seed or SEEDS
+
+    def load(self) -> tuple[Session, dict[str, Any]]:
+        """The pipeline, without progress bars, and the arguments of its calls, which it has accepted."""
+        try:  # measuring needs them, and loading takes long
+            import scipy  # type: ignore[import-untyped] # noqa: F401
+            import skimage  # noqa: F401
+        except ModuleNotFoundError as error:
+            fail(f"{error.name} is not installed; measuring needs: pip install 'fp8-compile[cli,quality]'")
+
+        from ..pipelines.session import Session
+
+        session = Session.load(self.model, self.dtype, self.device)
+        session.pipe.set_progress_bar_config(disable=True)
+        call = session.arguments(**self.call())
+        session.check_call(prompt=self.prompts[0], **call)
+        return session, call
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with an option for each field of the dataclass that its parameter ``settings`` is annotated with."""
+    own = dict(inspect.signature(command, eval_str=True).parameters)
+    settings = own.pop("settings").annotation
+    names = [field.name for field in fields(settings)]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(settings=settings(**{name: given.pop(name) for name in names}), **given)
+
+    annotations = typing.get_type_hints(settings, include_extras=True)
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values()] + [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotations[field.name]
+        )
+        for field in fields(settings)
+    ]
+    # What typer reads.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

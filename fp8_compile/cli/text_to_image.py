@@ -1,0 +1,91 @@
+"""``fp8-diffusion text-to-image``: one picture, and what was done for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .arguments import Seed, Settings, Whole, with_options
+from .messages import check_picture, errors_as_messages, fail, tell
+
+if TYPE_CHECKING:
+    from ..pipelines.session import Session
+    from ..pipelines.step_clock import StepClock
+    from ..report import Report
+
+
+@with_options
+@errors_as_messages()
+def text_to_image(
+    context: typer.Context,
+    settings: Settings,
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out.png"),
+    seed: Seed = 0,
+    no_quantization: Annotated[
+        bool, typer.Option("--no-quantization", help="The unquantized twin: same compilation, weights as they are.")
+    ] = False,
+    ignored_layers: Annotated[
+        list[str] | None, typer.Option(help="Layers that stay as they are; repeat it, or separate patterns by commas.")
+    ] = None,
+    whole: Whole = False,
+    show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
+) -> None:
+    """Draw one picture from a text."""
+    for name in ("quantization", "ignored_layers", "granularity", "small_m", "show_layers") if no_quantization else ():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            fail(f"--{name.replace('_', '-')} and --no-quantization exclude each other; leave one out")
+    check_picture(output)
+
+    from ..pipelines.session import Session
+    from ..pipelines.step_clock import StepClock
+
+    patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]
+    options = settings.options(patterns)
+    session = Session.load(settings.model, settings.dtype, settings.device, quantized=not no_quantization)
+    arguments = session.arguments(prompt=prompt, **settings.call())
+    if no_quantization:
+        session.compile_unquantized(settings.inner_backend, settings.compile_mode, whole)
+    else:
+        if not patterns:
+            _tell_recommended(session)
+        session.compile(options, whole)
+    with StepClock(session.device) as clock:
+        image = session.call(seed, callback_on_step_end=clock.step, **arguments).images[0]
+    reports = {} if no_quantization else session.reports()
+    image.save(output)
+    _print_summary(reports, clock, show_layers)
+    typer.echo(f"wrote {output}")
+
+
+def _tell_recommended(session: Session) -> None:
+    from ..embedded import embedded_name
+    from ..recipes import RECOMMENDED
+
+    for module in session.denoisers.values():
+        recommended = RECOMMENDED.get(type(module).__name__)
+        if recommended and embedded_name(session.model) is None:
+            tell(
+                f"{type(module).__name__}: others keep {', '.join(recommended)} (--ignored-layers; see docs/models.md)"
+            )
+
+
+def _print_summary(reports: dict[str, Report], clock: StepClock, show_layers: bool) -> None:
+    for name, found in reports.items():
+        totals = found.totals
+        if show_layers:
+            typer.echo(f"{name}:\n{found}")
+        typer.echo(
+            f"{name}: {totals['fp8']} layers in FP8, {totals['kept']} kept; "
+            f"weights {totals['bytes_before'] / 1e6:.1f} MB -> {totals['bytes_after'] / 1e6:.1f} MB"
+        )
+        for pattern in found.unmatched_patterns:
+            typer.secho(f"{name}: ignored_layers {pattern!r} matched nothing", fg="yellow")
+    if not reports:
+        typer.echo("unquantized")
+    per_step = clock.seconds_per_step
+    steps = "not measured (needs two steps or more)" if per_step is None else f"{per_step:.3f} s per step"
+    typer.echo(f"compiling {clock.compile_seconds:.1f} s, {steps}")

@@ -1,0 +1,223 @@
+"""A diffusers pipeline on its device: loaded, compiled and called in one place, for whoever is asked for pictures.
+
+session = Session.load("embedded:qwen-image")
+session.compile({"ignored_layers": ["img_mlp"]})
+image = session.call(seed=0, **session.arguments(prompt="a red circle", num_inference_steps=8)).images[0]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checks import parse_options
+from ..embedded import EMBEDDED_CALLS, default_pipeline_dir, embedded_name
+from ..errors import Fp8Error, NothingConvertedError, OptionError
+from ..report import Report, report
+from .denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class CallError(Fp8Error, ValueError):
+    """Arguments that a pipeline refuses, or would ignore."""
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A pipeline that is ready to be compiled, once, and called.
+
+    Attributes:
+        model: the directory or hub name that it was loaded from, or an embedded pipeline such as "embedded:qwen-image".
+        denoisers: the modules of ``pipe`` that are compiled, by their names in it.
+    """
+
+    model: str
+    pipe: Any
+    device: str
+    denoisers: dict[str, nn.Module]
+
+    @classmethod
+    def load(cls, model: str, dtype: str = "bfloat16", device: str | None = None, quantized: bool = True) -> Session:
+        """Load a pipeline onto its device.
+
+        Args:
+            model: see `Session`.
+            dtype: a key of `DTYPES`.
+            device: a torch device. Default: cuda if there is one, else cpu.
+            quantized: its weights shall become FP8.
+
+        Raises:
+            OptionError: ``dtype`` is not valid, or there is no embedded pipeline of that name.
+            PipelineError: the pipeline cannot be loaded, or has nothing to compile.
+        """
+        if dtype not in DTYPES:
+            raise OptionError(f"dtype={dtype!r} is not valid; valid: {', '.join(DTYPES)}")
+        if dtype == "float32" and quantized:
+            raise OptionError("dtype='float32': FP8 replaces bfloat16 and float16 weights; use one of those")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        embedded = embedded_name(model)
+        # As text: not every release of diffusers takes a Path.
+        source = model if embedded is None else str(default_pipeline_dir(embedded))
+
+        import diffusers
+
+        loader: Any = diffusers.DiffusionPipeline
+        try:
+            pipe = loader.from_pretrained(source, dtype=DTYPES[dtype]).to(device)
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: there is no such device
+            raise PipelineError(f"model={model!r} could not be loaded on device={device!r}: {error}") from error
+        return cls(model, pipe, device, denoisers_of(pipe))
+
+    def compile(self, options: Mapping[str, Any], whole: bool = False) -> None:
+        """Compile the denoisers with the backend ``fp8_diffusion``.
+
+        Args:
+            options: see `Fp8Options`.
+            whole: compile each denoiser as one graph. Default: its repeated blocks, where it names any.
+        """
+        parsed = parse_options(options)
+        marked = parsed.mode is not None or bool(parsed.inductor)
+        self._compile(whole, marked, backend="fp8_diffusion", options=dict(options))
+
+    def compile_unquantized(
+        self, inner_backend: str = "inductor", mode: str | None = None, whole: bool = False
+    ) -> None:
+        """Compile the denoisers the same way with their weights as they are, to compare with.
+
+        Raises:
+            PipelineError: a denoiser has FP8 weights.
+        """
+        for name, module in self.denoisers.items():
+            if has_fp8_weights(module):
+                raise PipelineError(
+                    f"the {name} of model={self.model!r} has FP8 weights, so it has no unquantized twin; load it in "
+                    "bfloat16 or float16"
+                )
+        self._compile(whole, marked=mode is not None, backend=inner_backend, mode=mode)
+
+    def _compile(self, whole: bool, marked: bool, **arguments: Any) -> None:
+        """``marked``: there may be CUDA graphs, so `mark_steps`."""
+        for module in self.denoisers.values():
+            # Block by block where the model names its blocks: compiled once, run by all of them.
+            if whole or not getattr(module, "_repeated_blocks", None):
+                module.compile(fullgraph=True, **arguments)
+                continue
+            if marked:
+                mark_steps([module])
+            compile_blocks: Any = module.compile_repeated_blocks
+            compile_blocks(fullgraph=True, **arguments)
+
+    def arguments(self, **given: Any) -> dict[str, Any]:
+        """Arguments for `call`: those of ``given`` that are not None, over the embedded pipelines' own.
+
+        Raises:
+            CallError: the pipeline takes no such argument, or would ignore it.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        for name in sorted(given.keys() - accepted.keys()):
+            raise CallError(f"{type(self.pipe).__name__} takes no {name}; it takes {', '.join(accepted)}")
+        self._check_guidance(given)
+        own = dict(EMBEDDED_CALLS.get(embedded_name(self.model) or "", {}))
+        if "negative_prompt" in given:
+            for scale in ("true_cfg_scale", "guidance_scale"):  # these switch guidance off, which would ignore it
+                own.pop(scale, None)
+        return {**own, **given}
+
+    def _check_guidance(self, given: Mapping[str, Any]) -> None:
+        """Refuse what pipelines ignore without an error."""
+        true_cfg, guidance = given.get("true_cfg_scale"), given.get("guidance_scale")
+        for name, value in (("true_cfg_scale", true_cfg), ("guidance_scale", guidance)):
+            if value is not None and not math.isfinite(value):
+                raise CallError(f"{name}={value}: expected a finite number")
+        if "negative_prompt" in given:
+            if true_cfg is not None and true_cfg <= 1:
+                raise CallError(f"true_cfg_scale={true_cfg:g} is no guidance, but negative_prompt needs some")
+            if guidance is not None and guidance <= 0:
+                raise CallError(f"guidance_scale={guidance:g} is no guidance, but negative_prompt needs some")
+        elif true_cfg is not None and true_cfg > 1:
+            raise CallError(f"true_cfg_scale={true_cfg:g} needs a negative_prompt, if only ' '")
+        transformer = getattr(self.pipe, "transformer", None)
+        takes_none = getattr(getattr(transformer, "config", None), "guidance_embeds", None) is False
+        if guidance is not None and guidance > 1 and takes_none:
+            raise CallError(
+                f"guidance_scale={guidance:g}: this {type(transformer).__name__} takes none (no guidance_embeds)"
+            )
+
+    def call(self, seed: int, **arguments: Any) -> Any:
+        """What the pipeline returns for ``arguments``.
+
+        Args:
+            seed: of the initial noise, which is drawn on the CPU and so the same on every device.
+            **arguments: see `arguments`. ``callback_on_step_end`` is left out where the pipeline takes none.
+
+        Raises:
+            CallError: the pipeline refuses the arguments.
+        """
+        if "callback_on_step_end" not in inspect.signature(self.pipe.__call__).parameters:
+            arguments.pop("callback_on_step_end", None)
+        try:
+            return self.pipe(generator=torch.Generator("cpu").manual_seed(seed), **arguments)
+        except Fp8Error:
+            raise
+        except ValueError:
+            self.check_call(**arguments)  # is it the arguments?
+            raise
+
+    def check_call(self, **arguments: Any) -> None:
+        """Call the pipeline, but stop it where a denoiser would run first.
+
+        Pipelines check their arguments in ``check_inputs``, in ``__call__`` and in the scheduler. What any of them
+        refuses before the first step is the arguments; an error after that is not.
+
+        Raises:
+            CallError: the pipeline refuses the arguments.
+        """
+        with _stopped(self.denoisers):
+            try:
+                self.pipe(**arguments)
+            except _Stop:
+                pass
+            except ValueError as error:
+                raise CallError(str(error)) from error
+
+    def reports(self) -> dict[str, Report]:
+        """The `report` of every denoiser, after a call.
+
+        Raises:
+            NothingConvertedError: no layer became FP8.
+        """
+        found = {name: report(module) for name, module in self.denoisers.items()}
+        if not any(r.totals["fp8"] for r in found.values()):
+            reasons = sorted({row.reason for r in found.values() for row in r.layers})
+            raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(reasons)}")
+        return found
+
+
+class _Stop(Exception):
+    """A denoiser was called."""
+
+
+@contextlib.contextmanager
+def _stopped(denoisers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let every denoiser raise `_Stop` instead of running, compiled or not."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise _Stop
+
+    before = {module: module._compiled_call_impl for module in denoisers.values()}
+    for module in before:
+        module._compiled_call_impl = stop
+    try:
+        yield
+    finally:
+        for module, call in before.items():
+            module._compiled_call_impl = call
