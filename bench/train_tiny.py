@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8_compile.measure import scenes
+from fp8_compile.measure.scene_detector import detect
 
 from . import common, tiny
 from .training import RECIPES
@@ -371,7 +372,7 @@ def evaluate(
         ).images
     right: dict[str, list[bool]] = {"all": []}
     for scene, picture in zip(chosen, pictures, strict=True):
-        verdict = scenes.detect(picture).follows(scene)
+        verdict = detect(picture).follows(scene)
         right["all"].append(all(verdict.values()))
         for name, good in verdict.items():
             right.setdefault(name, []).append(good)

@@ -104,7 +104,7 @@ def ablate(
     reasons: set[str] = set()
     for number, (name, patterns) in enumerate(choices.items(), start=1):
         progress(f"{number}/{len(choices)} {name}: compiling, generating pictures")
-        rows[name] = AblationRow(name, patterns, 0, 0, (), None, (), None, None)
+        rows[name] = AblationRow(name, patterns)
         try:
             variants.use_everywhere(patterns)
             samples = variants.generate(prompts, seeds, **call)

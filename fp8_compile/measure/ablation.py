@@ -39,13 +39,13 @@ class AblationRow:
 
     name: str
     ignored_layers: tuple[str, ...] | None
-    fp8_layers: int
-    weight_bytes: int
-    step_seconds: tuple[float, ...]
-    peak_bytes: int | None
-    samples: tuple[Sample, ...]
-    quality: Comparison | None
-    prompt_adherence: dict[str, tuple[int, int]] | None
+    fp8_layers: int = 0
+    weight_bytes: int = 0
+    step_seconds: tuple[float, ...] = ()
+    peak_bytes: int | None = None
+    samples: tuple[Sample, ...] = ()
+    quality: Comparison | None = None
+    prompt_adherence: dict[str, tuple[int, int]] | None = None
     failure: str = ""
 
 

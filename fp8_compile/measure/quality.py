@@ -2,7 +2,7 @@
 
 Every number is measured end to end: the same prompts and the same initial noise through both pipelines, compiled as
 they will be used. PSNR and SSIM are scikit-image's, LPIPS is the `lpips` package's. Adherence to the prompt is judged
-by `scenes.detect`, so only for captions of `scenes`. Needs ``pip install 'fp8-compile[quality]'``, LPIPS
+by `scene_detector.detect`, so only for captions of `scenes`. Needs ``pip install 'fp8-compile[quality]'``, LPIPS
 ``'fp8-compile[quality,lpips]'``.
 
     bf16 = generate(pipe, prompts, seeds, height=64, width=64)
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ..errors import Fp8Error
-from .scenes import detect, parse
+from .scene_detector import detect
+from .scenes import parse
 
 if TYPE_CHECKING:
     from PIL.Image import Image

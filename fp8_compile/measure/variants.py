@@ -114,7 +114,10 @@ class Variants:
             )
         if self._parsed.strict:
             raise OptionError("strict=True: a variant may keep all layers of a region, which is no error; leave it out")
-        self.regions = [r for name, model in self.denoisers.items() for r in _regions(name, model, whole)]
+        self.regions: list[Region] = []
+        for name, model in self.denoisers.items():
+            blocks = [] if whole else [Region(name, path, block) for path, block in repeated_blocks(model)]
+            self.regions += blocks or [Region(name, "", model)]
         modules = [module for model in self.denoisers.values() for module in model.modules()]
         self._before = {module: module._compiled_call_impl for module in modules}
         self._calls: dict[tuple[Region, Patterns], Any] = {}
@@ -202,8 +205,3 @@ class Variants:
             # A pattern may be meant for one of several kinds of blocks; `reports` has those that match nowhere.
             warnings.filterwarnings("ignore", category=UnmatchedPatternWarning)
             yield
-
-
-def _regions(name: str, model: nn.Module, whole: bool) -> list[Region]:
-    blocks = [Region(name, path, block) for path, block in repeated_blocks(model)]
-    return blocks if blocks and not whole else [Region(name, "", model)]

@@ -3,59 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
-import math
 import shutil
 import statistics
 import subprocess
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pages import Page
-from PIL import Image
-from pipelines import OPTIONS, Block, Pipeline
+from pipelines import OPTIONS, Pipeline
 from typer.testing import CliRunner
 
 import fp8_compile
 from fp8_compile.cli.main import app
 from fp8_compile.measure import ablation_page
 from fp8_compile.measure.ablate import BASELINE, Ablation, AblationError, ablate
-from fp8_compile.measure.html import Axis, amplification, difference
 from fp8_compile.measure.quality import compare, generate
-from fp8_compile.measure.variants import BF16, Variants
-from fp8_compile.pipelines.denoisers import PipelineError
+from fp8_compile.measure.variants import Variants
 
 GROUPS = {"all FP8": (), "skip mlp": ("mlp",), "all kept": ("*",)}
 PROMPTS = ("a <b>red</b> circle", "two blue squares")
-
-
-def test_variants_take_turns_and_are_what_compiling_alone_gives() -> None:
-    pipe = Pipeline()
-    eager = generate(pipe, PROMPTS, [0])
-    variants = Variants(pipe, OPTIONS)
-    drawn = {}
-    for patterns in (BF16, (), ("mlp",), BF16, ("mlp",), ()):
-        variants.use_everywhere(patterns)
-        again = variants.generate(PROMPTS, [0])
-        before = drawn.setdefault(patterns, again)
-        assert all(torch.equal(a.latents, b.latents) for a, b in zip(again, before, strict=True))
-    assert [len(variants.graphs(patterns)) for patterns in (BF16, (), ("mlp",))] == [0, 1, 1]  # one for all blocks
-    variants.close()
-    again = generate(pipe, PROMPTS, [0])
-    assert all(torch.equal(a.latents, b.latents) for a, b in zip(again, eager, strict=True))
-    assert fp8_compile.report(pipe.transformer).graphs == (*variants.graphs(()), *variants.graphs(("mlp",)))
-    assert [row.decision for row in variants.reports(("mlp",))["transformer"].layers].count("fp8") == 6
-
-    alone = Pipeline()
-    for block in alone.transformer.blocks:
-        options = {**OPTIONS, "ignored_layers": ["mlp"]}
-        block.compile(backend="fp8_diffusion", fullgraph=True, dynamic=False, options=options)
-    expected = generate(alone, PROMPTS, [0])
-    assert all(torch.equal(a.latents, b.latents) for a, b in zip(expected, drawn["mlp",], strict=True))
 
 
 def test_a_second_user_of_a_pipeline_sees_its_own_graphs() -> None:
@@ -83,74 +52,6 @@ def test_a_model_compiled_as_a_whole_is_put_aside() -> None:
     assert pipe.transformer._compiled_call_impl is own
 
 
-def test_what_has_no_variants_is_refused() -> None:
-    pipe = Pipeline()
-    with pytest.raises(fp8_compile.OptionError, match="each variant has its own"):
-        Variants(pipe, {**OPTIONS, "ignored_layers": ["mlp"]})
-    fp8_compile.quantize_(pipe.transformer, OPTIONS)
-    with pytest.raises(PipelineError, match="transformer has FP8 weights"):
-        Variants(pipe, OPTIONS)
-    pipe.transformer = torch.compile(Pipeline().transformer)
-    with pytest.raises(PipelineError, match=r"transformer was made by torch\.compile\(module\)"):
-        Variants(pipe, OPTIONS)
-    with pytest.raises(PipelineError, match="Namespace has none of transformer, transformer_2, unet"):
-        Variants(type("Namespace", (), {})(), OPTIONS)
-
-
-class Other(Block):
-    """Another kind of block, with a layer of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.extra = torch.nn.Linear(64, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.extra(x)
-
-
-def test_a_pattern_for_one_of_two_kinds_of_blocks_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
-    pipe = Pipeline(blocks=1)
-    pipe.transformer.blocks.append(Other().bfloat16())
-    pipe.transformer._repeated_blocks = ("Block", "Other")  # type: ignore[assignment]
-    variants = Variants(pipe, OPTIONS)
-    variants.use_everywhere(("extra",))
-    variants.generate(PROMPTS, [0])
-    assert not [w for w in recwarn if issubclass(w.category, fp8_compile.UnmatchedPatternWarning)]
-    assert variants.reports(("extra",))["transformer"].unmatched_patterns == ()
-
-
-def test_the_twin_has_the_mode_and_the_settings() -> None:
-    variants = Variants(Pipeline(), {"mode": "reduce-overhead", "epilogue_fusion": False})
-    expected = {"triton.cudagraphs": True, "epilogue_fusion": False}
-    assert variants._arguments(BF16) == {"backend": "inductor", "options": expected}
-    assert Variants(Pipeline(), {})._arguments(BF16) == {"backend": "inductor"}
-
-
-def test_cuda_graphs_are_told_of_every_call_of_a_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
-    marks_made: list[None] = []
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks_made.append(None))
-    pipe, x = Pipeline(), torch.zeros(1, 16, 64, dtype=torch.bfloat16)
-    for options, whole, marks in (
-        ({"mode": "reduce-overhead"}, False, 1), ({}, False, 0), ({"mode": "reduce-overhead"}, True, 0)
-    ):  # fmt: skip
-        marks_made.clear()
-        variants = Variants(pipe, options, whole)
-        pipe.transformer(x)
-        assert len(marks_made) == marks
-        variants.close()
-        pipe.transformer(x)
-        assert len(marks_made) == marks
-
-
-def test_what_was_compiled_is_let_go() -> None:
-    variants = Variants(Pipeline(), OPTIONS)
-    variants.use_everywhere(())
-    call = weakref.ref(variants.regions[0].module._compiled_call_impl)  # type: ignore[arg-type]
-    variants.close()
-    gc.collect()
-    assert call() is None
-
-
 def test_times_and_memory_are_those_of_the_pipelines_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
@@ -163,21 +64,6 @@ def test_times_and_memory_are_those_of_the_pipelines_device(monkeypatch: pytest.
         "synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"
     }  # fmt: skip
     assert {str(device) for _, device in asked} == {"cuda:1"}
-
-
-def test_a_pipeline_that_cannot_be_measured_is_refused() -> None:
-    class Video(Pipeline):
-        def __call__(self, prompt: str, num_frames: int, callback_on_step_end: Any) -> None: ...  # type: ignore[override]
-
-    class Silent(Pipeline):
-        def __call__(self, prompt: str) -> None: ...  # type: ignore[override]
-
-    with pytest.raises(PipelineError, match="Video takes num_frames, so it makes videos"):
-        Variants(Video(), OPTIONS)
-    with pytest.raises(PipelineError, match="Silent takes no callback_on_step_end"):
-        Variants(Silent(), OPTIONS)
-    with pytest.raises(fp8_compile.OptionError, match="strict=True"):
-        Variants(Pipeline(), {**OPTIONS, "strict": True})
 
 
 @pytest.fixture(scope="module")
@@ -235,25 +121,6 @@ def test_the_page_holds_everything_and_loads_nothing(found: Ablation) -> None:
     assert "b" not in page.tags
     assert page.tags.count("circle") == 2  # that which equals BF16 has no finite PSNR
     assert "1 more were measured and are not shown." in " ".join(page.texts)
-
-
-def test_a_difference_map_is_amplified_as_stated() -> None:
-    grey, lighter = (Image.new("RGB", (4, 4), (level,) * 3) for level in (100, 103))
-    assert difference(grey, lighter).getpixel((0, 0)) == (3, 3, 3)
-    assert difference(lighter, grey, 64).getpixel((0, 0)) == (192, 192, 192)
-    assert difference(grey, lighter, 128).getpixel((0, 0)) == (255, 255, 255)
-    assert [amplification(largest) for largest in (0, 1, 3, 127, 128, 255)] == [1, 128, 64, 2, 1, 1]
-
-
-@pytest.mark.parametrize("values", [(0.3, 0.5), (1.0,), (0.0, 0.0), (-40.0, 1e-3), (1e-4, 2e-4), (31.2, 1e5)])
-def test_an_axis_holds_its_values_and_has_round_ticks(values: tuple[float, ...]) -> None:
-    axis = Axis.over("x", values, 64, 624)
-    assert all(64 <= axis.place(value) <= 624 for value in values)
-    assert 3 <= len(axis.ticks) <= 8
-    steps = [float(b) - float(a) for (a, _), (b, _) in zip(axis.ticks, axis.ticks[1:], strict=False)]
-    assert all(step == pytest.approx(steps[0]) for step in steps)
-    assert all(axis.place(float(text)) == pytest.approx(x, abs=0.2) for text, x in axis.ticks)
-    assert round(steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)) in (1, 2, 5, 10)
 
 
 @pytest.mark.parametrize(

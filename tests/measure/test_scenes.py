@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from fp8_compile.measure.scenes import COLORS, SIZE, Scene, SceneError, detect, parse, scenes
+from fp8_compile.measure.scene_detector import detect
+from fp8_compile.measure.scenes import COLORS, SIZE, Scene, SceneError, parse, scenes
 
 TWO = Scene(2, "square", "blue", "yellow")
 
