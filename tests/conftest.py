@@ -14,6 +14,13 @@ torch.set_num_threads(1)  # two test processes run side by side
 spec.enabled = True  # every graph of every test is checked between passes
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-m fast``: what takes neither Inductor nor a pipeline."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("inductor", "pipeline", "slow")):
+            item.add_marker("fast")
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch.manual_seed(0)

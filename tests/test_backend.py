@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import OPTIONS, WIDTH, Model, model, tokens
-from sqnr import sqnr
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import fp8_compile
+from tests.support.blocks import OPTIONS, WIDTH, Model, model, tokens
+from tests.support.sqnr import sqnr
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -305,7 +305,7 @@ def test_report_names_what_no_graph_reached() -> None:
 def test_torch_logs_shows_decisions_as_they_fall() -> None:
     code = """
         import torch
-        from blocks import OPTIONS, model, tokens
+        from tests.support.blocks import OPTIONS, model, tokens
         with torch.no_grad():
             torch.compile(model(1), backend="fp8_diffusion", options={**OPTIONS, "ignored_layers": ["to_q"]})(tokens())
     """
@@ -331,7 +331,7 @@ def test_graphs_and_plan_go_to_files_on_request(tmp_path: Path) -> None:
 def test_tlparse_gets_the_plan_and_the_graphs(tmp_path: Path) -> None:
     code = """
         import torch
-        from blocks import OPTIONS, model, tokens
+        from tests.support.blocks import OPTIONS, model, tokens
         with torch.no_grad():
             torch.compile(model(1), backend="fp8_diffusion", options=OPTIONS)(tokens())
     """
@@ -388,7 +388,7 @@ def test_a_weight_used_with_few_and_with_many_rows_is_quantized_once() -> None:
 def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
     code = """
         import torch
-        from blocks import model, tokens
+        from tests.support.blocks import model, tokens
         from torch._dynamo.utils import counters
         with torch.no_grad():
             m, x = model(1), tokens()
@@ -406,7 +406,7 @@ def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["QwenImage", "ZImage"])
 def test_inductor_compiles_real_blocks(name: str) -> None:
-    from zoo import MODELS
+    from tests.support.zoo import MODELS
 
     tiny = MODELS[name]
     m = tiny.build()

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from sqnr import sqnr
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from zoo import MODELS, Tiny
 
 import fp8_compile
+from tests.support.sqnr import sqnr
+from tests.support.zoo import MODELS, Tiny
 
 # In dB, against eager BF16, for random weights. FP8 E4M3 alone costs about 28 dB in each matmul; a residual stream that
 # dwarfs what the blocks add to it hides most of that, and so regional compilation, which leaves the embeddings and the

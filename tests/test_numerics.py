@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sqnr import sqnr
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -22,6 +21,7 @@ from fp8_compile.numerics import (
     scaled_linear,
     weight_only_linear,
 )
+from tests.support.sqnr import sqnr
 
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 QUANTIZE: dict[str, Quantize] = {"row": quantize_rowwise, "tensor": quantize_tensorwise}

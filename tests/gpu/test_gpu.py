@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import WIDTH, Model
-from sqnr import sqnr
 from torch import Tensor, nn
-from zoo import MODELS
 
 import fp8_compile
 from fp8_compile import numerics
@@ -19,6 +16,9 @@ from fp8_compile.device import MIN_CAPABILITY, refusal
 from fp8_compile.runtime import constants
 from fp8_compile.schemes import Call
 from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from tests.support.blocks import WIDTH, Model
+from tests.support.sqnr import sqnr
+from tests.support.zoo import MODELS
 
 AVAILABLE = torch.cuda.is_available() and torch.version.hip is None
 pytestmark = pytest.mark.skipif(

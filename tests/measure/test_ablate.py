@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from pages import Page
-from pipelines import OPTIONS, Pipeline
 from typer.testing import CliRunner
 
 import fp8_compile
@@ -22,6 +20,8 @@ from fp8_compile.measure import ablation_page
 from fp8_compile.measure.ablate import BASELINE, Ablation, AblationError, ablate
 from fp8_compile.measure.quality import compare, generate
 from fp8_compile.measure.variants import Variants
+from tests.support.pages import Page
+from tests.support.pipelines import OPTIONS, Pipeline
 
 GROUPS = {"all FP8": (), "skip mlp": ("mlp",), "all kept": ("*",)}
 PROMPTS = ("a <b>red</b> circle", "two blue squares")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipelines import Pipeline
 
 from fp8_compile.measure.groups import GroupsError, groups_for, read_groups
 from fp8_compile.patterns import first_match
 from fp8_compile.recipes.qwen_image import QWEN_IMAGE_GROUPS
+from tests.support.pipelines import Pipeline
 
 
 def test_the_choices_for_qwen_image_are_thirteen_and_all_differ() -> None:

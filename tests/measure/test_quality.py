@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from pipelines import Pipeline
 
 from bench.outliers import METHODS, load, measure
 from fp8_compile import schemes
@@ -34,6 +33,7 @@ from fp8_compile.measure.quality import (
     ssim,
 )
 from fp8_compile.measure.scenes import Scene, SceneError, scenes
+from tests.support.pipelines import Pipeline
 
 GREY = Image.new("RGB", (64, 64), (100, 100, 100))
 RAMP = Image.linear_gradient("L").resize((64, 64)).convert("RGB")

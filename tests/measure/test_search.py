@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from pages import Page
-from pipelines import OPTIONS, Pipeline, qwen_image_with_outliers, with_outlier
 from typer.testing import CliRunner
 
 import fp8_compile
@@ -26,6 +24,8 @@ from fp8_compile.measure.results import to_jsonable
 from fp8_compile.measure.search import Bound, Search, SearchError, smallest
 from fp8_compile.measure.search_page import how_to_use, paste
 from fp8_compile.measure.variants import Variants
+from tests.support.pages import Page
+from tests.support.pipelines import OPTIONS, Pipeline, qwen_image_with_outliers, with_outlier
 
 
 def counted(loss: Callable[[frozenset[str]], float]) -> tuple[Callable[[frozenset[str]], float], list[frozenset[str]]]:
@@ -255,6 +255,7 @@ def test_the_page_shows_the_path_and_needs_nothing_else(tmp_path: Path) -> None:
     assert "relative_l2 of the worst picture at most 0.08" in page.texts  # the line of the bound
 
 
+@pytest.mark.slow
 def test_outliers_of_a_real_model_are_found_by_block_and_by_layer(tmp_path: Path) -> None:
     pipe = qwen_image_with_outliers(blocks=3, hard=1, factor=2.0**18)
     # "eager" compiles fastest, and rewrites and quantizes as the others do.

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import OPTIONS, Block, Pipeline
 
 import fp8_compile
 from fp8_compile.measure.quality import generate
 from fp8_compile.measure.variants import BF16, Variants
 from fp8_compile.pipelines.denoisers import PipelineError
+from tests.support.pipelines import OPTIONS, Block, Pipeline
 
 PROMPTS = ("a red circle", "two blue squares")
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from util import Call, capture, rand
 
 from fp8_compile.passes.graphs import copy_graph, example, module_of, row_count, written_storages
+from tests.support.graphs import Call, capture, rand
 
 Function = Callable[..., Any]
 

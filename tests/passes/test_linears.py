@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from util import Call, Captured, capture, rand
 
 from fp8_compile.passes.linears import Linear, find_linears, module_path, source_path
+from tests.support.graphs import Call, Captured, capture, rand
 
 Function = Callable[..., Any]
 

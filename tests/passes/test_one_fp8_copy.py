@@ -11,13 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from sqnr import sqnr
 from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.graph import GraphLowering
 from torch.fx import Graph, Node
-from util import CONTEXT, rand, show
 
 from fp8_compile.inductor import inner
 from fp8_compile.inductor.inner import PostGradPasses
@@ -25,6 +23,8 @@ from fp8_compile.numerics import FP8_DTYPE, _has_rowwise_kernel
 from fp8_compile.passes import pipeline
 from fp8_compile.passes.context import Context
 from fp8_compile.passes.one_fp8_copy import one_fp8_copy
+from tests.support.graphs import CONTEXT, rand, show
+from tests.support.sqnr import sqnr
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
-from util import Call, capture, plan, rand
 
 from fp8_compile import Fp8Options
 from fp8_compile.passes.context import Decision
 from fp8_compile.schemes import Call as How
 from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from tests.support.graphs import Call, capture, plan, rand
 
 Function = Callable[..., Any]
 

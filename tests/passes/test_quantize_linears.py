@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from sqnr import sqnr
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from util import Call, Captured, calls, capture, plan, rand, rewritten, run, show
 
 from fp8_compile.numerics import dequantize, quantize_rowwise, quantize_tensorwise, scaled_linear
 from fp8_compile.passes.context import Constants
 from fp8_compile.schemes.fp8 import Fp8
+from tests.support.graphs import Call, Captured, calls, capture, plan, rand, rewritten, run, show
+from tests.support.sqnr import sqnr
 
 Function = Callable[..., Any]
 

@@ -8,10 +8,10 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.fx import Graph
-from util import CONTEXT, Call, Captured, calls, capture, show
 
 from fp8_compile.passes.graphs import copy_graph, example, module_of
 from fp8_compile.passes.real_rotary import real_rotary
+from tests.support.graphs import CONTEXT, Call, Captured, calls, capture, show
 
 Function = Callable[..., Any]
 

@@ -9,12 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import methods as ours
 import pytest
 import torch
-from blocks import LOAD, OPTIONS, WIDTH, model, tokens
-from methods import HOW, Doubled
-from sqnr import sqnr
 from torch import Tensor, nn
 
 import fp8_compile
@@ -23,6 +19,10 @@ from fp8_compile.checks import parse_options, scheme_for
 from fp8_compile.runtime.constants import _make
 from fp8_compile.schemes import scheme_named
 from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from tests.support import methods as ours
+from tests.support.blocks import LOAD, OPTIONS, WIDTH, model, tokens
+from tests.support.methods import HOW, Doubled
+from tests.support.sqnr import sqnr
 
 CPU = torch.device("cpu")
 ALL = [Fp8(), Fp8("tensor"), Fp8(min_m=3, small_m="keep"), Doubled(), Doubled(3)]
@@ -130,7 +130,7 @@ def test_a_method_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
     info = tmp_path / "other_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[fp8_compile.methods]\ndoubled = methods:Doubled\n")
+    (info / "entry_points.txt").write_text("[fp8_compile.methods]\ndoubled = tests.support.methods:Doubled\n")
     monkeypatch.syspath_prepend(tmp_path)
     schemes._from_entry_points.cache_clear()
     try:

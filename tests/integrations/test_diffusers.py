@@ -18,11 +18,11 @@ import transformers
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from zoo import MODELS
 
 import fp8_compile
 from fp8_compile import Fp8DiffusionConfig, QuantizedWeight
 from fp8_compile.weights.quantized_weight import KeptWeight
+from tests.support.zoo import MODELS
 
 TINY = MODELS["QwenImage"]
 OPTIONS: dict[str, Any] = {"min_features": 64, "ignored_layers": ["img_mlp", "transformer_blocks.0.*"]}

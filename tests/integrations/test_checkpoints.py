@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from blocks import Model, model, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fp8_compile
 from fp8_compile import QuantizedWeight, numerics
+from tests.support.blocks import Model, model, tokens
 
 FILE = "model.safetensors"
 Tensors = dict[str, Tensor]
@@ -79,7 +79,7 @@ def test_the_bytes_of_others_are_used_as_they_are(
     x = tokens()
     expected = m(x)
     m.compile_whole(min_features=8)
-    from sqnr import sqnr
+    from tests.support.sqnr import sqnr
 
     assert sqnr(expected, m(x)) > 24
     rows = {row.path: row for row in fp8_compile.report(m).layers}

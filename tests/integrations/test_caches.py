@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import hooks
 from diffusers.hooks import TaylorSeerCacheConfig
-from sqnr import sqnr
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule
-from zoo import MODELS
 
 import fp8_compile
+from tests.support.sqnr import sqnr
+from tests.support.zoo import MODELS
 
 TINY = MODELS["Flux"]
 STEPS, BLOCKS = 6, 5

@@ -10,10 +10,10 @@ import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import MODELS
 
 import fp8_compile
 from fp8_compile import QuantizedWeight
+from tests.support.zoo import MODELS
 
 TINY = MODELS["QwenImage"]
 CPU = torch.device("cpu")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from sqnr import sqnr
 from torch import Tensor, nn
 
 from bench.outlier_channels import OutlierError, add_outliers
 from bench.tiny import build_transformer, build_z_image_transformer
+from tests.support.sqnr import sqnr
 
 
 def _model() -> Any:

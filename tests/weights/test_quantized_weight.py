@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from sqnr import sqnr
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +20,7 @@ from fp8_compile import numerics
 from fp8_compile.schemes import scheme
 from fp8_compile.schemes.fp8 import Fp8
 from fp8_compile.weights.quantized_weight import KeptWeight, QuantizedWeight
+from tests.support.sqnr import sqnr
 
 N, K = 48, 64
 ROW, TENSOR = Fp8(), Fp8(granularity="tensor")

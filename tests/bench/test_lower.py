@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TESTED = ("2.11", "2.13", "2.15")
 
 lowers = pytest.mark.skipif(

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import OPTIONS, WIDTH, Model, model, tokens
-from sqnr import sqnr
 from torch import Tensor, nn
 
 import fp8_compile
 from fp8_compile.runtime import constants
 from fp8_compile.weights.fingerprint import fingerprint
+from tests.support.blocks import OPTIONS, WIDTH, Model, model, tokens
+from tests.support.sqnr import sqnr
 
 # Four linears in a block; this small random model loses about 25 dB to FP8 in total.
 LINEARS = 4

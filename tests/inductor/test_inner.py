@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import OPTIONS, model, tokens
 from torch import nn
 from torch._inductor import config
 from torch._inductor.choices import InductorChoices
@@ -22,6 +21,7 @@ from fp8_compile.inductor.inner import PostGradPasses, _functions
 from fp8_compile.inductor.source_hash import source_hash
 from fp8_compile.inductor.whole_rows import whole_rows
 from fp8_compile.passes.context import Context
+from tests.support.blocks import OPTIONS, model, tokens
 
 CPU = torch.device("cpu")
 

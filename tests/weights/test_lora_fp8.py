@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from sqnr import sqnr
-from test_lora import FLOOR, TINY, add, compile_blocks, quantized, run, uncompiled
 from torch import Tensor, nn
 
 from fp8_compile import QuantizedWeight
+from tests.support.lora import FLOOR, TINY, add, compile_blocks, quantized, run, uncompiled
+from tests.support.sqnr import sqnr
 
 
 @pytest.fixture(autouse=True)

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import LOAD, OPTIONS, WIDTH, Block, Model, model, tokens
-from sqnr import sqnr
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from zoo import MODELS
 
 import fp8_compile
 from fp8_compile import Fp8DiffusionConfig, QuantizedWeight
 from fp8_compile.runtime import constants
 from fp8_compile.schemes.fp8 import Fp8
 from fp8_compile.weights.quantized_weight import KeptWeight
+from tests.support.blocks import LOAD, OPTIONS, WIDTH, Block, Model, model, tokens
+from tests.support.sqnr import sqnr
+from tests.support.zoo import MODELS
 
 COMPILE: dict[str, Any] = {"inner_backend": "aot_eager"}
 
