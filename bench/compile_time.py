@@ -90,7 +90,7 @@ def measure(name: str, backend: str) -> dict[str, Any]:
 def _converted(model: Any) -> int:
     import fp8_compile
 
-    return sum(row.decision == "fp8" for row in fp8_compile.report(model).layers)
+    return sum(row.decision == "quantized" for row in fp8_compile.report(model).layers)
 
 
 def in_a_process(name: str, backend: str, cache: Path) -> dict[str, Any]:

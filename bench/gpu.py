@@ -267,11 +267,11 @@ class Runner:
             state = state_of(parameter)
             told = state.decisions.items() if state is not None else ()
             decisions = [d for record, some in told if record.compile_id in graphs for d in some]
-            keys = {d.scheme.constants_key() for d in decisions if d.decision == "fp8" and d.scheme is not None}
+            keys = {d.scheme.constants_key() for d in decisions if d.decision == "quantized" and d.scheme is not None}
             kinds = state.constants.items() if state is not None else ()
             constants = sum(t.nbytes for (key, _), made in kinds if key in keys for t in made.tensors)
             held += parameter.nbytes + constants
-            kept = not constants or any(d.decision == "kept" for d in decisions)
+            kept = not constants or any(d.decision == "unquantized" for d in decisions)
             read += constants + (parameter.nbytes if kept else 0)
         if name in self._replaced:
             own = sum(p.nbytes for block in self.blocks for p in block.parameters())

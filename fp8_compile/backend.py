@@ -66,9 +66,9 @@ def fp8_diffusion(
     tracing.trace_plan(plan, opts)
     _check_patterns(gm, plan)
     # Of a model that was quantized at load time, `quantize_` has said it, of the whole model.
-    if plan.decisions and not plan.converted and (opts.strict or not earlier):
+    if plan.decisions and not plan.quantized and (opts.strict or not earlier):
         complain_of_nothing(plan.reasons(), "this graph", strict=opts.strict, stacklevel=2)
-    if plan.converted:
+    if plan.quantized:
         _check_inputs(gm, plan, example_inputs)
 
     inputs = [given.get(node.name, example(node)) for node in _placeholders(rewritten)]
@@ -94,7 +94,7 @@ def _check_inputs(gm: GraphModule, plan: Plan, example_inputs: Sequence[Any]) ->
             "gradients are enabled and an input or parameter of the graph requires them, but FP8 layers are for "
             "inference only: call the model under torch.no_grad() or torch.inference_mode()"
         )
-    weights = {d.weight for d in plan.converted}
+    weights = {d.weight for d in plan.quantized}
     for device in {example(node).device for node in _placeholders(gm) if node.name in weights}:
         check_device(device)
 

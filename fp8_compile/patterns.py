@@ -59,7 +59,7 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not (self.text.startswith("re:") or all(self.text.split("."))):
-            raise PatternError(self.text, "a module path such as 'img_mlp' belongs here")
+            raise PatternError(self.text, "expected a module path such as 'img_mlp'")
         if self.text == "re:":
             raise PatternError(self.text, "an empty expression would name every layer; '*' does")
         try:

@@ -1,4 +1,4 @@
-"""What was done to a model, told from the decisions that were carried out."""
+"""What was done to a model, from the decisions that were carried out."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class LayerReport:
 
     Attributes:
         path: as in ``model.named_modules()``; relative to the compiled region where the weight is no parameter.
-        decision: "fp8" or "kept".
-        reason: why it is kept, or in which graphs; may be empty for "fp8".
+        decision: "quantized" or "unquantized".
+        reason: why it is unquantized, or in which graphs; may be empty for "fp8".
         scheme: how it runs in the graphs: names of the kernels' granularity, or empty; of a weight that has run in no
             graph yet, its method.
         bytes_before: of its weight.
-        bytes_after: of the FP8 constants that compiled code reads in its place, or of the weight if it is kept.
+        bytes_after: of the FP8 constants that compiled code reads in its place, or of the weight if it is unquantized.
     """
 
     path: str
@@ -67,8 +67,8 @@ class Report:
     def totals(self) -> dict[str, int]:
         decisions = Counter(row.decision for row in self.layers)
         return {
-            "fp8": decisions["fp8"],
-            "kept": decisions["kept"],
+            "quantized": decisions["quantized"],
+            "unquantized": decisions["unquantized"],
             "bytes_before": sum(row.bytes_before for row in self.layers),
             "bytes_after": sum(row.bytes_after for row in self.layers),
             "extra_bytes": self.extra_bytes,
@@ -93,9 +93,9 @@ class Report:
         ]
         totals = self.totals
         lines.append(
-            f"{totals['fp8']} in FP8, {totals['kept']} kept; weights {totals['bytes_before'] / 1e6:.1f} MB -> "
-            f"{totals['bytes_after'] / 1e6:.1f} MB read per step, {totals['extra_bytes'] / 1e6:.1f} MB held beside the "
-            f"model; {len(self.graphs)} graph(s) compiled"
+            f"{totals['quantized']} quantized, {totals['unquantized']} unquantized; weights "
+            f"{totals['bytes_before'] / 1e6:.1f} MB -> {totals['bytes_after'] / 1e6:.1f} MB read per step, "
+            f"{totals['extra_bytes'] / 1e6:.1f} MB beside the model; {len(self.graphs)} graph(s) compiled"
         )
         lines.extend(_of_passes(self.passes))
         lines.extend(f"ignored_layers: {pattern!r} matched nothing" for pattern in self.unmatched_patterns)
@@ -149,7 +149,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
 
 
 def _uncompiled(path: str, weight: Tensor) -> LayerReport:
-    """A linear that no graph has told of; whose weight may have been quantized, or kept, when the model was loaded."""
+    """A linear that has run in no graph. Its weight may have been decided on when the model was loaded."""
     prequantized = isinstance(weight, QuantizedWeight)
     reason = "low-rank adapter" if is_adapter(path) else _kept_at_load(weight) or NOT_COMPILED
     out_features, in_features = weight.shape
@@ -157,7 +157,7 @@ def _uncompiled(path: str, weight: Tensor) -> LayerReport:
         path=layer_path(path),
         in_features=in_features,
         out_features=out_features,
-        decision="fp8" if prequantized else "kept",
+        decision="quantized" if prequantized else "unquantized",
         reason=reason,
         scheme=weight.scheme.label if isinstance(weight, QuantizedWeight) else "",
         bytes_before=_original_bytes(weight),
@@ -184,14 +184,14 @@ def _put(rows: list[LayerReport], row: LayerReport) -> None:
 
 def _row(path: str, weight: Tensor, state: WeightState, of_graphs: Sequence[Sequence[Decision]]) -> LayerReport:
     decisions = [_of_path(decisions, path) for decisions in of_graphs]
-    converted = [d for d in decisions if d.decision == "fp8"]
-    kept = [d for d in decisions if d.decision == "kept"]
-    first = (converted or kept)[0]
+    quantized = [d for d in decisions if d.decision == "quantized"]
+    unquantized = [d for d in decisions if d.decision == "unquantized"]
+    first = (quantized or unquantized)[0]
     # A graph tells the reason that held for the first module that ran with it; the weight tells its own.
-    reasons = _kept_at_load(weight) or ", ".join(dict.fromkeys(d.reason for d in kept))
-    if converted and kept:
-        reasons = f"kept in {len(kept)} of {len(decisions)} graphs: {reasons}"
-    calls = [d.call.name for d in converted if d.call is not None]
+    reasons = _kept_at_load(weight) or ", ".join(dict.fromkeys(d.reason for d in unquantized))
+    if quantized and unquantized:
+        reasons = f"unquantized in {len(unquantized)} of {len(decisions)} graphs: {reasons}"
+    calls = [d.call.name for d in quantized if d.call is not None]
     return LayerReport(
         path=path,
         in_features=first.in_features,
@@ -200,7 +200,7 @@ def _row(path: str, weight: Tensor, state: WeightState, of_graphs: Sequence[Sequ
         reason=reasons,
         scheme="+".join(dict.fromkeys(calls)),
         bytes_before=_original_bytes(weight),
-        bytes_after=state.nbytes if converted and not isinstance(weight, QuantizedWeight) else weight.nbytes,
+        bytes_after=state.nbytes if quantized and not isinstance(weight, QuantizedWeight) else weight.nbytes,
     )
 
 

@@ -25,7 +25,7 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, **env},
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
         check=True,
@@ -54,7 +54,7 @@ def test_a_process_that_imports_nothing_of_ours_finds_the_backend() -> None:
         with torch.no_grad():
             torch.compile(m, backend="fp8_diffusion", options=options)(torch.randn(32, 64).bfloat16())
         import fp8_compile
-        print(fp8_compile.report(m).totals["fp8"])
+        print(fp8_compile.report(m).totals["quantized"])
     """)
     assert done.stdout.split() == ["1"]
 
@@ -142,7 +142,7 @@ def test_a_block_index_in_regional_compilation_is_an_error_and_works_in_a_whole_
     assert isinstance(inner(error), fp8_compile.PatternError)
 
     compiled(whole := model(), x, ignored_layers=["blocks.0.*"])
-    kept = {row.path for row in fp8_compile.report(whole).layers if row.decision == "kept"}
+    kept = {row.path for row in fp8_compile.report(whole).layers if row.decision == "unquantized"}
     assert {path.split(".")[1] for path in kept} == {"0"}
     assert len(kept) == 4
 
@@ -183,7 +183,7 @@ def test_a_pattern_of_the_other_half_of_a_broken_graph_is_no_complaint(recwarn: 
 
     m = Broken(2).bfloat16()
     compiled(m, tokens(), ignored_layers=["blocks.1.*"])
-    kept = {row.path for row in fp8_compile.report(m).layers if row.decision == "kept"}
+    kept = {row.path for row in fp8_compile.report(m).layers if row.decision == "unquantized"}
     assert kept == {f"blocks.1.{name}" for name in ("to_q", "to_k", "img_mlp.0", "img_mlp.2")}
     assert not [w for w in recwarn if issubclass(w.category, fp8_compile.UnmatchedPatternWarning)]
 
@@ -222,7 +222,7 @@ def test_options_may_be_an_instance() -> None:
     options = fp8_compile.Fp8Options(inner_backend="eager", min_features=WIDTH, ignored_layers=["img_mlp"])
     with torch.no_grad():
         torch.compile(m := model(1), backend="fp8_diffusion", options=options)(tokens())
-    assert fp8_compile.report(m).totals["fp8"] == 2
+    assert fp8_compile.report(m).totals["quantized"] == 2
 
 
 def test_float16_models() -> None:
@@ -241,7 +241,7 @@ def test_autocast_keeps_the_dtype_of_each_layer() -> None:
         out = compiled(m, x)
     assert out.dtype == expected.dtype
     assert sqnr(expected, out) > 24
-    assert fp8_compile.report(m).totals["fp8"] == 4
+    assert fp8_compile.report(m).totals["quantized"] == 4
 
 
 def test_an_empty_batch() -> None:
@@ -263,7 +263,7 @@ def test_report_as_data() -> None:
         "path": "blocks.0.to_q",
         "in_features": WIDTH,
         "out_features": WIDTH,
-        "decision": "fp8",
+        "decision": "quantized",
         "reason": "",
         "scheme": "fp8-row",
         "bytes_before": before,
@@ -271,8 +271,8 @@ def test_report_as_data() -> None:
     }
     assert data["layers"][2]["reason"] == "ignored_layers: img_mlp.0"
     assert data["layers"][2]["bytes_after"] == data["layers"][2]["bytes_before"] == 4 * before
-    assert data["totals"]["fp8"] == 6
-    assert data["totals"]["kept"] == 2
+    assert data["totals"]["quantized"] == 6
+    assert data["totals"]["unquantized"] == 2
     assert data["totals"]["extra_bytes"] == 2 * (6 * WIDTH * WIDTH + 4 * 3 * WIDTH)
     assert data["unmatched_patterns"] == []
     assert len(data["graphs"]) == 1
@@ -282,9 +282,25 @@ def test_report_as_a_table_folds_equal_blocks() -> None:
     compiled(m := model(3), tokens(), ignored_layers=["img_mlp.0"])
     table = str(fp8_compile.report(m))
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
-    assert rows["blocks.*.to_q"] == ["3", "64", "64", "fp8", "fp8-row", "0.02", "0.01"]
-    assert rows["blocks.*.img_mlp.0"][3:] == ["kept", "0.10", "0.10", "ignored_layers:", "img_mlp.0"]
-    assert "9 in FP8, 3 kept" in table
+    assert rows["blocks.*.to_q"] == ["3", "64", "64", "quantized", "fp8-row", "0.02", "0.01"]
+    assert rows["blocks.*.img_mlp.0"][3:] == ["unquantized", "0.10", "0.10", "ignored_layers:", "img_mlp.0"]
+    assert "9 quantized, 3 unquantized" in table
+
+
+def test_report_tells_what_each_pass_did() -> None:
+    compiled(m := model(2), tokens(), disabled_passes=["real_rotary"])
+    report = fp8_compile.report(m)
+    (graph,) = report.graphs
+    results = [(r.name, r.matches, r.note) for r in report.passes[graph]]
+    assert results == [
+        ("plan_linears", 8, ""),
+        ("quantize_linears", 8, ""),
+        ("one_fp8_copy", None, "not run by inner_backend 'aot_eager'"),
+    ]
+    assert all(r.milliseconds > 0 for r in report.passes[graph][:2])
+    assert report.to_dict()["passes"][graph][0]["matches"] == 8
+    assert "plan_linears: 8 matches in " in str(report)
+    assert "one_fp8_copy: not run by inner_backend 'aot_eager' (1 graphs)" in str(report)
 
 
 def test_report_names_what_no_graph_reached() -> None:
@@ -294,7 +310,7 @@ def test_report_names_what_no_graph_reached() -> None:
         m(tokens())
     rows = {row.path: row for row in fp8_compile.report(m).layers}
     assert rows["0"].reason == "in no graph that the backend compiled"
-    assert rows["1.to_q"].decision == "fp8"
+    assert rows["1.to_q"].decision == "quantized"
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         fp8_compile.report("transformer")  # type: ignore[arg-type]
 
@@ -310,8 +326,8 @@ def test_torch_logs_shows_decisions_as_they_fall() -> None:
             torch.compile(model(1), backend="fp8_diffusion", options={**OPTIONS, "ignored_layers": ["to_q"]})(tokens())
     """
     log = run_python(code, TORCH_LOGS="+fp8_compile").stderr
-    assert "blocks.0.to_q [64 -> 64]: kept, ignored_layers: to_q" in log
-    assert "blocks.0.img_mlp.2 [256 -> 64]: fp8" in log
+    assert "blocks.0.to_q [64 -> 64]: unquantized, ignored_layers: to_q" in log
+    assert "blocks.0.img_mlp.2 [256 -> 64]: quantized" in log
     assert "to_q" not in run_python(code).stderr
 
 
@@ -387,7 +403,7 @@ def test_a_weight_used_with_few_and_with_many_rows_is_quantized_once() -> None:
 
 def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
     code = """
-        import torch
+        import torch, fp8_compile
         from tests.support.blocks import model, tokens
         from torch._dynamo.utils import counters
         with torch.no_grad():
@@ -396,12 +412,16 @@ def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
             out = torch.compile(m, backend="fp8_diffusion", options={"min_features": 64})(x)
         names = ["fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass"]
         print(*(counters["inductor"][n] for n in names), *sorted(counters["aot_autograd"].items()))
+        print(*(f"{r.name}: {r.matches} {r.note};" for passes in fp8_compile.report(m).passes.values() for r in passes))
     """
     first, second = (run_python(code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)).stdout for _ in range(2))
     assert "('autograd_cache_hit'" not in first
     assert "('autograd_cache_miss', 1)" in first
     assert "('autograd_cache_hit', 1)" in second
     assert "autograd_cache_miss" not in second
+    before = "plan_linears: 4 ; real_rotary: 0 ; quantize_linears: 4 ; one_fp8_copy"
+    assert f"{before}: 4 ;" in first
+    assert f"{before}: None from cache;" in second
 
 
 @pytest.mark.parametrize("name", ["QwenImage", "ZImage"])
@@ -415,4 +435,4 @@ def test_inductor_compiles_real_blocks(name: str) -> None:
         m.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options={"min_features": 64})  # type: ignore[operator]
         out = tiny.output(m(**tiny.inputs(0)))
     assert sqnr(expected, out) > {"QwenImage": 42, "ZImage": 26}[name]
-    assert fp8_compile.report(m).totals["fp8"] > 30
+    assert fp8_compile.report(m).totals["quantized"] > 30

@@ -93,7 +93,7 @@ def test_block_by_block(name: str) -> None:
     with torch._dynamo.config.patch(**strict):
         outputs = [_run(tiny, m, 0)]
     assert counter.frame_count <= tiny.regional_graphs  # torch 2.15 needs fewer for Lumina2, also in stock
-    assert fp8_compile.report(m).totals["fp8"] > 0
+    assert fp8_compile.report(m).totals["quantized"] > 0
     outputs.append(_run(tiny, m, 1))
     assert floor < min(map(sqnr, expected, outputs)) < 70
     _check_report(tiny, m)
@@ -103,6 +103,6 @@ def _check_report(tiny: Tiny, m: nn.Module) -> None:
     layers = fp8_compile.report(m).layers
     linears = {name for name, module in m.named_modules() if isinstance(module, nn.Linear)}
     assert linears <= {row.path for row in layers}
-    assert all(row.reason for row in layers if row.decision == "kept")
+    assert all(row.reason for row in layers if row.decision == "unquantized")
     wide = {row.path for row in layers if min(row.in_features, row.out_features) >= 64 and row.reason == ""}
-    assert wide == {row.path for row in layers if row.decision == "fp8"}
+    assert wide == {row.path for row in layers if row.decision == "quantized"}

@@ -150,7 +150,7 @@ def test_first_match() -> None:
 
 @pytest.mark.parametrize("entry", ["", ".", "...", None, 3, b"img_mlp", ["img_mlp"], ("img_mlp",), {}])
 def test_entry_that_is_no_path(entry: object) -> None:
-    with pytest.raises(PatternError, match="a module path such as 'img_mlp' belongs here") as error:
+    with pytest.raises(PatternError, match="expected a module path such as 'img_mlp'") as error:
         Pattern(entry)
     assert error.value.pattern == entry
     assert repr(entry) in str(error.value)

@@ -76,7 +76,7 @@ def test_blocks_share_a_graph_for_each_combination_of_weights() -> None:
         for _ in range(3):
             assert torch.equal(m(x), expected)
     assert counter.frame_count == 3
-    kept = {row.path: row.reason for row in fp8_compile.report(m).layers if row.decision == "kept"}
+    kept = {row.path: row.reason for row in fp8_compile.report(m).layers if row.decision == "unquantized"}
     assert kept["blocks.0.to_q"] == "ignored_layers: blocks.0.*"
     assert kept["blocks.3.img_mlp.2"] == "ignored_layers: blocks.3.img_mlp"
     assert len(kept) == 6
@@ -102,9 +102,9 @@ def test_what_was_kept_stays_kept_beside_a_model_that_is_compiled_alone() -> Non
         m.compile(backend="fp8_diffusion", fullgraph=True, options=OPTIONS)
     assert torch.equal(loaded(x), before)
     other(x)
-    assert fp8_compile.report(other).totals["fp8"] == 4
+    assert fp8_compile.report(other).totals["quantized"] == 4
     assert torch.equal(loaded(x), before)
-    assert fp8_compile.report(loaded).totals["fp8"] == 0
+    assert fp8_compile.report(loaded).totals["quantized"] == 0
 
 
 def test_the_report_before_and_after_compilation() -> None:
@@ -117,9 +117,9 @@ def test_the_report_before_and_after_compilation() -> None:
         report = fp8_compile.report(m)
         rows = {row.path: row for row in report.layers}
         first, kept = rows["blocks.0.to_q"], rows["blocks.1.to_k"]
-        assert (first.decision, first.scheme) == ("fp8", "fp8-row")
+        assert (first.decision, first.scheme) == ("quantized", "fp8-row")
         assert (first.bytes_before, first.bytes_after) == (2 * size, size + 4 * WIDTH)
-        assert (kept.decision, kept.reason, kept.bytes_after) == ("kept", "ignored_layers: to_k", 2 * size)
+        assert (kept.decision, kept.reason, kept.bytes_after) == ("unquantized", "ignored_layers: to_k", 2 * size)
         assert first.reason == ("" if compiled else "in no graph that the backend compiled")
         assert report.totals["extra_bytes"] == 0
         assert len(report.graphs) == compiled
@@ -145,7 +145,7 @@ def test_small_m_are_multiplied_by_the_fp8_weight_alone() -> None:
     m.compile(backend="fp8_diffusion", fullgraph=True, options=COMPILE)
     assert torch.equal(m(x, t), expected)
     rows = {row.path: row for row in fp8_compile.report(m).layers}
-    assert (rows["mod"].decision, rows["mod"].scheme) == ("fp8", "fp8-weight-only")
+    assert (rows["mod"].decision, rows["mod"].scheme) == ("quantized", "fp8-weight-only")
     assert rows["proj"].scheme == "fp8-row"
 
 
@@ -205,7 +205,7 @@ def test_an_fp8_weight_used_otherwise_is_dequantized_and_the_report_says_so() ->
     m.compile(backend="fp8_diffusion", fullgraph=True, options=COMPILE)
     assert sqnr(expected, m(x)) > 27
     rows = {row.path: row for row in fp8_compile.report(m).layers}
-    assert rows["proj"].decision == "fp8"
+    assert rows["proj"].decision == "quantized"
     assert rows["back"].reason == "used with its features exchanged; its quantized weight is dequantized"
 
 
@@ -263,7 +263,7 @@ def test_a_compiled_model_can_be_moved_and_is_still_known() -> None:
     m.to(torch.float16).to(torch.bfloat16)
     assert addresses != [block.to_q.weight.qdata.data_ptr() for block in m.blocks]
     before = fp8_compile.report(m)
-    assert before.totals["fp8"] == 12
+    assert before.totals["quantized"] == 12
     assert before.layers[0].reason == ""
     assert torch.equal(m(x), expected[0])
     assert torch.equal(m(x), expected[0])
@@ -305,7 +305,7 @@ def test_weights_that_the_backend_would_keep_are_kept_for_the_same_reasons() -> 
     assert m.plain.weight is m.again.weight
     assert isinstance(m.plain.weight, QuantizedWeight)
     assert m.head.weight is m.embedding.weight
-    kept = {row.path: row.reason for row in fp8_compile.report(m).layers if row.decision == "kept"}
+    kept = {row.path: row.reason for row in fp8_compile.report(m).layers if row.decision == "unquantized"}
     assert kept == {
         "narrow": "narrower than min_features 64",
         "odd": "out_features 72 is not a multiple of 16",
@@ -357,7 +357,7 @@ def test_patterns() -> None:
         fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["blocks.1.*", "vision_tower"]})
     report = fp8_compile.report(m)
     assert report.unmatched_patterns == ("vision_tower",)
-    assert {row.path.split(".")[1] for row in report.layers if row.decision == "fp8"} == {"0"}
+    assert {row.path.split(".")[1] for row in report.layers if row.decision == "quantized"} == {"0"}
 
 
 def test_what_cannot_be_done_is_an_error() -> None:
@@ -378,7 +378,7 @@ def test_nan_and_inf_are_named_and_the_rest_is_converted() -> None:
     with pytest.raises(fp8_compile.NonFiniteWeightError, match=r"blocks\.0\.to_q.*blocks\.1\.img_mlp\.2") as error:
         fp8_compile.quantize_(m, LOAD)
     assert error.value.layers == ("blocks.0.to_q", "blocks.1.img_mlp.2")
-    assert fp8_compile.report(m).totals["fp8"] == 6
+    assert fp8_compile.report(m).totals["quantized"] == 6
     assert m.blocks[0].to_q.weight[3, 5].isnan()
 
 
@@ -460,7 +460,7 @@ def test_real_transformers(name: str) -> None:
     assert sqnr(expected, alone) > 22
     fp8_compile.quantize_(m, {"min_features": 64})
     assert sqnr(expected, compiled(m)) > 20
-    assert not [row for row in fp8_compile.report(m).layers if row.decision == "kept" and "attn" in row.path]
+    assert not [row for row in fp8_compile.report(m).layers if row.decision == "unquantized" and "attn" in row.path]
 
 
 @pytest.mark.parametrize("name", ["t5", "clip", "qwen"])
@@ -500,4 +500,4 @@ def test_text_encoders(name: str, tmp_path: Path) -> None:
         m.save_pretrained(tmp_path)
     m.compile(backend="fp8_diffusion", options=COMPILE)
     assert sqnr(expected, run()) > 20
-    assert fp8_compile.report(m).totals["fp8"] >= 12
+    assert fp8_compile.report(m).totals["quantized"] >= 12

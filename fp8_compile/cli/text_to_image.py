@@ -79,7 +79,7 @@ def _print_summary(reports: dict[str, Report], clock: StepClock, show_layers: bo
         if show_layers:
             typer.echo(f"{name}:\n{found}")
         typer.echo(
-            f"{name}: {totals['fp8']} layers in FP8, {totals['kept']} kept; "
+            f"{name}: {totals['quantized']} layers quantized, {totals['unquantized']} unquantized; "
             f"weights {totals['bytes_before'] / 1e6:.1f} MB -> {totals['bytes_after'] / 1e6:.1f} MB"
         )
         for pattern in found.unmatched_patterns:

@@ -117,7 +117,7 @@ def ablate(
                 reasons |= {row.reason for r in reports for row in r.layers}
             rows[name] = replace(
                 rows[name],
-                fp8_layers=sum(t["fp8"] for t in totals),
+                fp8_layers=sum(t["quantized"] for t in totals),
                 weight_bytes=sum(t[before] for t in totals),
                 samples=samples,
                 quality=None if patterns is BF16 else compare(rows[BASELINE].samples, samples, perceptual),

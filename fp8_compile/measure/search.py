@@ -244,7 +244,7 @@ class Search:
         for region in self.variants.regions:
             prefix = f"{region.path}."
             rows = [row for row in reports[region.denoiser].layers if row.path.startswith(prefix)]
-            paths = [row.path.removeprefix(prefix) for row in rows if row.decision == "fp8"]
+            paths = [row.path.removeprefix(prefix) for row in rows if row.decision == "quantized"]
             found.setdefault(region.denoiser, {})[region.path] = paths
         if not any(paths for blocks in found.values() for paths in blocks.values()):
             reasons = sorted({row.reason for report in reports.values() for row in report.layers})

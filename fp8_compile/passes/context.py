@@ -23,10 +23,10 @@ class Decision:
         path: of its module, relative to the compiled region.
         weight: name of the placeholder that holds its weight, or None if that is no parameter.
         transposed: the weight is stored ``[in_features, out_features]``.
-        decision: "fp8" or "kept".
-        scheme: of its weight; None if it is kept.
-        call: how it runs; None if it is kept.
-        reason: why it is kept; empty for "fp8".
+        decision: "quantized" or "unquantized".
+        scheme: of its weight; None if it is unquantized.
+        call: how it runs; None if it is unquantized.
+        reason: why it is unquantized; empty for "fp8".
         pattern: the entry of ``ignored_layers`` that names it, or None.
         tracked: whether the report follows the weight. Adapters' weights are swapped and resized by their owners,
             which a weak reference to them would forbid (``torch.utils.swap_tensors``).
@@ -38,7 +38,7 @@ class Decision:
     out_features: int
     weight: str | None
     transposed: bool
-    decision: Literal["fp8", "kept"]
+    decision: Literal["quantized", "unquantized"]
     scheme: Scheme | None = None
     call: Call | None = None
     reason: str = ""
@@ -54,8 +54,8 @@ class Plan:
     ignored_layers: tuple[str, ...]
 
     @property
-    def converted(self) -> tuple[Decision, ...]:
-        return tuple(d for d in self.decisions if d.decision == "fp8")
+    def quantized(self) -> tuple[Decision, ...]:
+        return tuple(d for d in self.decisions if d.decision == "quantized")
 
     @property
     def unmatched_patterns(self) -> tuple[str, ...]:
@@ -63,8 +63,8 @@ class Plan:
         return tuple(p for p in self.ignored_layers if p not in matched)
 
     def reasons(self) -> Counter[str]:
-        """How many linears are kept for each reason."""
-        return Counter(d.reason for d in self.decisions if d.decision == "kept")
+        """How many linears stay unquantized for each reason."""
+        return Counter(d.reason for d in self.decisions if d.decision == "unquantized")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def plan_linears(graph: Graph, context: Context) -> int:
         decision = _decide(linear, "inside a higher-order operator", context)
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
     context.plan = Plan(tuple(decisions), context.options.ignored_layers)
-    return len(context.plan.converted)
+    return len(context.plan.quantized)
 
 
 def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
@@ -58,7 +58,7 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
         out_features=out_features,
         weight=linear.weight.name if _is_parameter(linear) else None,
         transposed=linear.transposed,
-        decision="kept" if call is None else "fp8",
+        decision="unquantized" if call is None else "quantized",
         scheme=None if call is None else scheme,
         call=call,
         reason=reason or "",

@@ -42,7 +42,7 @@ def quantize_linears(graph: Graph, context: Context) -> int:
 
     Counts the linears that were replaced.
     """
-    chosen = {d.node: d for d in context.plan.converted}
+    chosen = {d.node: d for d in context.plan.quantized}
     rewriter = _Rewriter(graph)
     for node in list(graph.nodes):
         if written := written_storages(node):

@@ -49,14 +49,15 @@ def check(graph: Graph, context: Context, stage: str, after: str) -> None:
             value = example(by_name[name])
             if (tuple(value.shape), value.dtype) != (spec.shape, spec.dtype):
                 raise SpecError(f"{after}: the constant {name} is {value.dtype} {list(value.shape)}, not {spec}")
-    for decision in context.plan.converted:
+    replaced = any(result.name == "quantize_linears" for result in context.results)
+    for decision in context.plan.quantized:
         there = decision.node in by_name and as_linear(by_name[decision.node]) is not None
-        if there != (after != "quantize_linears"):
+        if there == replaced:
             raise SpecError(f"{after}: the linear {decision.node} ({decision.path}) is {'' if there else 'not '}there")
 
 
 def _specs(context: Context, path: str, scheme: Any) -> list[Any]:
-    decision = next(d for d in context.plan.converted if d.path == path)
+    decision = next(d for d in context.plan.quantized if d.path == path)
     return list(scheme.specs(decision.out_features, decision.in_features).values())
 
 

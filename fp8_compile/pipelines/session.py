@@ -196,7 +196,7 @@ class Session:
             NothingConvertedError: no layer became FP8.
         """
         found = {name: report(module) for name, module in self.denoisers.items()}
-        if not any(r.totals["fp8"] for r in found.values()):
+        if not any(r.totals["quantized"] for r in found.values()):
             reasons = sorted({row.reason for r in found.values() for row in r.layers})
             raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(reasons)}")
         return found

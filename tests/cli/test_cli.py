@@ -46,7 +46,7 @@ def difference(a: Path, b: Path) -> float:
 def test_a_picture_in_fp8_and_its_unquantized_twin(cache: Path, tmp_path: Path) -> None:
     fp8, again, plain = (tmp_path / f"{name}.png" for name in ("fp8", "again", "plain"))
     told = run(cache, *SMALL, "--quantization", "fp8", "--ignored-layers", "img_mlp", "--output", fp8)
-    assert re.search(r"transformer: 24 layers in FP8, 10 kept; weights 10\.2 MB -> 6\.5 MB", told)
+    assert re.search(r"transformer: 24 layers quantized, 10 unquantized; weights 10\.2 MB -> 6\.5 MB", told)
     assert re.search(r"compiling \d+\.\d s, \d\.\d{3} s per step", told)
     run(cache, *SMALL, "--ignored-layers", "img_mlp", "--output", again)
     told = run(cache, *SMALL, "--no-quantization", "--output", plain)
@@ -81,9 +81,9 @@ def test_options_reach_the_backend_and_what_others_keep_is_named(tmp_path: Path)
         assert done.exit_code == 0, done.output
         told.append(done.output)
     assert "QwenImageTransformer2DModel: others keep img_mlp" in told[0]
-    assert "28 layers in FP8, 6 kept" in told[0]
+    assert "28 layers quantized, 6 unquantized" in told[0]
     # Without the four of txt_mlp and the four of modulation.
-    assert "20 layers in FP8, 14 kept" in told[1]
+    assert "20 layers quantized, 14 unquantized" in told[1]
     assert "others keep" not in told[1]
 
 

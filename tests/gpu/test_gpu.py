@@ -88,7 +88,7 @@ def test_compiled(granularity: str, dtype: torch.dtype) -> None:
     expected = run(m, x)
     m.compile_blocks(inner_backend="inductor", granularity=granularity)
     assert 26 < sqnr(expected, run(m, x)) < 60
-    assert fp8_compile.report(m).totals == {**fp8_compile.report(m).totals, "fp8": 12, "kept": 0}
+    assert fp8_compile.report(m).totals == {**fp8_compile.report(m).totals, "quantized": 12, "unquantized": 0}
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
@@ -215,7 +215,7 @@ def test_real_models(name: str) -> None:
         expected = tiny.output(m(**inputs))
         m.compile_repeated_blocks(backend="fp8_diffusion", fullgraph=True, options=OPTIONS)
         got = tiny.output(m(**inputs))
-    assert fp8_compile.report(m).totals["fp8"] > 0
+    assert fp8_compile.report(m).totals["quantized"] > 0
     assert sqnr(expected, got) > 22
 
 

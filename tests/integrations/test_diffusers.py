@@ -119,7 +119,7 @@ def test_layers_that_diffusers_keeps_in_float32_are_kept(tmp_path: Path) -> None
     assert m.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
     rows = {row.path: row for row in fp8_compile.report(m).layers}
     assert rows["condition_embedder.time_embedder.linear_1"].reason == "weight is float32, not bfloat16 or float16"
-    assert rows["blocks.0.attn1.to_q"].decision == "fp8"
+    assert rows["blocks.0.attn1.to_q"].decision == "quantized"
     assert tiny.output(m(**tiny.inputs(0))).isfinite().all()
 
 
@@ -131,9 +131,9 @@ def test_a_pipeline(tmp_path: Path) -> None:
     pipe = cls.from_pretrained(default_pipeline_dir(), torch_dtype=torch.bfloat16, quantization_config=config)
     pipe.set_progress_bar_config(disable=True)
     rows = fp8_compile.report(pipe.transformer).layers
-    assert {row.decision for row in rows if "img_mlp" in row.path} == {"kept"}
+    assert {row.decision for row in rows if "img_mlp" in row.path} == {"unquantized"}
     blocks = [row for row in rows if row.path.startswith("transformer_blocks.") and "img_mlp" not in row.path]
-    assert {row.decision for row in blocks} == {"fp8"}
+    assert {row.decision for row in blocks} == {"quantized"}
 
     def draw(pipe: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -172,7 +172,7 @@ def test_a_text_encoder_as_it_is_loaded(config: dict[str, Any], tmp_path: Path) 
     fp8_compile.quantize_(expected, {"ignored_layers": ["mlp"]})
     assert_same(pipe.text_encoder, expected)
     assert fp8_compile.report(pipe.text_encoder) == fp8_compile.report(expected)
-    assert (fp8_compile.report(pipe.transformer).totals["fp8"] > 0) == ("quant_backend" in config)
+    assert (fp8_compile.report(pipe.transformer).totals["quantized"] > 0) == ("quant_backend" in config)
     with pytest.raises(ValueError, match="fp8_diffusion and is not serializable"):
         pipe.text_encoder.save_pretrained(tmp_path)
 
@@ -186,7 +186,7 @@ def test_a_text_encoder_keeps_what_transformers_keeps_in_float32_and_names_what_
         return transformers.T5EncoderModel.from_pretrained(tmp_path, dtype=dtype, quantization_config=quantization)
 
     rows = {row.path: row for row in fp8_compile.report(load_t5(torch.float16)).layers}
-    assert rows["encoder.block.0.layer.0.SelfAttention.q"].decision == "fp8"
+    assert rows["encoder.block.0.layer.0.SelfAttention.q"].decision == "quantized"
     kept = "weight is float32, not bfloat16 or float16"
     assert {row.reason for path, row in rows.items() if path.endswith("wo")} == {kept}
 

@@ -26,7 +26,7 @@ def decide(model: Callable[..., Any], *args: Any, dynamic: bool = False, **optio
 def reason(model: Callable[..., Any], *args: Any, **options: Any) -> str:
     """Why the only linear is kept."""
     (decision,) = decide(model, *args, **options)
-    assert (decision.decision == "kept") == bool(decision.reason)
+    assert (decision.decision == "unquantized") == bool(decision.reason)
     return decision.reason
 
 
@@ -43,7 +43,7 @@ def test_default_decision() -> None:
             out_features=32,
             weight="l_fn_modules_0_parameters_weight_",
             transposed=False,
-            decision="fp8",
+            decision="quantized",
             scheme=Fp8(min_m=1),
             call=ROWWISE,
         )
@@ -54,7 +54,7 @@ def test_features_of_a_weight_stored_input_features_first() -> None:
     (decision,) = decide(Call(lambda m, x: torch.addmm(m.b, x, m.w), w=(64, 32), b=(32,)), rand(8, 64))
     assert (decision.in_features, decision.out_features) == (64, 32)
     assert decision.transposed
-    assert decision.decision == "fp8"
+    assert decision.decision == "quantized"
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_features_of_a_transposed_weight_that_is_no_parameter(function: Function
 def test_vector_as_weight() -> None:
     """`F.linear` takes ``[K]`` too, and reduces the last dimension."""
     (decision,) = decide(Call(lambda m, x: F.linear(x, m.w), w=(64,)), rand(8, 64))
-    assert decision.decision == "kept"
+    assert decision.decision == "unquantized"
     (decision,) = decide(Call(lambda m, x: F.linear(x, x[0])), rand(8, 64))
-    assert decision.decision == "kept"
+    assert decision.decision == "unquantized"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_bias_may_be_modified() -> None:
 )
 def test_pattern_has_priority(model: nn.Module, x: Tensor, options: dict[str, Any]) -> None:
     (decision,) = decide(nn.ModuleDict({"proj": model})["proj"], x, ignored_layers=["re:.*"], **options)
-    assert (decision.decision, decision.reason, decision.pattern) == ("kept", "ignored_layers: re:.*", "re:.*")
+    assert (decision.decision, decision.reason, decision.pattern) == ("unquantized", "ignored_layers: re:.*", "re:.*")
 
 
 def test_first_pattern_that_matches_is_the_reason() -> None:
@@ -243,8 +243,8 @@ def test_first_pattern_that_matches_is_the_reason() -> None:
     captured = capture(module, rand(8, 64))
     made = plan(captured, ignored_layers=["2", "re:[12]", "to_q", "1"])
     assert [d.pattern for d in made.decisions] == [None, "re:[12]", "2"]
-    assert [d.decision for d in made.decisions] == ["fp8", "kept", "kept"]
-    assert [d.path for d in made.converted] == ["0"]
+    assert [d.decision for d in made.decisions] == ["quantized", "unquantized", "unquantized"]
+    assert [d.path for d in made.quantized] == ["0"]
     assert made.unmatched_patterns == ("to_q", "1")
     assert made.ignored_layers == ("2", "re:[12]", "to_q", "1")
     assert made.reasons() == {"ignored_layers: re:[12]": 1, "ignored_layers: 2": 1}
@@ -287,10 +287,10 @@ def with_lora(model: nn.Module, **config: Any) -> nn.Module:
 def test_lora_adapters_are_kept_and_not_tracked() -> None:
     decisions = decide(with_lora(Attention()), rand(8, 64))
     assert [(d.path, d.decision, d.reason, d.tracked) for d in decisions] == [
-        ("to_q", "fp8", "", True),
-        ("to_q.lora_A.default", "kept", "low-rank adapter", False),
-        ("to_q.lora_B.default", "kept", "low-rank adapter", False),
-        ("to_k", "fp8", "", True),
+        ("to_q", "quantized", "", True),
+        ("to_q.lora_A.default", "unquantized", "low-rank adapter", False),
+        ("to_q.lora_B.default", "unquantized", "low-rank adapter", False),
+        ("to_k", "quantized", "", True),
     ]
     assert [d.weight is not None for d in decisions] == [True] * 4
 
@@ -301,7 +301,7 @@ def test_pattern_reaches_a_layer_wrapped_by_lora(pattern: str) -> None:
     model.add_module("attn", with_lora(Attention()))
     decisions = decide(model, rand(8, 64), ignored_layers=["re:attn.to_q$"] if pattern.startswith("re:") else [pattern])
     base, lora_a, lora_b, _ = decisions
-    assert (base.path, base.decision) == ("attn.to_q", "kept")
+    assert (base.path, base.decision) == ("attn.to_q", "unquantized")
     assert base.reason == f"ignored_layers: {base.pattern}"
     assert [(d.reason, d.pattern) for d in (lora_a, lora_b)] == [("low-rank adapter", None)] * 2
 
@@ -350,7 +350,7 @@ class Branches(nn.Module):
 
 def test_linears_inside_a_higher_order_operator_are_reported() -> None:
     before, *inside = decide(Branches(), rand(8, 64))
-    assert (before.path, before.decision) == ("before", "fp8")
+    assert (before.path, before.decision) == ("before", "quantized")
     assert [(d.path, d.in_features, d.out_features, d.weight) for d in inside] == [("inside", 64, 32, None)] * 2
     assert {d.reason for d in inside} == {"inside a higher-order operator"}
     assert len({d.node for d in inside}) == 2
@@ -367,7 +367,7 @@ def test_linears_inside_a_checkpoint_are_reported() -> None:
 
     decisions = decide(Checkpointed(), rand(8, 64))
     assert [d.path for d in decisions] == ["block.0", "block.2"]
-    assert {(d.decision, d.reason) for d in decisions} == {("kept", "inside a higher-order operator")}
+    assert {(d.decision, d.reason) for d in decisions} == {("unquantized", "inside a higher-order operator")}
 
 
 def test_pattern_that_matches_only_inside_a_higher_order_operator_is_matched() -> None:
@@ -378,7 +378,7 @@ def test_pattern_that_matches_only_inside_a_higher_order_operator_is_matched() -
 
 def test_vector_as_weight_inside_a_higher_order_operator() -> None:
     module = Call(lambda m, x: torch.cond(x.sum() > 0, lambda x: F.linear(x, m.w), lambda x: x.sum(-1), (x,)), w=(64,))
-    assert [d.decision for d in decide(module, rand(8, 64))] == ["kept"]
+    assert [d.decision for d in decide(module, rand(8, 64))] == ["unquantized"]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8])
@@ -387,7 +387,7 @@ def test_small_m_with_the_weight_alone_in_fp8(rows: int, granularity: str) -> No
     (decision,) = decide(linear(), rand(rows, 64), min_m=8, granularity=granularity)
     usual = {"row": ROWWISE, "tensor": TENSORWISE}[granularity]
     assert decision.call == (WEIGHT_ONLY if rows < 8 else usual)
-    assert (decision.decision, decision.reason) == ("fp8", "")
+    assert (decision.decision, decision.reason) == ("quantized", "")
 
 
 def test_small_m_refuse_what_many_do() -> None:
@@ -410,12 +410,12 @@ def refused(*calls: How) -> list[Decision]:
 
 def test_a_refused_shape_has_its_scales_applied_afterwards() -> None:
     (decision,) = refused(ROWWISE)
-    assert (decision.decision, decision.call) == ("fp8", ROWWISE_UNFUSED_SCALES)
+    assert (decision.decision, decision.call) == ("quantized", ROWWISE_UNFUSED_SCALES)
 
 
 def test_a_shape_refused_altogether_is_kept() -> None:
     (decision,) = refused(ROWWISE, ROWWISE_UNFUSED_SCALES)
-    assert (decision.decision, decision.call, decision.reason) == ("kept", None, "no fp8-row-unfused-scales")
+    assert (decision.decision, decision.call, decision.reason) == ("unquantized", None, "no fp8-row-unfused-scales")
 
 
 def test_an_ignored_layer_is_not_tried_on_the_device() -> None:

@@ -305,7 +305,7 @@ def test_counts(granularity: str) -> None:
 def test_second_time_changes_nothing(options: dict[str, Any]) -> None:
     gm, _ = rewritten(qkv(), **options)
     again = plan(gm, **options)
-    assert again.converted == ()
+    assert again.quantized == ()
     assert len(again.decisions) == len(options.get("ignored_layers", ()))
     gm_again, constants = rewritten(gm, **options)
     assert constants == []

@@ -48,7 +48,7 @@ def test_a_directory_is_loaded_compiled_and_called(tmp_path: Path) -> None:
     first, again, other = (session.call(s, callback_on_step_end=step, **arguments).images[0] for s in (0, 0, 1))
     assert first.tobytes() == again.tobytes() != other.tobytes()
     assert steps == [0, 1] * 3
-    assert session.reports()["transformer"].totals["fp8"] == 24
+    assert session.reports()["transformer"].totals["quantized"] == 24
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_a_shared_weight_makes_one_constant(quantized: Callable[[], int]) -> Non
     assert sqnr(expected, m(x)) > FLOOR
     assert quantized() == 2 * LINEARS - 1
     layers = {row.path: row for row in fp8_compile.report(m).layers}
-    assert layers["blocks.0.to_q"].decision == layers["blocks.1.to_q"].decision == "fp8"
+    assert layers["blocks.0.to_q"].decision == layers["blocks.1.to_q"].decision == "quantized"
 
 
 def _in_place(m: Model) -> None:
@@ -372,14 +372,14 @@ def test_several_threads(fullgraph: bool) -> None:
 
     m, x = compiled(model()), tokens()
     expected = m(x)
-    in_fp8 = fp8_compile.report(m).totals["fp8"]
+    in_fp8 = fp8_compile.report(m).totals["quantized"]
     assert in_fp8
 
     def use(_: int) -> bool:
         with torch.no_grad():
             other = compiled(copy_of(m))
             same = all(torch.equal(expected, f(x)) for f in (m, other, other))
-            return same and fp8_compile.report(other).totals["fp8"] == in_fp8
+            return same and fp8_compile.report(other).totals["quantized"] == in_fp8
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(use, range(8)))

@@ -83,7 +83,7 @@ def plan(captured: Captured | GraphModule, refusal: Any = None, **options: Any) 
     """The plan under ``options``."""
     made = context(captured, refusal, **options)
     matches = plan_linears(copy_graph(made.module), made)
-    assert matches == len(made.plan.converted)
+    assert matches == len(made.plan.quantized)
     return made.plan
 
 

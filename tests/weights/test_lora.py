@@ -69,7 +69,7 @@ def test_adapters_stay_and_their_base_layers_are_converted_under_their_own_names
     m.compile_repeated_blocks(backend="fp8_diffusion", options={**OPTIONS, "ignored_layers": ["attn.to_out"]})
     run(m)
     rows = {row.path: row for row in fp8_compile.report(m).layers}
-    assert rows["transformer_blocks.0.attn.to_q"].decision == "fp8"
+    assert rows["transformer_blocks.0.attn.to_q"].decision == "quantized"
     assert rows["transformer_blocks.0.attn.to_out.0"].reason == "ignored_layers: attn.to_out"
     adapters = [row for path, row in rows.items() if "lora_" in path]
     assert adapters
