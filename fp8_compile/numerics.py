@@ -10,6 +10,8 @@ learning", arXiv:2209.05433). A scale is ``amax / 448`` in float32: the value th
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +76,18 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (values.float() * scale).to(dtype)
 
 
+def _as_written(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` without the caller's autocast, which would cast float32 operands to half precision."""
+
+    @functools.wraps(function)
+    def run(x: Any, weight: Tensor, *more: Any) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return function(x, weight, *more)
+
+    return run
+
+
+@_as_written
 def scaled_linear(
     x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -118,6 +132,7 @@ def scaled_linear(
     return out.view(out_shape)
 
 
+@_as_written
 def linear_then_scale(
     x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -141,6 +156,7 @@ def _dequantized_linear(
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
+@_as_written
 def weight_only_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

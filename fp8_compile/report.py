@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .checks import unmatched_patterns
 from .passes.context import Decision, PassResult
@@ -151,6 +152,10 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
 def _uncompiled(path: str, weight: Tensor) -> LayerReport:
     """A linear that has run in no graph. Its weight may have been decided on when the model was loaded."""
     prequantized = isinstance(weight, QuantizedWeight)
+    if is_lazy(weight) or weight.dim() != 2:
+        size = 0 if is_lazy(weight) else weight.nbytes
+        reason = "weight has no values yet" if is_lazy(weight) else "weight is packed by another library"
+        return LayerReport(layer_path(path), 0, 0, "unquantized", reason, "", size, size)
     reason = "low-rank adapter" if is_adapter(path) else _kept_at_load(weight) or NOT_COMPILED
     out_features, in_features = weight.shape
     return LayerReport(

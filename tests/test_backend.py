@@ -436,3 +436,93 @@ def test_inductor_compiles_real_blocks(name: str) -> None:
         out = tiny.output(m(**tiny.inputs(0)))
     assert sqnr(expected, out) > {"QwenImage": 42, "ZImage": 26}[name]
     assert fp8_compile.report(m).totals["quantized"] > 30
+
+
+# --- graphs that have something odd in them ---
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["alone", "beside a graph break"])
+def test_a_graph_without_inputs(whole: bool) -> None:
+    """What lies between two graph breaks may make its own tensors only."""
+
+    class Grid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            grid = torch.arange(3) + 1
+            return grid if whole else self.proj(x) * int(grid.sum())
+
+    m = Grid().bfloat16()
+    assert torch.equal(compiled(m, tokens()), m(tokens())) or not whole
+    assert fp8_compile.report(m).totals["quantized"] == (not whole)
+
+
+def test_a_block_mask_that_vmap_makes_inside_the_graph() -> None:
+    """The tensors that vmap batches have no storage."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.to_q(x).view(1, -1, 4, WIDTH // 4).transpose(1, 2)
+            length = x.shape[1]
+            mask = create_block_mask(lambda b, h, i, j: i >= j, 1, None, length, length, device="cpu")
+            return flex_attention(q, q, q, block_mask=mask)  # type: ignore[return-value]
+
+    m, x = Attention().bfloat16(), tokens(128)
+    with torch.no_grad():
+        assert sqnr(m(x), compiled(m, x)) > 24
+    assert fp8_compile.report(m).totals["quantized"] == 1
+
+
+def test_batches_of_various_lengths_in_one_nested_tensor() -> None:
+    m, x = nn.Linear(WIDTH, WIDTH).bfloat16(), tokens(24)[0]
+    nested = torch.nested.nested_tensor([x[:16], x[16:]], layout=torch.jagged)
+    with torch.no_grad(), pytest.warns(fp8_compile.NothingConvertedWarning, match="number of rows is known only"):
+        assert torch.equal(compiled(m, nested).values(), m(nested).values())
+
+
+@pytest.mark.filterwarnings("ignore::fp8_compile.NothingConvertedWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64, torch.int32, torch.bool])
+@pytest.mark.parametrize("count", [4, 32])
+def test_an_input_that_eager_mode_refuses_is_refused(dtype: torch.dtype, count: int) -> None:
+    m, x = nn.Linear(WIDTH, WIDTH).bfloat16(), tokens(count).to(dtype)
+    for run in (m, lambda x: compiled(m, x)):
+        with pytest.raises(Exception, match="must have the same dtype"):
+            run(x)
+
+
+@pytest.mark.parametrize("count", [4, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_of_the_callers_changes_no_arithmetic_of_ours(
+    autocast: torch.dtype, dtype: torch.dtype, count: int
+) -> None:
+    """In float16 the sums of FP8 values, up to 448 * 448 each, would be Inf."""
+    m, x = nn.Linear(512, 512).to(dtype), (10 * torch.randn(count, 512)).to(dtype)
+    with torch.no_grad():
+        true = nn.functional.linear(x.double(), m.weight.double(), m.bias.double())
+        without = compiled(m, x)
+        with torch.autocast("cpu", autocast):
+            out = compiled(m, x)
+    assert out.dtype == autocast
+    assert sqnr(true, out) > sqnr(true, without) - 1
+
+
+def test_a_report_of_linears_that_are_no_matrices() -> None:
+    class Packed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, WIDTH)
+            self.weight = nn.Parameter(torch.ones(WIDTH * WIDTH, dtype=torch.int8), requires_grad=False)
+
+    m = nn.Sequential(nn.Linear(WIDTH, WIDTH).bfloat16(), Packed(), nn.LazyLinear(WIDTH))
+    fp8_compile.quantize_(m, {"min_features": WIDTH})
+    rows = {row.path: row for row in fp8_compile.report(m).layers}
+    assert [rows[path].decision for path in "012"] == ["quantized", "unquantized", "unquantized"]
+    assert (rows["1"].reason, rows["1"].bytes_after) == ("weight is packed by another library", WIDTH * WIDTH)
+    assert rows["2"].reason == "weight has no values yet"

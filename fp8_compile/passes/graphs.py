@@ -43,8 +43,8 @@ def size_hint(size: int | torch.SymInt) -> float:
     """A size as it was while tracing, without a guard on it; infinite if it is known only at run time."""
     if not isinstance(size, torch.SymInt):
         return size
-    hint = size.node.hint
-    return math.inf if hint is None else int(hint)
+    hint = getattr(size.node, "hint", None)
+    return hint if isinstance(hint, int) else math.inf  # the ragged size of a nested tensor is another SymInt
 
 
 def row_count(shape: Sequence[int | torch.SymInt]) -> float:
@@ -59,12 +59,20 @@ def storages(tree: Any) -> set[int]:
     def visit(node: Node) -> Node:
         for value in pytree.tree_leaves(example(node)):
             if isinstance(value, torch.Tensor):
-                # A wrapper subclass may have no storage of its own.
-                found.add(id(value) if is_traceable_wrapper_subclass(value) else value.untyped_storage()._cdata)
+                found.add(_memory(value))
         return node
 
     torch.fx.map_arg(tree, visit)
     return found
+
+
+def _memory(value: torch.Tensor) -> int:
+    if is_traceable_wrapper_subclass(value):  # may have no storage of its own
+        return id(value)
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # nor have the tensors that vmap batches
+        return id(value)
 
 
 def written_storages(node: Node) -> set[int]:

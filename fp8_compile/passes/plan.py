@@ -30,12 +30,21 @@ def plan_linears(graph: Graph, context: Context) -> int:
         written = linear.unusual if _is_parameter(linear) else "weight is not a parameter"
         if written is None and storages(linear.weight) & modified:
             written = "weight is modified in the graph"
-        decisions.append(_decide(linear, written, context))
+        decisions.append(_decide(linear, written or _other_dtype(linear), context))
     for name, linear in _inside_higher_order_operators(context.module):
         decision = _decide(linear, "inside a higher-order operator", context)
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
     context.plan = Plan(tuple(decisions), context.options.ignored_layers)
     return len(context.plan.quantized)
+
+
+def _other_dtype(linear: Linear) -> str | None:
+    """Eager mode refuses an input of another dtype than the weight; autocast casts both, and gives its own dtype."""
+    x, weight, y = (example(node).dtype for node in (linear.input, linear.weight, linear.node))
+    if x == weight or (x.is_floating_point and y == weight):
+        return None
+    given, own = (str(dtype).removeprefix("torch.") for dtype in (x, weight))
+    return f"input is {given}, and the weight {own}"
 
 
 def _decide(linear: Linear, written: str | None, context: Context) -> Decision:

@@ -43,6 +43,8 @@ def quantize_linears(graph: Graph, context: Context) -> int:
     Counts the linears that were replaced.
     """
     chosen = {d.node: d for d in context.plan.quantized}
+    if not chosen:  # perhaps without any input: what lies between two graph breaks may read nothing
+        return 0
     rewriter = _Rewriter(graph)
     for node in list(graph.nodes):
         if written := written_storages(node):

@@ -10,6 +10,7 @@ another device, refuses a tensor that has one. What is known of it hangs on its 
 
 from __future__ import annotations
 
+import functools
 import gc
 import operator
 import weakref
@@ -86,6 +87,7 @@ class BoundGraph:
         self._instances: dict[tuple[int, ...], _Instance] = {}
         # By the first weight alone: a fast look-up, whose collisions the comparison with ``seen`` finds.
         self._guesses: dict[int, _Instance] = {}
+        self._watched: dict[tuple[int, ...], list[Any]] = {}
         self._swept = False
 
     def __call__(self, *args: Any) -> Any:
@@ -135,14 +137,21 @@ class BoundGraph:
             if decision not in decisions:
                 decisions.append(decision)
         key = tuple(map(id, weights))
-        for weight in weights:
-            weakref.finalize(weight, _forget, self._instances, self._guesses, key).atexit = False
+        # Held by the graph alone, so that it takes them, and the constants, along when it dies before the weights.
+        forget = functools.partial(_forget, weakref.ref(self), key)
+        self._watched[key] = [weakref.ref(weight, forget) for weight in weights]
+
+    def _drop(self, key: tuple[int, ...]) -> None:
+        self._watched.pop(key, None)
+        instance = self._instances.pop(key, None)
+        if self._guesses.get(key[0]) is instance:
+            self._guesses.pop(key[0], None)
 
 
-def _forget(instances: dict[tuple[int, ...], _Instance], guesses: dict[int, _Instance], key: tuple[int, ...]) -> None:
-    instance = instances.pop(key, None)
-    if guesses.get(key[0]) is instance:
-        guesses.pop(key[0], None)
+def _forget(graph: weakref.ref[BoundGraph], key: tuple[int, ...], _: Any) -> None:
+    bound = graph()
+    if bound is not None:
+        bound._drop(key)
 
 
 _version = operator.attrgetter("_version")

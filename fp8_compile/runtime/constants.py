@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 LOCK = threading.RLock()
 """All that is known of weights is shared between threads."""
+if hasattr(os, "register_at_fork"):  # in a child, the thread that holds it is not there to let it go
+    os.register_at_fork(after_in_child=LOCK._at_fork_reinit)  # type: ignore[attr-defined]
 
 Stamp = tuple[int, int, tuple[int, ...] | None]
 """Version, address, and strides where no guard of Dynamo's tells of them."""

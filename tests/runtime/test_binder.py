@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -383,3 +385,38 @@ def test_several_threads(fullgraph: bool) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(use, range(8)))
+
+
+@pytest.mark.parametrize("reset", [torch.compiler.reset, torch._dynamo.reset])
+def test_constants_die_with_the_graphs_though_the_model_lives(reset: Callable[[], None]) -> None:
+    m, x = model(), tokens()
+    compiled = torch.compile(m, backend="fp8_diffusion", options=OPTIONS)
+    compiled(x), compiled(x)
+    made = [weakref.ref(t) for s in constants.STATES.values() for c in s.constants.values() for t in c.tensors]
+    assert len(made) >= 2 * 3 * LINEARS
+    del compiled
+    reset()
+    gc.collect()
+    assert [ref() for ref in made if ref() is not None] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_forked_while_another_thread_holds_the_lock() -> None:
+    m, x = model(1).compile_blocks(), tokens()
+    m(x)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with constants.LOCK:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    pid = os.fork()
+    if pid == 0:  # the thread is not there any more
+        os._exit(0 if constants.LOCK.acquire(timeout=5) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    done.set()
+    thread.join()
