@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,9 @@ FUSED: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "w13": ("w1", "w3"),
 }
+
+LONGEST = 1000
+"""Characters of a pattern: a longer expression is a mistake, or made to be slow."""
 
 _ADAPTER_SEGMENTS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
 
@@ -62,29 +64,97 @@ class Pattern:
             raise PatternError(self.text, "expected a module path such as 'img_mlp'")
         if self.text == "re:":
             raise PatternError(self.text, "an empty expression would name every layer; '*' does")
+        if len(self.text) > LONGEST:
+            raise PatternError(
+                f"{self.text[:40]}...", f"has {len(self.text)} characters; at most {LONGEST} are allowed"
+            )
         try:
-            _regex(self.text)
-        except re.error as error:
+            _parts(self.text)
+        except (re.error, OverflowError, RecursionError, MemoryError) as error:
             raise PatternError(self.text, f"not a valid regular expression: {error}") from error
 
     def matches(self, path: str) -> bool:
         """Whether this pattern names ``path``, a path as `layer_path` gives it."""
-        return _regex(self.text).search(path) is not None
+        if self.text.startswith("re:"):
+            return _parts(self.text)[0].search(path) is not None
+        # Each part at its first place behind the one before: a later place could not help the parts that follow.
+        text, end = f".{path}.", 0
+        for part in _parts(self.text):
+            found = part.search(text, end)
+            if found is None:
+                return False
+            end = found.end()
+        return True
 
 
 @functools.cache
-def _regex(text: str) -> re.Pattern[str]:
+def _parts(text: str) -> tuple[re.Pattern[str], ...]:
+    """What must be found in a path, dots around it, one after the other: one expression, or what lies between ``*``."""
     if text.startswith("re:"):
-        return re.compile(text.removeprefix("re:"))
-    choices = ([segment, *FUSED.get(segment, ())] for segment in text.split("."))
-    globs = (".".join(choice) for choice in itertools.product(*choices))
-    body = "|".join("".join({"*": ".*", "?": "[^.]"}.get(c, re.escape(c)) for c in glob) for glob in globs)
-    return re.compile(rf"(?:^|\.)(?:{body})(?:\.|$)")
+        return (re.compile(text.removeprefix("re:")),)
+    dot = re.escape(".")
+    whole = dot + dot.join(_choice(segment) for segment in text.split(".")) + dot
+    return tuple(re.compile(part) for part in whole.split("*") if part)
+
+
+def _choice(segment: str) -> str:
+    """An expression for one segment, in which ``*`` is left as it is."""
+    names = "|".join(re.escape(name) for name in (segment, *FUSED.get(segment, ())))
+    return f"(?:{names})" if segment in FUSED else "*".join(_characters(part) for part in segment.split("*"))
+
+
+def _characters(part: str) -> str:
+    return "".join("[^.]" if c == "?" else re.escape(c) for c in part)
 
 
 def first_match(patterns: Iterable[str], path: str) -> str | None:
     """The first of ``patterns`` that names ``path``."""
-    return next((text for text in patterns if Pattern(text).matches(path)), None)
+    return _first_match(tuple(patterns), path)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _first_match(patterns: tuple[str, ...], path: str) -> str | None:
+    names, others = _index(patterns)
+    among = [names[segment] for segment in path.split(".") if segment in names]
+    first = min(among, default=len(patterns))
+    for number, pattern in others:
+        if number > first:
+            break
+        if pattern.matches(path):
+            return pattern.text
+    return patterns[first] if among else None
+
+
+@functools.lru_cache(maxsize=256)
+def _index(patterns: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[int, Pattern]]]:
+    """The places of those that are plain names of one segment, by segment; and the others with their places."""
+    names: dict[str, int] = {}
+    others = []
+    for number, text in enumerate(patterns):
+        if not _is_name(text):
+            others.append((number, Pattern(text)))
+            continue
+        for name in (text, *FUSED.get(text, ())):
+            names.setdefault(name, number)
+    return names, others
+
+
+def matching(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
+    """Those of ``patterns`` that name at least one of ``paths``."""
+    paths = dict.fromkeys(paths)
+    segments = {segment for path in paths for segment in path.split(".")}
+
+    def names_one(text: str) -> bool:
+        if _is_name(text):
+            return not segments.isdisjoint((text, *FUSED.get(text, ())))
+        return any(map(Pattern(text).matches, paths))
+
+    return {text for text in patterns if names_one(text)}
+
+
+def _is_name(text: str) -> bool:
+    """Whether the pattern is a plain name of one segment."""
+    return not (text.startswith("re:") or set(text) & set(".*?"))
 
 
 def check_unmatched(pattern: str, paths: Sequence[str], whole_model: bool = False) -> None:

@@ -16,7 +16,7 @@ from .checks import complain_of_nothing, parse_options, scheme_for, unmatched_pa
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
 from .options import Fp8Options
-from .patterns import first_match, is_adapter, layer_path
+from .patterns import Pattern, first_match, is_adapter, layer_path, matching
 from .schemes import Scheme
 from .weights import eligible, lora
 from .weights.eligible import Candidate
@@ -207,7 +207,7 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
     paths = [path for choice in choices for path in choice.paths]
     unmatched = _unmatched_of(choices, options)
     for pattern in options.ignored_layers:
-        late = [path for path in prequantized if first_match([pattern], path) is not None]
+        late = list(filter(Pattern(pattern).matches, prequantized))
         if late and pattern in unmatched:
             raise PatternError(pattern, f"names {late[0]}, which is in FP8 already; load the model anew")
         if late:
@@ -229,9 +229,7 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
 
 def _unmatched_of(choices: Sequence[Choice], options: Fp8Options) -> tuple[str, ...]:
     paths = [path for choice in choices for path in choice.paths]
-    return unmatched_patterns(
-        options.ignored_layers, (p for p in options.ignored_layers if any(first_match([p], path) for path in paths))
-    )
+    return unmatched_patterns(options.ignored_layers, matching(options.ignored_layers, paths))
 
 
 def keep_others(model: nn.Module, choices: Sequence[Choice]) -> None:

@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from fp8_compile import Fp8Error, PatternError
-from fp8_compile.patterns import FUSED, Pattern, check_unmatched, first_match, is_adapter, layer_path
+from fp8_compile.patterns import (
+    FUSED,
+    Pattern,
+    _first_match,
+    _parts,
+    check_unmatched,
+    first_match,
+    is_adapter,
+    layer_path,
+    matching,
+)
 
 WHOLE = "transformer_blocks.3.img_mlp.net.2"
 
@@ -256,3 +268,58 @@ def test_index_of_a_block_in_a_region_that_is_one_block(pattern: str) -> None:
 )
 def test_index_in_the_whole_model_is_no_error(pattern: str) -> None:
     check_unmatched(pattern, MODEL)
+
+
+def wildcard(pattern: str, text: str) -> bool:
+    """``*`` is any characters, ``?`` one that is no dot; by trying everything."""
+    if not pattern:
+        return not text
+    if pattern[0] == "*":
+        return any(wildcard(pattern[1:], text[i:]) for i in range(len(text) + 1))
+    return (
+        bool(text)
+        and (text[0] == pattern[0] or (pattern[0] == "?" and text[0] != "."))
+        and wildcard(pattern[1:], text[1:])
+    )
+
+
+def test_globs_mean_what_trying_everything_finds() -> None:
+    random = Random(0)
+    for _ in range(3000):
+        glob = "".join(random.choices("ab.*?", k=random.randint(1, 6)))
+        path = ".".join("".join(random.choices("ab", k=random.randint(1, 2))) for _ in range(random.randint(1, 3)))
+        if all(glob.split(".")):
+            assert Pattern(glob).matches(path) == wildcard(f"*.{glob}.*", f".{path}."), (glob, path)
+
+
+@pytest.mark.parametrize("glob", ["****x", "*.*.*.*.*.*.*.*x", "*" * 400 + "x", ".".join(["to_qkv"] * 60)])
+def test_globs_are_matched_in_one_pass(glob: str) -> None:
+    """Each part between stars is searched for once, by an expression that cannot go back: it repeats nothing."""
+    parts = _parts(glob)
+    assert len(parts) <= glob.count("*") + 1
+    assert not any(set(part.pattern.replace("\\.", "")) & set("*+{") for part in parts)
+    assert not Pattern(glob).matches(".".join(["to_q"] * 59 + ["other"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("re:" + "a" * 1000, "has 1003 characters; at most 1000 are allowed"),
+        ("re:x{99999999999}", "not a valid regular expression: the repetition number is too large"),
+        ("re:" + "(" * 900, "not a valid regular expression: "),
+    ],
+)
+def test_an_expression_that_is_too_much(text: str, message: str) -> None:
+    with pytest.raises(PatternError, match=message):
+        Pattern(text)
+
+
+def test_many_patterns_and_many_layers() -> None:
+    """Plain names are looked up; each of the others is compiled once, and tried once for each distinct path."""
+    patterns = [f"name_{i}" for i in range(2000)] + ["*.img_mlp.*", "attn", "name_7"]
+    paths = [f"blocks.{i}.{leaf}" for i in range(60) for leaf in ("attn.to_q", "img_mlp.net.2", "norm", "name_7")]
+    assert {first_match(patterns, path) for path in paths} == {"attn", "*.img_mlp.*", None, "name_7"}
+    before = _first_match.cache_info().misses
+    assert first_match(list(patterns), paths[0]) == "attn"
+    assert _first_match.cache_info().misses == before
+    assert matching(patterns, paths) == {"*.img_mlp.*", "attn", "name_7"}
