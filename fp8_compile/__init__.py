@@ -24,7 +24,7 @@ from .report import report
 from .runtime.constants import refresh
 from .schemes import Call, Scheme, Spec, high_precision, register_method
 from .version import __version__
-from .weights.quantized_weight import QuantizedWeight, rebuild
+from .weights.quantized_weight import QuantizedWeight, rebuild_quantized_weight
 
 if TYPE_CHECKING:
     from .integrations.diffusers import Fp8DiffusionConfig
@@ -52,7 +52,7 @@ __all__ = [
     "high_precision",
     "load_fp8_checkpoint",
     "quantize_",
-    "rebuild",
+    "rebuild_quantized_weight",
     "refresh",
     "register_method",
     "report",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .errors import NothingConvertedError, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from .options import COMMON, Fp8Options, check_choice, check_inductor, inductor_settings
 from .patterns import check_unmatched
-from .schemes import DEFAULT_METHOD, Scheme, methods, own_options, owner_of, scheme_named
+from .schemes import DEFAULT_METHOD, Scheme, own_options, owner_of, scheme_named
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +52,25 @@ def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | No
 
 def _from_flat_dict(options: Mapping[str, Any]) -> Fp8Options:
     common = {key: value for key, value in options.items() if key in COMMON}
-    method = common.get("method") or DEFAULT_METHOD
-    own = own_options(method) if method in methods() else {}
+    given = common.get("method")
+    method = given if isinstance(given, str) else DEFAULT_METHOD
+    own = own_options(method)
     others = {key: value for key, value in options.items() if key not in COMMON}
     of_method = {key: value for key, value in others.items() if key in own}
     settings = {key: value for key, value in others.items() if key not in own}
-    for name, more in (("method_options", of_method), ("inductor", settings)):
-        given = common.get(name, {})
-        if not isinstance(given, Mapping):
-            raise OptionError(f"{name}={given!r}: expected a dict")
-        common[name] = {**given, **more}
+    for name, flat in (("method_options", of_method), ("inductor", settings)):
+        nested = common.get(name, {})
+        if not isinstance(nested, Mapping):
+            raise OptionError(f"{name}={nested!r}: expected a dict")
+        for key in flat.keys() & nested.keys():
+            raise OptionError(f"{key} is given twice: {flat[key]!r} and, in {name}, {nested[key]!r}")
+        common[name] = {**nested, **flat}
     known = inductor_settings() if settings else {}
     for key in settings:
         owner = owner_of(key)
         if key not in known and owner is not None:
-            raise OptionError(f"{key} belongs to method {owner!r}, not to {method!r}")
+            remedy = f"not to {method!r}" if given else f"which must be given with it: method={owner!r}"
+            raise OptionError(f"{key} belongs to method {owner!r}, {remedy}")
     # Before the rest, because an unknown key must be called unknown whatever the inner backend is.
     check_inductor(settings, [*COMMON, *own])
     return Fp8Options(**common)
@@ -82,7 +86,9 @@ def scheme_for(options: Fp8Options) -> Scheme:
 
 
 def check_agreement(options: Fp8Options, scheme: Scheme) -> None:
-    """Refuse options that differ from those that a weight was quantized with; what was not given agrees.
+    """Refuse options that differ from those that a weight was quantized with.
+
+    What was not given agrees, and so does what makes no difference to constants (``Scheme.call_options``).
 
     Raises:
         OptionError: names both.
@@ -92,21 +98,16 @@ def check_agreement(options: Fp8Options, scheme: Scheme) -> None:
         raise OptionError(
             f"method={options.method!r}: the weights were quantized with method={scheme.method!r}; {remedy}"
         )
-    for name, value in options.method_options.items():
+    for name in options.method_options:
         if name not in scheme.options:
             raise OptionError(
                 f"{name} belongs to method {owner_of(name)!r}, and the weights were quantized with {scheme.method!r}"
             )
-        if value != scheme.options[name]:
-            raise OptionError(
-                f"{name}={value!r}: the weights were quantized with {name}={scheme.options[name]!r}; {remedy}"
-            )
-
-
-def unmatched_patterns(patterns: Iterable[str], matched: Iterable[str | None]) -> tuple[str, ...]:
-    """Those of ``patterns`` that are not among ``matched``."""
-    there = set(matched)
-    return tuple(pattern for pattern in patterns if pattern not in there)
+    asked = scheme_named(scheme.method, {**scheme.options, **options.method_options})
+    for name in options.method_options:
+        own, value = scheme.options[name], asked.options[name]
+        if name not in scheme.call_options and value != own:
+            raise OptionError(f"{name}={value!r}: the weights were quantized with {name}={own!r}; {remedy}")
 
 
 def warn_of_unmatched(

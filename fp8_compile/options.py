@@ -61,6 +61,8 @@ class Fp8Options:
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
         for pattern in self.ignored_layers:
             Pattern(pattern)
+        if self.method is not None and not isinstance(self.method, str):
+            raise OptionError(f"method={self.method!r}: expected a name")
         for name in ("method_options", "inductor"):
             if not isinstance(getattr(self, name), Mapping):
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected a dict")

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import complain_of_nothing, parse_options, scheme_for, unmatched_patterns, warn_of_unmatched
+from .checks import check_agreement, complain_of_nothing, parse_options, scheme_for, warn_of_unmatched
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
 from .options import Fp8Options
-from .patterns import Pattern, first_match, is_adapter, layer_path, matching
-from .schemes import Scheme
+from .patterns import Pattern, is_adapter, layer_path, matching
+from .schemes import Scheme, finite
 from .weights import eligible, lora
 from .weights.eligible import Candidate
 from .weights.quantized_weight import KeptWeight, QuantizedWeight
@@ -105,9 +105,7 @@ def quantized(weight: Tensor, scheme: Scheme, device: torch.device | None = None
         made = QuantizedWeight.quantize(weight, scheme, device)
     else:
         made = adopted if device is None else adopted.to(device)  # type: ignore[assignment]
-    # A NaN or Inf of the weight reaches a float32 constant.
-    finite = [c.isfinite().all() for c in made.constants if c.dtype == torch.float32 and not c.is_meta]
-    return QuantizedWeight(made) if all(finite) else None
+    return QuantizedWeight(made) if made.is_meta or finite(made.constants) else None
 
 
 def adopt(weight: Tensor) -> QuantizedWeight | None:
@@ -165,7 +163,7 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         if weight is None or is_adapter(name) or isinstance(weight, QuantizedWeight):
             continue
         path = layer_path(name)
-        pattern = first_match(options.ignored_layers, path)
+        pattern = eligible.pattern_of(name, options)
         if id(weight) in choices:
             choice = choices[id(weight)]
             choice.modules.append(module)
@@ -174,6 +172,8 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
                 choice.reason, choice.pattern = f"ignored_layers: {pattern}", pattern
             continue
         adopted = adopt(weight)
+        if adopted is not None and pattern is None:
+            check_agreement(options, adopted.scheme)
         candidate = Candidate(
             weight if adopted is None else adopted,
             name,
@@ -228,8 +228,8 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
 
 
 def _unmatched_of(choices: Sequence[Choice], options: Fp8Options) -> tuple[str, ...]:
-    paths = [path for choice in choices for path in choice.paths]
-    return unmatched_patterns(options.ignored_layers, matching(options.ignored_layers, paths))
+    matched = matching(options.ignored_layers, (path for choice in choices for path in choice.paths))
+    return tuple(pattern for pattern in options.ignored_layers if pattern not in matched)
 
 
 def keep_others(model: nn.Module, choices: Sequence[Choice]) -> None:

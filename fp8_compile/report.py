@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .checks import unmatched_patterns
 from .passes.context import Decision, PassResult
 from .patterns import is_adapter, layer_path
 from .quantize import unmatched_at_load
@@ -228,7 +227,8 @@ def _without_parameter(records: Sequence[GraphRecord]) -> Iterator[LayerReport]:
 
 def _unmatched(records: Sequence[GraphRecord]) -> tuple[str, ...]:
     given = dict.fromkeys(p for record in records for p in record.plan.ignored_layers)
-    return unmatched_patterns(given, (d.pattern for record in records for d in record.plan.decisions))
+    matched = {d.pattern for record in records for d in record.plan.decisions}
+    return tuple(pattern for pattern in given if pattern not in matched)
 
 
 def _of_passes(passes: Mapping[str, Sequence[PassResult]]) -> Iterator[str]:

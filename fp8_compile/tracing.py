@@ -34,7 +34,11 @@ def trace_plan(plan: Plan, options: Fp8Options) -> None:
 
 def _row(decision: Decision) -> dict[str, Any]:
     row = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
-    return {**row, "scheme": decision.scheme and decision.scheme.method, "call": decision.call and decision.call.name}
+    return {
+        **row,
+        "scheme": decision.scheme and {"method": decision.scheme.method, **decision.scheme.options},
+        "call": decision.call and decision.call.name,
+    }
 
 
 def trace_graph(stage: str, make: Callable[[], GraphModule], options: Fp8Options) -> None:

@@ -87,7 +87,8 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
     [
         ("method", "fp9", "method='fp9' is not valid, did you mean 'fp8'?; valid: fp8"),
         ("method", "int4", "method='int4' is not valid; valid: fp8"),
-        ("method", 8, "method=8 is not valid"),
+        ("method", 8, "method=8: expected a name"),
+        ("method", ["fp8"], "method=['fp8']: expected a name"),
         ("granularity", "rows", "granularity='rows' is not valid, did you mean 'row'?; valid: row, tensor"),
         ("granularity", "block", "granularity='block' is not valid; valid: row, tensor"),
         ("granularity", None, "granularity=None is not valid; valid: row, tensor"),
@@ -99,7 +100,7 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
             (128, 128),
             "weight_block_size=(128, 128): block-wise scales are not available yet; use None",
         ),
-        ("weight_block_size", [128, 128], "weight_block_size=[128, 128]: block-wise scales are not available yet"),
+        ("weight_block_size", [128, 128], "weight_block_size=(128, 128): block-wise scales are not available yet"),
         ("weight_block_size", 0, "weight_block_size=0: block-wise scales are not available yet"),
         *(
             (name, value, f"{name}={value!r}: expected an integer of at least 1")
@@ -317,3 +318,10 @@ def test_frozen(name: str) -> None:
 def test_errors_are_of_this_package_and_value_errors() -> None:
     assert issubclass(OptionError, Fp8Error)
     assert issubclass(OptionError, ValueError)
+
+
+@pytest.mark.parametrize("name", ["method_options", "inductor"])
+def test_an_option_given_in_two_places(name: str) -> None:
+    key, value = ("granularity", "row") if name == "method_options" else ("max_autotune", True)
+    with pytest.raises(OptionError, match=f"{key} is given twice: {value!r} and, in {name}, {value!r}"):
+        parse_options({name: {key: value}, key: value})

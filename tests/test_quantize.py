@@ -169,11 +169,55 @@ def test_compiling_with_another_granularity_than_the_weights_have_is_an_error() 
     assert {row.scheme for row in fp8_compile.report(other).layers} == {"fp8-tensor"}
     for given, message in (
         ({"granularity": "row"}, r"granularity='row': .* granularity='tensor'"),  # a default that is given asks for it
-        ({"min_m": 3}, r"min_m=3: .* min_m=8"),
-        ({"small_m": "keep"}, r"small_m='keep': .* small_m='weight-only'"),
+        ({"activation_scheme": "static"}, r"activation_scheme='static' is not available"),
     ):
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
             torch.compile(other, backend="fp8_diffusion", options={**COMPILE, **given})(x)
+
+
+def test_what_makes_no_difference_to_constants_may_be_chosen_when_compiling() -> None:
+    m = Modulated().bfloat16()
+    x, t = tokens(), torch.randn(1, WIDTH).bfloat16()
+    fp8_compile.quantize_(m, LOAD)
+    expected = m(x, t)
+    for options, mod, reason in (
+        ({"min_m": 1}, "fp8-row", ""),
+        ({"min_m": 100}, "fp8-weight-only", ""),
+        ({"small_m": "keep"}, "", "M is below min_m 8; its quantized weight is dequantized"),
+    ):
+        torch.compiler.reset()
+        m._compiled_call_impl = None
+        m.compile(backend="fp8_diffusion", fullgraph=True, options={**COMPILE, **options})
+        assert sqnr(expected, m(x, t)) > 27
+        row = next(row for row in fp8_compile.report(m).layers if row.path == "mod")
+        assert (row.scheme, row.reason) == (mod, reason)
+
+
+def test_quantized_weights_that_no_fp8_matmul_takes_are_still_read_as_they_are() -> None:
+    """Of others' checkpoints, which have no multiples of 16 in mind."""
+    m, t = nn.Linear(WIDTH, 72).bfloat16(), torch.randn(1, WIDTH).bfloat16()
+    m.weight = nn.Parameter(QuantizedWeight.quantize(m.weight, Fp8()), requires_grad=False)
+    expected = m(t), m(tokens())
+    compiled = torch.compile(m, backend="fp8_diffusion", options={**COMPILE, "min_features": 16})
+    assert sqnr(expected[0], compiled(t)) > 40
+    assert fp8_compile.report(m).layers[0].scheme == "fp8-weight-only"
+    assert sqnr(expected[1], compiled(tokens())) < 100  # dequantized, with the reason
+    assert "out_features 72 is not a multiple of 16" in fp8_compile.report(m).layers[0].reason
+
+
+def test_weights_of_torchao_keep_their_scheme_and_other_options_are_an_error() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    for options, message in (
+        ({"granularity": "tensor"}, "granularity='tensor': the weights were quantized with granularity='row'"),
+        ({"method": "other"}, "method='other' is not valid"),
+    ):
+        m = model(1)
+        layer = m.blocks[0].to_q
+        made = quantization.Float8Tensor.from_hp(layer.weight, torch.float8_e4m3fn, quantization.PerRow())
+        layer.weight = nn.Parameter(made, requires_grad=False)
+        with pytest.raises(fp8_compile.OptionError, match=message):
+            fp8_compile.quantize_(m, {**LOAD, **options})
+        assert not any(isinstance(p, QuantizedWeight) for p in m.parameters())
 
 
 def test_one_layer_with_small_m_and_many() -> None:

@@ -24,13 +24,25 @@ def compile_inner(gm: GraphModule, inputs: Sequence[Any], context: Context) -> C
         from .whole_rows import whole_rows
 
         steering = whole_rows()
+    hits = _cache_hits()
     with steering:
         compiled = cast("Callable[..., Any]", _backend(gm, context)(gm, inputs))
     ran = {result.name for result in context.results}
-    note = "from cache" if inductor else f"not run by inner_backend {options.inner_backend!r}"
-    missing = [one for one in pipeline.of_stage("post_grad", context) if one.name not in ran]
-    context.results += [PassResult(one.name, note=note) for one in missing]
+    name = getattr(options.inner_backend, "__qualname__", options.inner_backend)
+    note = "from cache" if _cache_hits() > hits else f"not run by inner_backend {name!r}"
+    for one in pipeline.PASSES:
+        if one.name in options.disabled_passes:
+            context.results.append(PassResult(one.name, note="disabled"))
+        elif one.name not in ran:
+            context.results.append(PassResult(one.name, note=note))
     return compiled
+
+
+def _cache_hits() -> int:
+    """How often Inductor's caches, or AOTAutograd's, had a graph in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
 
 
 def _backend(gm: GraphModule, context: Context) -> Any:

@@ -52,6 +52,7 @@ def schemes_in(files: Iterable[Any]) -> dict[str, Scheme]:
     """The scheme of each weight that the metadata of ``files`` names.
 
     Raises:
+        CheckpointError: the metadata is not what `metadata_of` writes.
         UnknownMethodError: a method is not registered.
     """
     from safetensors import SafetensorError, safe_open
@@ -60,28 +61,53 @@ def schemes_in(files: Iterable[Any]) -> dict[str, Scheme]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                rows = json.loads((opened.metadata() or {}).get(METADATA, "[]"))
+                text = (opened.metadata() or {}).get(METADATA, "[]")
         except (SafetensorError, OSError):
             continue  # whoever reads its tensors says what is wrong with it
-        for row in rows:
-            scheme = scheme_named(row["method"], row["options"])
-            found |= dict.fromkeys(row["weights"], scheme)
+        try:
+            rows = [(row["method"], row["options"], row["weights"]) for row in json.loads(text)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"metadata {METADATA!r} is damaged: {error!r}", [file]) from error
+        for method, options, weights in rows:
+            found |= dict.fromkeys(weights, scheme_named(method, options))
     return found
 
 
+class Names:
+    """Which tensors of files are constants, and of which weight.
+
+    Args:
+        schemes: of the weights, by name, as the files' metadata has them.
+        default: for files that name none; there the dtype of the values tells a quantized weight.
+    """
+
+    def __init__(self, schemes: Mapping[str, Scheme], default: Scheme) -> None:
+        self.schemes, self.default = schemes, default
+        self._weights = {f"{w}{suffix}": w for w, s in schemes.items() for suffix in s.suffixes()[1:]}
+        self._suffixes = () if schemes else default.suffixes()[1:]
+        self._dtype = None if schemes else next(iter(default.specs(1, 1).values())).dtype
+
+    def weight_of(self, name: str) -> str | None:
+        """The weight that the tensor ``name`` is another constant of, or None."""
+        for suffix in self._suffixes:
+            if name.endswith(f".weight{suffix}"):
+                return name.removesuffix(suffix)
+        return self._weights.get(name)
+
+    def scheme_of(self, name: str, value: Any) -> Scheme | None:
+        """The scheme of the weight whose values are ``value``, or None if it is no quantized weight."""
+        if self._dtype is not None and isinstance(value, Tensor) and value.dtype == self._dtype:
+            return self.default
+        return self.schemes.get(name)
+
+
 def join(
-    state_dict: Mapping[str, Any],
-    files: Sequence[Any],
-    default: Scheme,
-    schemes: Mapping[str, Scheme],
-    dtype: torch.dtype = torch.bfloat16,
+    state_dict: Mapping[str, Any], files: Sequence[Any], names: Names, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `split` took apart.
 
     Args:
         files: where the tensors come from, for errors.
-        default: the scheme of weights that ``schemes`` does not name, and whose values have its dtype.
-        schemes: of weights, by name.
         dtype: that the weights stand for.
 
     Returns:
@@ -90,44 +116,27 @@ def join(
     Raises:
         CheckpointError: a scale is not finite and positive, or has a shape that does not fit.
     """
-
-    def quantized(name: str) -> bool:
-        return name in schemes or getattr(state_dict.get(name), "dtype", None) == _values_dtype(default)
-
     joined: dict[str, Any] = {}
     parts: dict[str, Tensor] = {}
     for name, value in state_dict.items():
-        base = base_of(name, default, schemes)
+        weight, scheme = names.weight_of(name), names.scheme_of(name, value)
         if isinstance(value, QuantizedWeight) or not isinstance(value, Tensor):
             joined[name] = value
-        elif base is not None:
-            if base not in state_dict:
+        elif weight is not None:
+            if weight not in state_dict:
                 parts[name] = value
-            elif not quantized(base):
+            elif names.scheme_of(weight, state_dict[weight]) is None:
                 joined[name] = value
-        elif quantized(name):
-            scheme = schemes.get(name, default)
-            names = {suffix: f"{name}{suffix}" for suffix in scheme.suffixes()}
-            if all(part in state_dict for part in names.values()):
-                tensors = {suffix: state_dict[part] for suffix, part in names.items()}
-                joined[name] = read_weight(scheme, tensors, dtype, files, names)
-            else:
-                parts |= {part: state_dict[part] for part in names.values() if part in state_dict}
-        else:
+        elif scheme is None:
             joined[name] = value
+        else:
+            of_weight = {suffix: f"{name}{suffix}" for suffix in scheme.suffixes()}
+            there = {suffix: state_dict[part] for suffix, part in of_weight.items() if part in state_dict}
+            if len(there) == len(of_weight):
+                joined[name] = read_weight(scheme, there, dtype, files, of_weight)
+            else:
+                parts |= {of_weight[suffix]: tensor for suffix, tensor in there.items()}
     return joined, parts
-
-
-def base_of(name: str, default: Scheme, schemes: Mapping[str, Scheme]) -> str | None:
-    """The weight that the tensor ``name`` of a file is another constant of, or None."""
-    for suffix in default.suffixes()[1:]:
-        if name.endswith(f".weight{suffix}"):
-            return name.removesuffix(suffix)
-    return next((w for w, s in schemes.items() if any(name == f"{w}{suffix}" for suffix in s.suffixes()[1:])), None)
-
-
-def _values_dtype(scheme: Scheme) -> torch.dtype:
-    return next(iter(scheme.specs(1, 1).values())).dtype
 
 
 def holding(tensor: str, files: Sequence[Any]) -> list[Any]:

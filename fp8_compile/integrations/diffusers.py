@@ -25,7 +25,7 @@ from ..options import Fp8Options
 from ..quantize import Choice, check_choices, choose, keep_others, quantized, remember, scheme_at_load
 from ..schemes import Scheme
 from ..weights.quantized_weight import QuantizedWeight
-from .checkpoints import base_of, holding, join, metadata_of, schemes_in, split
+from .checkpoints import Names, holding, join, metadata_of, schemes_in, split
 
 _COMMON = ("method", "ignored_layers", "min_features", "strict")
 """Options that concern weights, whatever the method; those of the method itself do, too."""
@@ -50,6 +50,7 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
 
     def __init__(self, **options: Any) -> None:
         options.pop("quant_method", None)
+        options = {**options.pop("method_options", {}), **options}
         compiling = [name for name in options if name in Fp8Options.__dataclass_fields__ and name not in _COMMON]
         if compiling:
             raise OptionError(
@@ -95,7 +96,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         self._float32: list[str] = []
         self._files: list[Any] = []
         self._scheme: Scheme = scheme_at_load(self.options)
-        self._schemes: dict[str, Scheme] = {}
+        self._names = Names({}, self._scheme)
         self._parts: dict[str, Tensor] = {}
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
@@ -107,9 +108,10 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         self._files = list(checkpoint_files)
-        if self.pre_quantized:
-            self._schemes = schemes_in(self._files)
-        return [key for key in loaded_keys if base_of(key, self._scheme, self._schemes) is None]
+        if not self.pre_quantized:
+            return loaded_keys
+        self._names = Names(schemes_in(self._files), self._scheme)
+        return [key for key in loaded_keys if self._names.weight_of(key) is None]
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **_: Any
@@ -132,9 +134,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         """Make `QuantizedWeight`s of the constants in a shard. Those whose others are elsewhere wait."""
         if not self.pre_quantized:
             return state_dict
-        state_dict, self._parts = join(
-            {**self._parts, **state_dict}, self._files, self._scheme, self._schemes, self._dtype
-        )
+        state_dict, self._parts = join({**self._parts, **state_dict}, self._files, self._names, self._dtype)
         return state_dict
 
     def check_if_quantized_param(
@@ -164,8 +164,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         if self._parts:
             name = next(iter(self._parts))
-            other = base_of(name, self._scheme, self._schemes) is not None
-            kind = "a scale without FP8 values" if other else "FP8 values without a scale"
+            other = self._names.weight_of(name) is not None
+            kind = "a scale without quantized values" if other else "quantized values without a scale"
             raise CheckpointError(f"tensor {name!r} is {kind}", holding(name, self._files), name)
         choices = self._choices(model)
         for choice in choices:

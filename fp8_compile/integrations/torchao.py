@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import quantize
+from ..errors import QuantizedWeightError
 from ..numerics import FP8_DTYPE
 from ..schemes import scheme_named
 from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
@@ -20,13 +21,11 @@ def adopt(weight: Tensor) -> QuantizedWeight | None:
     qdata, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
     if qdata.dim() != 2 or qdata.dtype != FP8_DTYPE or weight.dtype not in WEIGHT_DTYPES:
         return None
-    if scale.numel() == 1:
-        granularity, scale = "tensor", scale.reshape(())
-    elif tuple(scale.shape) == (qdata.shape[0], 1):
-        granularity = "row"
-    else:
+    try:
+        scheme, constants = scheme_named("fp8", {}).read({"": qdata, "_scale": scale})
+    except QuantizedWeightError:
         return None
-    return QuantizedWeight(scheme_named("fp8", {"granularity": granularity}), (qdata, scale.float()), weight.dtype)
+    return QuantizedWeight(scheme, constants, weight.dtype)
 
 
 quantize.adopters.append(adopt)

@@ -84,7 +84,7 @@ def ablate(
         "rounds": rounds,
         "lpips": perceptual,
         "call": to_jsonable(call),
-        "options": to_jsonable(variants.options),
+        "options": to_jsonable(variants.settings),
     }
     where = environment(variants.pipeline)
     rows: dict[str, AblationRow] = {}

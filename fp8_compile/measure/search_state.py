@@ -114,7 +114,7 @@ def settings_of(
         "scheduler": None
         if scheduler is None
         else [type(scheduler).__name__, to_jsonable(dict(getattr(scheduler, "config", {})))],
-        "options": to_jsonable(variants.options),
+        "options": to_jsonable(variants.settings),
         "lpips": lpips,
         "prompts": list(prompts),
         "seeds": list(seeds),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..backend import fp8_diffusion
-from ..checks import parse_options
+from ..checks import parse_options, scheme_for
 from ..errors import NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from ..options import Fp8Options
 from ..pipelines.denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps, repeated_blocks
@@ -108,6 +108,8 @@ class Variants:
                     )
         self._parsed = parse_options(options)
         self.options = self._parsed.changed() if isinstance(options, Fp8Options) else dict(options)
+        scheme = scheme_for(self._parsed)
+        self.settings = {"method": scheme.method, **scheme.options, **self.options}
         if self._parsed.ignored_layers:
             raise OptionError(
                 f"ignored_layers={list(self._parsed.ignored_layers)}: each variant has its own; see `use`"

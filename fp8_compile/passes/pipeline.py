@@ -84,9 +84,11 @@ def of_stage(stage: Stage, context: Context) -> tuple[Pass, ...]:
 
 def run(one: Pass, graph: Graph, context: Context) -> int:
     """Run one pass, and note what it did."""
+    checked = spec.enabled or context.options.dump_graphs is not None
+    before = set(graph.nodes) if checked else set()
     start = time.perf_counter()
     matches = one.run(graph, context)
     context.results.append(PassResult(one.name, matches, 1e3 * (time.perf_counter() - start)))
-    if spec.enabled or context.options.dump_graphs is not None:
-        spec.check(graph, context, one.stage, one.name)
+    if checked:
+        spec.check(graph, context, one.stage, one.name, before)
     return matches

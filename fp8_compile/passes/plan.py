@@ -50,7 +50,7 @@ def _other_dtype(linear: Linear) -> str | None:
 def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
     module, weight = module_path(linear), example(linear.weight)
     prequantized = isinstance(weight, QuantizedWeight)
-    scheme = weight.scheme if prequantized else context.scheme
+    scheme = weight.scheme.called_with(context.options.method_options) if prequantized else context.scheme
     earlier = context.earlier.get(linear.weight.name)
     candidate = Candidate(weight, module, linear.features, linear.transposed, written, earlier)
     call: Call | None = None
@@ -83,6 +83,11 @@ def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None
     for call in scheme.for_call(row_count(x.shape), x.device):
         if call.linear is None:
             return None, call.reason
+        if call.quantize is not None:  # of a weight that is quantized already, nobody has asked before
+            in_features, out_features = linear.features
+            reason = scheme.reason(out_features, in_features, example(linear.weight).dtype)
+            if reason is not None:
+                continue
         if context.refusal is None:
             return call, None
         bias = linear.bias is not None

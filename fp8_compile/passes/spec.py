@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Set
 
 import torch
 from torch.fx import Graph, Node
 
-from .context import Context
+from ..schemes import Spec
+from .context import Constants, Context
 from .graphs import example
 from .linears import as_linear
 
@@ -19,13 +20,14 @@ class SpecError(AssertionError):
     """A pass left a graph that the next stage cannot take: a bug of this package."""
 
 
-def check(graph: Graph, context: Context, stage: str, after: str) -> None:
+def check(graph: Graph, context: Context, stage: str, after: str, before: Set[Node] = frozenset()) -> None:
     """Raise `SpecError` if ``graph`` is not what it must be after the pass ``after``.
 
     1. It is well-formed (``Graph.lint``), and its inputs come first.
     2. Of "dynamo" graphs: each constant is an input with the shape and the dtype of its `Spec`; a linear that the plan
        quantizes is there before `quantize_linears`, and gone after it.
-    3. Of "post_grad" graphs: every tensor has a value in its metadata, which Inductor reads.
+    3. Of "post_grad" graphs: every tensor that was not there ``before`` has a value in its metadata, which Inductor
+       reads.
     """
     graph.lint()
     nodes = list(graph.nodes)
@@ -37,12 +39,12 @@ def check(graph: Graph, context: Context, stage: str, after: str) -> None:
             raise SpecError(f"{after}: the input {node.name} stands behind other nodes")
     if stage == "post_grad":
         for node in nodes:
-            if node.op == "call_function" and "val" not in node.meta and _returns_a_tensor(node):
+            if node not in before and node.op == "call_function" and "val" not in node.meta and _returns_a_tensor(node):
                 raise SpecError(f"{after}: {node.format_node()} has no value in its metadata")
         return
     by_name = {node.name: node for node in nodes}
     for constants in context.constants:
-        specs = _specs(context, constants.path, constants.scheme)
+        specs = _specs(context, constants)
         for name, spec in zip(constants.placeholders, specs, strict=True):
             if name not in by_name or by_name[name].op != "placeholder":
                 raise SpecError(f"{after}: the constant {name} of {constants.path} is no input")
@@ -56,9 +58,10 @@ def check(graph: Graph, context: Context, stage: str, after: str) -> None:
             raise SpecError(f"{after}: the linear {decision.node} ({decision.path}) is {'' if there else 'not '}there")
 
 
-def _specs(context: Context, path: str, scheme: Any) -> list[Any]:
-    decision = next(d for d in context.plan.quantized if d.path == path)
-    return list(scheme.specs(decision.out_features, decision.in_features).values())
+def _specs(context: Context, constants: Constants) -> list[Spec]:
+    key = constants.weight, constants.transposed
+    decision = next(d for d in context.plan.quantized if (d.weight, d.transposed) == key)
+    return list(constants.scheme.specs(decision.out_features, decision.in_features).values())
 
 
 def _returns_a_tensor(node: Node) -> bool:

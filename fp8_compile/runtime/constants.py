@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import NonFiniteWeightError
 from ..passes.context import Constants, Decision, PassResult, Plan
-from ..schemes import Scheme
+from ..schemes import Scheme, finite
 from ..weights.fingerprint import fingerprint
 from ..weights.quantized_weight import QuantizedWeight
 
@@ -181,8 +181,8 @@ def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constants]]) -> None:
         fresh.append((weight, constant, Made(constant.scheme, tensors, stamp, value)))
 
     if fresh:
-        finite = _to_host([_all_finite(made.tensors) for _, _, made in fresh])
-        broken = [constant.path for (_, constant, _), ok in zip(fresh, finite, strict=True) if not ok]
+        all_finite = _to_host([finite(made.tensors) for _, _, made in fresh])
+        broken = [constant.path for (_, constant, _), ok in zip(fresh, all_finite, strict=True) if not ok]
         if broken:
             raise NonFiniteWeightError(broken)
     for weight, constant, made in fresh:
@@ -199,12 +199,6 @@ def _store(state: WeightState, constant: Constants, made: Made) -> None:
             torch.cuda.synchronize(made.tensors[0].device)
     state.constants[_kind(constant)] = made
     logger.debug("quantized the weight of %s (%s)", constant.path, constant.scheme.method)
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    # A NaN or Inf of the weight reaches its scale through the amax; so the scales tell, and they are small.
-    finite = [t.isfinite().all() for t in tensors if t.is_floating_point() and t.itemsize > 1]
-    return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool)
 
 
 def _to_host(scalars: Sequence[Tensor]) -> list[Any]:

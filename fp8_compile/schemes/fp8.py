@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Fp8(Scheme):
     """
 
     method: ClassVar[str] = "fp8"
+    call_options: ClassVar[tuple[str, ...]] = ("min_m", "small_m")
 
     granularity: str = "row"
     activation_scheme: str = "dynamic"
@@ -108,9 +109,6 @@ class Fp8(Scheme):
             if features % 16:
                 return f"{name} {features} is not a multiple of 16"
         return None
-
-    def constants_key(self) -> Any:
-        return replace(self, min_m=Fp8.min_m, small_m=Fp8.small_m)
 
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[Scheme, tuple[Tensor, ...]]:
         qdata, scale = (tensors[suffix] for suffix in self.suffixes())

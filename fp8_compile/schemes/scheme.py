@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import QuantizedWeightError
+from ..errors import OptionError, QuantizedWeightError
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,12 @@ class Scheme(abc.ABC):
 
     Attributes:
         method: the value of the option ``method``.
+        call_options: the names of those fields that make no difference to constants: over weights that are quantized
+            already, they may be given anew when a graph is compiled.
     """
 
     method: ClassVar[str]
+    call_options: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
@@ -116,12 +119,13 @@ class Scheme(abc.ABC):
     def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
         """`quantize_weight`, on ``device``, where a few rows are at a time; None leaves them where they are.
 
-        The default is for schemes whose rows do not depend on each other: the first dimension of each constant is N.
+        The default is in chunks where the first dimension of each constant is N, so that rows do not depend on each
+        other, and else at once.
         """
-        if weight.numel() == 0:
-            return tuple(t.to(device) for t in self.quantize_weight(weight))
         specs = self.specs(*weight.shape)
         device = weight.device if device is None else device
+        if weight.numel() == 0 or any(spec.shape[:1] != weight.shape[:1] for spec in specs.values()):
+            return self.quantize_weight(weight.to(device))
         made = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs.values())
         rows = chunk_rows(weight)
         for start, chunk in zip(range(0, weight.shape[0], rows), torch.split(weight, rows), strict=True):
@@ -134,9 +138,17 @@ class Scheme(abc.ABC):
         """What a report calls weights of this scheme that have run in no graph yet."""
         return self.method
 
-    def constants_key(self) -> Any:
+    def constants_key(self) -> Scheme:
         """What tells the constants of this scheme from those of others: schemes that agree in it share them."""
-        return self
+        return self.called_with({f.name: f.default for f in dataclasses.fields(self)})
+
+    def called_with(self, options: Mapping[str, Any]) -> Scheme:
+        """This scheme with those of ``options`` that are `call_options`."""
+        given = {name: options[name] for name in self.call_options if name in options}
+        return dataclasses.replace(self, **given) if given else self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scheme:
+        return self  # it cannot change; and what Dynamo's guards copied is then told to be equal by its identity
 
     @property
     def options(self) -> dict[str, Any]:
@@ -159,6 +171,45 @@ class Scheme(abc.ABC):
             QuantizedWeightError: a shape, a dtype or a value is none that the scheme writes.
         """
         return self, tuple(tensors[suffix] for suffix in self.suffixes())
+
+
+def finite(constants: Sequence[Tensor]) -> Tensor:
+    """Whether the weight that ``constants`` were made of is finite: a bool without dimensions, on their device.
+
+    Scales tell, since NaN and Inf reach them through the amax, and they are small.
+    """
+    found = [t.isfinite().all() for t in constants if t.is_floating_point() and t.itemsize > 1]
+    return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool)
+
+
+def check_class(scheme: Any, name: str | None = None) -> type[Scheme]:
+    """Refuse what is no method.
+
+    Args:
+        name: that the method is registered under elsewhere.
+
+    Raises:
+        OptionError: says what is missing.
+    """
+    if not (isinstance(scheme, type) and issubclass(scheme, Scheme)):
+        raise OptionError(f"{scheme!r} is no method: expected a subclass of fp8_compile.Scheme")
+    own = vars(scheme).get("method")
+    if not isinstance(own, str):
+        raise OptionError(f"{scheme.__qualname__} has no class attribute `method` of its own, the method's name")
+    if name is not None and own != name:
+        raise OptionError(f"{scheme.__qualname__} is registered as {name!r}, and its own name is {own!r}")
+    fields = dataclasses.fields(scheme)
+    if "__dataclass_fields__" not in vars(scheme) or any(f.default is dataclasses.MISSING for f in fields):
+        raise OptionError(f"{scheme.__qualname__}: expected a frozen dataclass whose fields have defaults")
+    made = scheme()
+    for constant in made.specs(256, 256):
+        if hasattr(Tensor, constant) or constant in ("constants", "identity", "scheme"):
+            raise OptionError(
+                f"{scheme.__qualname__}: a constant called {constant!r} would hide an attribute of tensors"
+            )
+    if made.suffixes()[:1] != ("",):
+        raise OptionError(f"{scheme.__qualname__}: the first of suffixes() must be '', the weight's own name")
+    return scheme
 
 
 # Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 10 bytes for each.

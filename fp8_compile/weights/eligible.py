@@ -96,6 +96,8 @@ def _narrow(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | 
 
 
 def _scheme(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
+    if isinstance(candidate.weight, QuantizedWeight):
+        return None  # how it runs is another question
     in_features, out_features = candidate.features
     return scheme.reason(out_features, in_features, candidate.weight.dtype)
 

@@ -56,6 +56,7 @@ class QuantizedWeight(Tensor):
     scheme: Scheme
     constants: tuple[Tensor, ...]
     identity: Identity
+    _names: list[str]
 
     # Every operator goes to __torch_dispatch__, and results are not wrapped again.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -94,8 +95,11 @@ class QuantizedWeight(Tensor):
         return cls(scheme, _quantize(scheme, weight, device), weight.dtype)
 
     def _hold(self, scheme: Scheme, constants: Sequence[Tensor]) -> None:
+        for name in vars(self).get("_names", ()):
+            delattr(self, name)
         self.scheme, self.constants = scheme, tuple(constants)
-        for name, tensor in zip(scheme.specs(*self.shape), constants, strict=True):
+        self._names = list(scheme.specs(*self.shape))
+        for name, tensor in zip(self._names, constants, strict=True):
             setattr(self, name, tensor)
 
     @property
@@ -156,10 +160,10 @@ class QuantizedWeight(Tensor):
         # float8 as bytes: pickle alone, without torch.save, cannot read it back.
         inner = [c.view(torch.uint8) if c.dtype.is_floating_point and c.itemsize == 1 else c for c in self.constants]
         flags = self.requires_grad, hasattr(self, "_is_param")
-        return rebuild, (self.scheme.method, self.scheme.options, inner, self.dtype, *flags)
+        return rebuild_quantized_weight, (self.scheme.method, self.scheme.options, inner, self.dtype, *flags)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return list(self.scheme.specs(*self.shape)), (self.scheme, self.dtype)
+        return self._names, (self.scheme, self.dtype)  # asked at every call, by Dynamo's guards
 
     @staticmethod
     def __tensor_unflatten__(
@@ -256,7 +260,7 @@ def _flagged(made: QuantizedWeight, requires_grad: bool, is_parameter: bool) -> 
     return made
 
 
-def rebuild(
+def rebuild_quantized_weight(
     method: str,
     options: Mapping[str, Any],
     constants: Sequence[Tensor],
@@ -276,9 +280,9 @@ def rebuild(
 
 
 # Files name them by their public place, which no move of a module changes.
-for _public in (QuantizedWeight, rebuild):
+for _public in (QuantizedWeight, rebuild_quantized_weight):
     _public.__module__ = "fp8_compile"
-torch.serialization.add_safe_globals([QuantizedWeight, rebuild])
+torch.serialization.add_safe_globals([QuantizedWeight, rebuild_quantized_weight])
 
 
 # --- operators that move the constants ---

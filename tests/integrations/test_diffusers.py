@@ -215,8 +215,8 @@ NAME = "transformer_blocks.1.attn.to_q.weight"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(f"{NAME}_scale"), f"{NAME}' is FP8 values without a scale"),
-        (lambda t: t.pop(NAME), f"{NAME}_scale' is a scale without FP8 values"),
+        (lambda t: t.pop(f"{NAME}_scale"), f"{NAME}' is quantized values without a scale"),
+        (lambda t: t.pop(NAME), f"{NAME}_scale' is a scale without quantized values"),
         (lambda t: t[f"{NAME}_scale"].fill_(float("nan")), f"{NAME}_scale' holds a scale that is NaN"),
         (lambda t: t[f"{NAME}_scale"].zero_(), f"{NAME}_scale' holds a scale that is NaN, infinite, zero"),
         (lambda t: t.update({f"{NAME}_scale": torch.ones(3, 1)}), f"{NAME}_scale' has shape \\[3, 1\\]"),

@@ -14,7 +14,7 @@ from fp8_compile.passes.context import Context
 from fp8_compile.passes.graphs import example
 from fp8_compile.passes.pipeline import PASSES, Pass, rewrite
 from tests.support.blocks import OPTIONS, model, tokens
-from tests.support.graphs import capture, context, rand
+from tests.support.graphs import Call, capture, context, rand
 
 
 def after(wrong: Any, *others: Pass, stage: Any = "dynamo", at: int | None = None) -> Context:
@@ -74,9 +74,32 @@ def test_what_a_wrong_pass_does_is_found(wrong: Any, at: int | None, message: st
 def test_it_runs_with_dump_graphs_and_not_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     checked: list[str] = []
     monkeypatch.setattr(spec, "enabled", False)
-    monkeypatch.setattr(spec, "check", lambda graph, context, stage, after: checked.append(after))
+    monkeypatch.setattr(spec, "check", lambda graph, context, stage, after, before: checked.append(after))
     for options in ({}, {"dump_graphs": str(tmp_path)}):
         with torch.no_grad():
             torch.compile(model(1), backend="fp8_diffusion", options={**OPTIONS, **options})(tokens())
         torch.compiler.reset()
         assert checked == (["plan_linears", "real_rotary", "quantize_linears"] if options else [])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: nn.functional.linear(nn.functional.linear(x, m.a), m.b),  # in a function, both have the path ""
+        lambda m, x: nn.functional.linear(x, m.a) @ m.a,  # one weight in both layouts
+    ],
+)
+def test_layers_of_one_path(function: Any) -> None:
+    made = context(capture(Call(function, a=(128, 64), b=(256, 128)), rand(8, 64)))
+    rewrite(made, lambda stage, make: None)
+    assert len(made.plan.quantized) == 2
+
+
+def test_what_a_pass_of_the_users_leaves_behind_is_not_our_fault() -> None:
+    def untidy(graph: Graph) -> None:
+        with graph.inserting_before(graph.output_node()):
+            graph.call_function(torch.ops.aten.neg.default, (graph.find_nodes(op="placeholder")[0],))
+
+    options = {**OPTIONS, "inner_backend": "inductor", "post_grad_custom_post_pass": untidy}
+    with torch.no_grad():
+        torch.compile(model(1), backend="fp8_diffusion", options=options)(tokens())

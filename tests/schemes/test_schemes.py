@@ -5,19 +5,30 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fp8_compile
-from fp8_compile import OptionError, QuantizedWeight, Scheme, UnknownMethodError, numerics, register_method, schemes
+from fp8_compile import (
+    OptionError,
+    QuantizedWeight,
+    Scheme,
+    Spec,
+    UnknownMethodError,
+    numerics,
+    register_method,
+    schemes,
+)
 from fp8_compile.checks import parse_options, scheme_for
 from fp8_compile.runtime.constants import _make
-from fp8_compile.schemes import scheme_named
+from fp8_compile.schemes import finite, scheme_named
+from fp8_compile.schemes import scheme as scheme_module
 from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
 from tests.support import methods as ours
 from tests.support.blocks import LOAD, OPTIONS, WIDTH, model, tokens
@@ -96,11 +107,52 @@ def test_how_fp8_runs() -> None:
     assert TENSORWISE.quantize is numerics.quantize_tensorwise
 
 
+@dataclass(frozen=True)
+class OneScale(Doubled):
+    """A constant whose first dimension is not N: rows depend on each other."""
+
+    method: ClassVar[str] = "one-scale"
+
+    block: tuple[int, ...] = (1, 1)
+
+    def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        return {"qdata": Spec((out_features, in_features), torch.bfloat16), "scale": Spec((1, 1), torch.bfloat16)}
+
+    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
+        amax = weight.abs().amax().view(1, 1).to(torch.bfloat16)
+        return (weight / amax).to(torch.bfloat16), amax
+
+    def dequantize(self, constants: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        return (constants[0] * constants[1]).to(dtype)
+
+
+def test_rows_that_depend_on_each_other_are_not_quantized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheme_module, "CHUNK", 7 * 64)
+    weight = torch.randn(48, 64)
+    weight[40] *= 30
+    for whole, part in zip(OneScale().quantize_weight(weight), OneScale().quantize_in_chunks(weight), strict=True):
+        assert torch.equal(whole, part)
+
+
+def test_nan_is_found_in_constants_of_any_floating_type() -> None:
+    weight = torch.randn(48, 64)
+    assert finite(OneScale().quantize_weight(weight))
+    weight[3, 5] = torch.nan
+    assert not finite(OneScale().quantize_weight(weight))
+
+
+def test_lists_from_files_become_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON has no tuples, and a scheme is hashed."""
+    monkeypatch.setattr(schemes, "_METHODS", dict(schemes._METHODS))
+    register_method(OneScale)
+    assert hash(scheme_named("one-scale", {"block": [2, 3]})) == hash(OneScale(block=(2, 3)))
+
+
 # --- the table of methods ---
 
 
 def test_a_registered_method_is_an_option(doubled: None) -> None:
-    assert sorted(schemes.methods()) == ["doubled", "fp8"]
+    assert schemes.methods() == ["doubled", "fp8"]
     assert scheme_for(parse_options({**METHOD, "factor": 3})) == Doubled(3)
     with pytest.raises(UnknownMethodError, match=r"did you mean 'doubled'.*valid: doubled, fp8.*register_method"):
         parse_options({"method": "double"})
@@ -112,32 +164,99 @@ def test_an_option_of_another_method_says_whose_it_is(doubled: None) -> None:
     with pytest.raises(OptionError, match="granularity belongs to method 'fp8', not to 'doubled'"):
         parse_options({**METHOD, "granularity": "tensor"})
     with pytest.raises(OptionError, match="factor belongs to method 'doubled', not to 'fp8'"):
+        parse_options({"factor": 3, "method": "fp8"})
+    with pytest.raises(OptionError, match="factor belongs to method 'doubled', which must be given with it"):
         parse_options({"factor": 3})
 
 
 def test_a_name_can_be_registered_once(doubled: None) -> None:
+    @dataclass(frozen=True)
     class Other(Doubled):
-        pass
+        method: ClassVar[str] = "doubled"
 
     register_method(Doubled)  # the same again changes nothing
     with pytest.raises(OptionError, match="method 'doubled' is registered already; registered: doubled, fp8"):
         register_method(Other)
-    assert schemes.methods()["doubled"] is Doubled
+    assert schemes.method_named("doubled") is Doubled
 
 
-def test_a_method_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed package names its method by an entry point; nothing of it is imported by hand."""
-    info = tmp_path / "other_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[fp8_compile.methods]\ndoubled = tests.support.methods:Doubled\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    schemes._from_entry_points.cache_clear()
-    try:
-        assert scheme_for(parse_options(METHOD)) == Doubled()
-    finally:
-        monkeypatch.undo()
-        schemes._from_entry_points.cache_clear()
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Installs a package that names methods by these entry points."""
+
+    def install(points: str) -> None:
+        info = tmp_path / "other_package-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[fp8_compile.methods]\n{points}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        schemes._entry_points.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    schemes._entry_points.cache_clear()
+
+
+def test_a_method_of_another_package(installed: Callable[[str], None]) -> None:
+    """Nothing of it is imported by hand, and a broken one is in nobody's way."""
+    place = "tests.support.methods:Doubled"
+    installed(f"doubled = {place}\nbroken = no_such_module:Scheme\nother = {place}")
+    assert scheme_for(parse_options(METHOD)) == Doubled()
+    assert scheme_for(parse_options({})) == Fp8()
+    with pytest.raises(OptionError, match="granularity belongs to method 'fp8', not to 'doubled'"):
+        parse_options({**METHOD, "granularity": "row"})
+    with pytest.raises(
+        UnknownMethodError, match=r"method='broken', no_such_module:Scheme, cannot be imported: No module"
+    ):
+        parse_options({"method": "broken"})
+    with pytest.raises(OptionError, match="Doubled is registered as 'other', and its own name is 'doubled'"):
+        parse_options({"method": "other"})
+
+
+def test_a_method_of_another_package_with_a_name_of_ours(installed: Callable[[str], None]) -> None:
+    installed("fp8 = tests.support.methods:Doubled")
+    with pytest.raises(OptionError, match=r"method 'fp8' of tests\.support\.methods:Doubled has the name of a method"):
+        schemes.methods()
+
+
+class Undecorated(Doubled):
+    method: ClassVar[str] = "undecorated"
+    more: int = 3
+
+
+class Unnamed(Doubled):
+    pass
+
+
+@dataclass(frozen=True)
+class Hiding(Doubled):
+    method: ClassVar[str] = "hiding"
+
+    def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        return {"grad": Spec((out_features, in_features), torch.float16)}
+
+
+@dataclass(frozen=True)
+class Suffixed(Doubled):
+    method: ClassVar[str] = "suffixed"
+
+    def suffixes(self) -> tuple[str, ...]:
+        return ("_packed", "_scale")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Doubled(), "expected a subclass of"),
+        (Undecorated, "Undecorated: expected a frozen dataclass"),
+        (Unnamed, "Unnamed has no class attribute `method`"),
+        (Hiding, "a constant called 'grad' would hide an attribute"),
+        (Suffixed, r"the first of suffixes\(\) must be ''"),
+    ],
+)
+def test_what_is_no_method_is_refused_when_it_is_registered(kind: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        register_method(kind)
 
 
 # --- a registered method through every entrance ---
@@ -190,6 +309,7 @@ def test_options_that_differ_from_the_weights(doubled: None) -> None:
     for options, message in (
         ({"method": "fp8"}, "method='fp8': the weights were quantized with method='doubled'"),
         ({**METHOD, "factor": 2}, "factor=2: the weights were quantized with factor=3"),
+        ({**METHOD, "factor": 0}, "factor=0: expected an integer"),
         ({"granularity": "row"}, "granularity belongs to method 'fp8', and the weights were quantized with 'doubled'"),
     ):
         m.compile(backend="fp8_diffusion", options={"inner_backend": "eager", **options})
@@ -217,6 +337,32 @@ def test_through_diffusers(doubled: None, tmp_path: Path) -> None:
     for name, parameter in read.items():
         assert parameter.scheme == Doubled(3)
         assert torch.equal(parameter.dequantize(), quantized[name].dequantize())
+
+
+def test_plain_tensors_that_look_like_constants_stay_what_they_are(doubled: None, tmp_path: Path) -> None:
+    """The file says which weights are quantized, so nothing has to be guessed by names and dtypes."""
+    import diffusers
+
+    kind: Any = diffusers.QwenImageTransformer2DModel
+    from bench.tiny import build_transformer
+
+    m = build_transformer().to(torch.float16)  # as the values of the method are
+    fp8_compile.quantize_(m, METHOD)
+    m.save_pretrained(tmp_path / "saved")
+    again = kind.from_pretrained(tmp_path / "saved", torch_dtype=torch.float16)
+    for (name, a), (_, b) in zip(m.named_parameters(), again.named_parameters(), strict=True):
+        assert isinstance(a, QuantizedWeight) == isinstance(b, QuantizedWeight), name
+        assert torch.equal(a + 0, b + 0), name
+
+
+def test_damaged_metadata_is_an_error_of_the_file(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: t.contiguous() for name, t in model(1).state_dict().items()}
+    for text in ("garbage", '[{"method": "fp8"}]', "3"):
+        save_file(tensors, tmp_path / "m.safetensors", metadata={"fp8_compile": text})
+        with pytest.raises(fp8_compile.CheckpointError, match=r"m\.safetensors: metadata 'fp8_compile' is damaged"):
+            fp8_compile.load_fp8_checkpoint(model(1), tmp_path / "m.safetensors")
 
 
 def test_a_file_whose_method_is_not_registered(doubled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +393,6 @@ def test_nan_and_inf_are_found_in_its_constants(doubled: None) -> None:
 def test_files_name_weights_by_their_public_place() -> None:
     """A move of a module inside the package leaves the files that ``torch.save`` wrote readable."""
     weight = QuantizedWeight.quantize(torch.randn(WIDTH, WIDTH), Fp8())
-    assert b"fp8_compile\nrebuild" in pickle.dumps(weight, protocol=2)
+    assert b"fp8_compile\nrebuild_quantized_weight" in pickle.dumps(weight, protocol=2)
     assert b"weights.quantized_weight" not in pickle.dumps(weight, protocol=2)
     assert QuantizedWeight.__module__ == "fp8_compile"
