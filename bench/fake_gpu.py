@@ -124,7 +124,7 @@ def check_installation() -> None:
     if release not in TESTED:
         raise FakeGpuError(
             f"torch {torch.__version__}: bench/fake_gpu.py replaces internals of torch and was tested with "
-            f"{', '.join(TESTED)} only. Add the version to TESTED there and run tests/test_lower.py."
+            f"{', '.join(TESTED)} only. Add the version to TESTED there and run tests/bench/test_lower.py."
         )
     if importlib.util.find_spec("triton") is None:
         raise FakeGpuError(

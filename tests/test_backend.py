@@ -295,6 +295,7 @@ def test_report_tells_what_each_pass_did() -> None:
     assert results == [
         ("plan_linears", 8, ""),
         ("quantize_linears", 8, ""),
+        ("real_rotary", None, "disabled"),
         ("one_fp8_copy", None, "not run by inner_backend 'aot_eager'"),
     ]
     assert all(r.milliseconds > 0 for r in report.passes[graph][:2])

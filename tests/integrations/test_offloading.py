@@ -81,7 +81,7 @@ def test_compiled(offload: Callable[[Any], None], before: bool) -> None:
         assert torch.equal(run(m), expected)
     rows = {row.path: row for row in fp8_compile.report(m).layers}
     assert (rows["transformer_blocks.1.attn.to_q"].decision, rows["transformer_blocks.1.attn.to_q"].reason) == (
-        "fp8",
+        "quantized",
         "",
     )
 
