@@ -17,7 +17,7 @@ spec.enabled = True  # every graph of every test is checked between passes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``-m fast``: what takes neither Inductor nor a pipeline."""
     for item in items:
-        if not any(item.get_closest_marker(name) for name in ("inductor", "pipeline", "slow")):
+        if not any(item.get_closest_marker(name) for name in ("build", "inductor", "pipeline", "slow")):
             item.add_marker("fast")
 
 

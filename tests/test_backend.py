@@ -196,6 +196,7 @@ def test_an_unknown_option_reaches_the_user() -> None:
 # --- what torch.compile passes ---
 
 
+@pytest.mark.inductor
 def test_mode_reaches_inductor_and_settings_last_for_one_compile_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import compile_fx, config
 
@@ -402,6 +403,7 @@ def test_a_weight_used_with_few_and_with_many_rows_is_quantized_once() -> None:
 # --- Inductor and its caches ---
 
 
+@pytest.mark.inductor
 def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
     code = """
         import torch, fp8_compile
@@ -425,6 +427,7 @@ def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
     assert f"{before}: None from cache;" in second
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("name", ["QwenImage", "ZImage"])
 def test_inductor_compiles_real_blocks(name: str) -> None:
     from tests.support.zoo import MODELS

@@ -13,6 +13,8 @@ import fp8_compile
 from tests.support.sqnr import sqnr
 from tests.support.zoo import MODELS, Tiny
 
+pytestmark = pytest.mark.pipeline
+
 # In dB, against eager BF16, for random weights. FP8 E4M3 alone costs about 28 dB in each matmul; a residual stream that
 # dwarfs what the blocks add to it hides most of that, and so regional compilation, which leaves the embeddings and the
 # output projection alone, scores higher. Measured values lie 1.5 to 3 dB above, in PixArt less: FP8

@@ -15,7 +15,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PASSES = sorted(path.name for path in (ROOT / "fp8_compile" / "passes").glob("*.py"))
 
-pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="builds from a git checkout, and this is none")
+pytestmark = [
+    pytest.mark.build,
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="builds from a git checkout, and this is none"),
+]
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.inductor
+
 ROOT = Path(__file__).parent.parent.parent
 TESTED = ("2.11", "2.13", "2.15")
 

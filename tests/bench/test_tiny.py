@@ -15,6 +15,8 @@ from fp8_compile.errors import OptionError
 from fp8_compile.measure.quality import generate, prompt_adherence
 from fp8_compile.measure.scenes import scenes
 
+pytestmark = pytest.mark.pipeline
+
 LARGEST_FILE = 10 * 1024 * 1024
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 
 import fp8_compile
 
+pytestmark = pytest.mark.pipeline
+
 PROMPT = "a red circle on a white background"
 COMMAND = [sys.executable, "-m", "fp8_compile", "text-to-image", PROMPT]
 SMALL = ["--height", "64", "--width", "64", "--steps", "2"]

@@ -23,6 +23,8 @@ from fp8_compile.inductor.whole_rows import whole_rows
 from fp8_compile.passes.context import Context
 from tests.support.blocks import OPTIONS, model, tokens
 
+pytestmark = pytest.mark.inductor
+
 CPU = torch.device("cpu")
 
 

@@ -17,6 +17,8 @@ import fp8_compile
 from tests.support.sqnr import sqnr
 from tests.support.zoo import MODELS
 
+pytestmark = pytest.mark.pipeline
+
 TINY = MODELS["Flux"]
 STEPS, BLOCKS = 6, 5
 _timestep = [0]

@@ -24,6 +24,8 @@ from fp8_compile import Fp8DiffusionConfig, QuantizedWeight
 from fp8_compile.weights.quantized_weight import KeptWeight
 from tests.support.zoo import MODELS
 
+pytestmark = pytest.mark.pipeline
+
 TINY = MODELS["QwenImage"]
 OPTIONS: dict[str, Any] = {"min_features": 64, "ignored_layers": ["img_mlp", "transformer_blocks.0.*"]}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -15,6 +15,8 @@ import fp8_compile
 from fp8_compile import QuantizedWeight
 from tests.support.zoo import MODELS
 
+pytestmark = pytest.mark.pipeline
+
 TINY = MODELS["QwenImage"]
 CPU = torch.device("cpu")
 

@@ -23,6 +23,8 @@ from fp8_compile.measure.variants import Variants
 from tests.support.pages import Page
 from tests.support.pipelines import OPTIONS, Pipeline
 
+pytestmark = pytest.mark.pipeline
+
 GROUPS = {"all FP8": (), "skip mlp": ("mlp",), "all kept": ("*",)}
 PROMPTS = ("a <b>red</b> circle", "two blue squares")
 

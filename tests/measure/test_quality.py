@@ -35,6 +35,8 @@ from fp8_compile.measure.quality import (
 from fp8_compile.measure.scenes import Scene, SceneError, scenes
 from tests.support.pipelines import Pipeline
 
+pytestmark = pytest.mark.pipeline
+
 GREY = Image.new("RGB", (64, 64), (100, 100, 100))
 RAMP = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 
@@ -193,7 +195,11 @@ FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "granularity"), FLOORS)
+# Z-Image's blocks take several times as long as Qwen-Image's on a CPU without BF16 units.
+SLOW = {"z-image": [pytest.mark.slow]}
+
+
+@pytest.mark.parametrize(("name", "granularity"), [pytest.param(*key, marks=SLOW.get(key[0], [])) for key in FLOORS])
 def test_gate_compiled_fp8_draws_what_bf16_draws(name: str, granularity: str) -> None:
     plain = _plain(name)
     fp8 = generate(load(name, choice=granularity), HELD_OUT, SEEDS, **EMBEDDED_CALLS[name])
@@ -211,7 +217,7 @@ def test_gate_compiled_fp8_draws_what_bf16_draws(name: str, granularity: str) ->
 HARD = {"qwen-image": 2.0**17, "z-image": 2.0**18}
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, [])) for name in HARD])
 def test_gate_outliers_spare_finer_scales_and_ruin_one_per_tensor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for method in METHODS:
         monkeypatch.setitem(schemes._METHODS, method.method, method)

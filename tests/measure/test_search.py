@@ -27,6 +27,8 @@ from fp8_compile.measure.variants import Variants
 from tests.support.pages import Page
 from tests.support.pipelines import OPTIONS, Pipeline, qwen_image_with_outliers, with_outlier
 
+pytestmark = pytest.mark.pipeline
+
 
 def counted(loss: Callable[[frozenset[str]], float]) -> tuple[Callable[[frozenset[str]], float], list[frozenset[str]]]:
     """``loss``, each set measured once, and the sets that were."""

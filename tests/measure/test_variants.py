@@ -15,6 +15,8 @@ from fp8_compile.measure.variants import BF16, Variants
 from fp8_compile.pipelines.denoisers import PipelineError
 from tests.support.pipelines import OPTIONS, Block, Pipeline
 
+pytestmark = pytest.mark.pipeline
+
 PROMPTS = ("a red circle", "two blue squares")
 
 

@@ -283,6 +283,7 @@ def test_graph_of_inductor(granularity: str) -> None:
     assert str(graph) == text
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("preparation", PREPARATIONS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_generated_code(granularity: str, preparation: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +303,7 @@ def test_generated_code(granularity: str, preparation: str, monkeypatch: pytest.
     assert buffers() == ["(16, 64), (64, 1)"] * 3
 
 
+@pytest.mark.inductor
 def test_result_of_the_generated_code() -> None:
     """The only test here that runs what Inductor generates: an activation in the wrong layout would raise."""
     prepare, shape = PREPARATIONS["transposed view"]

@@ -95,6 +95,7 @@ def test_layers_of_one_path(function: Any) -> None:
     assert len(made.plan.quantized) == 2
 
 
+@pytest.mark.inductor
 def test_what_a_pass_of_the_users_leaves_behind_is_not_our_fault() -> None:
     def untidy(graph: Graph) -> None:
         with graph.inserting_before(graph.output_node()):

@@ -14,6 +14,8 @@ from fp8_compile.errors import NothingConvertedError, OptionError
 from fp8_compile.pipelines.denoisers import PipelineError
 from fp8_compile.pipelines.session import CallError, Session
 
+pytestmark = pytest.mark.pipeline
+
 PICTURE = {"prompt": "a red circle", "num_inference_steps": 2, "height": 64, "width": 64}
 
 

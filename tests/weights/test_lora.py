@@ -13,6 +13,8 @@ import fp8_compile
 from tests.support.lora import FLOOR, OPTIONS, TINY, add, build, compile_blocks, quantized, run, uncompiled
 from tests.support.sqnr import sqnr
 
+pytestmark = pytest.mark.pipeline
+
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:

@@ -14,6 +14,8 @@ from fp8_compile import QuantizedWeight
 from tests.support.lora import FLOOR, TINY, add, compile_blocks, quantized, run, uncompiled
 from tests.support.sqnr import sqnr
 
+pytestmark = pytest.mark.pipeline
+
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL.Image import Image
 from safetensors.torch import save_file
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 import fp8_compile
 from bench.tiny import build_qwen_image
 from fp8_compile.measure.quality import psnr
+
+pytestmark = pytest.mark.pipeline
 
 TARGETS = ("attn.to_q", "attn.to_v", "attn.to_out.0", "img_mlp.net.2")
 RANK = 8
