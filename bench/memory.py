@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import fp8_compile
 from fp8_compile import QuantizedWeight
+from fp8_compile.checks import parse_options, scheme_for
 
 from . import models
 from .common import Spread, parser, table, write
@@ -125,7 +126,7 @@ def speed(rounds: int) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.randn(12288, 3072, device=device).bfloat16()
     moved = {"quantize": 3 * weight.numel(), "copy": 4 * weight.numel()}
-    works = {"quantize": lambda: QuantizedWeight.quantize(weight), "copy": weight.clone}
+    works = {"quantize": lambda: QuantizedWeight.quantize(weight, scheme_for(parse_options({}))), "copy": weight.clone}
     found = {}
     for name, work in works.items():
         seconds = []

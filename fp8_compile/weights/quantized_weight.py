@@ -73,9 +73,10 @@ class QuantizedWeight(Tensor):
         if isinstance(scheme, QuantizedWeight):  # as accelerate does when it brings an offloaded parameter back
             return _flagged(_alias(scheme), requires_grad, is_parameter=True)
         shape = _checked_shape(scheme, constants, dtype)
-        made = Tensor._make_wrapper_subclass(
-            cls, shape, strides=(shape[1], 1), dtype=dtype, device=constants[0].device, requires_grad=requires_grad
-        )
+        with torch.inference_mode(False):  # an inference tensor could not be moved or written outside of that mode
+            made = Tensor._make_wrapper_subclass(
+                cls, shape, strides=(shape[1], 1), dtype=dtype, device=constants[0].device, requires_grad=requires_grad
+            )
         made._hold(scheme, constants)
         made.identity = Identity() if identity is None else identity
         return made
@@ -177,10 +178,19 @@ class QuantizedWeight(Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.is_inference_mode_enabled():  # where torch itself does not take composite operators apart
+            made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         if func in _MOVES:
-            made = _MOVES[func](*args, **kwargs)
+            with torch.inference_mode(False), torch.no_grad():
+                made = _MOVES[func](*args, **kwargs)
             if made is not None:
                 return return_and_correct_aliasing(func, args, kwargs, made)  # type: ignore[no-untyped-call]
+        if torch.is_inference_mode_enabled() and any(r.alias_info is not None for r in func._schema.returns):
+            # What stands for a view of a weight that is no inference tensor is none either.
+            with torch.inference_mode(False), torch.no_grad():
+                return _on_values(func, args, kwargs)
         return _on_values(func, args, kwargs)
 
 
@@ -221,7 +231,8 @@ def _quantize(scheme: Scheme, weight: Tensor, device: torch.device | None = None
             f"{dtype} values of shape {list(weight.shape)} are no weight: expected a matrix of bfloat16, float16 or "
             "float32 (FP8 values with their scale are a QuantizedWeight)"
         )
-    return scheme.quantize_in_chunks(weight, device)
+    with torch.inference_mode(False), torch.no_grad():
+        return scheme.quantize_in_chunks(weight, device)
 
 
 def _checked_shape(scheme: Scheme, constants: Sequence[Tensor], dtype: torch.dtype) -> tuple[int, int]:

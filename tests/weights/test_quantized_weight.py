@@ -278,3 +278,36 @@ def test_a_weight_that_was_kept_remembers_why() -> None:
     m.weight = weight
     assert type(m.to(torch.float16).weight) is KeptWeight
     assert type(m.state_dict()["weight"]) is Tensor
+
+
+@pytest.mark.parametrize("made", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("used", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m: m.to("cpu"),
+        lambda m: m.to(torch.float16).to(torch.bfloat16),
+        lambda m: m._apply(lambda t: t.clone()),
+        lambda m: setattr(m, "weight", nn.Parameter(m.weight, requires_grad=False)),
+        lambda m: setattr(m.weight, "data", m.weight.data.clone()),
+        lambda m: (m.weight.detach(), m.weight.t(), m.weight.view(-1), m.weight[0], m.weight.chunk(2)),
+        lambda m: m.load_state_dict(m.state_dict()),
+        lambda m: m.load_state_dict(saved_and_loaded(m.state_dict(), weights_only=True)),
+        lambda m: m.weight.mul_(1),
+        lambda m: m.requires_grad_(False),
+    ],
+    ids=["to", "cast", "clone", "parameter", "data", "views", "state dict", "file", "in place", "requires_grad"],
+)
+def test_inside_and_outside_of_inference_mode(made: Any, used: Any, use: Callable[[Any], Any]) -> None:
+    """A BF16 weight takes all of it; so does a quantized one, wherever it was made."""
+    m = nn.Linear(K, N).bfloat16()
+    with made():
+        m.weight = QuantizedWeight(QuantizedWeight.quantize(plain(), ROW))  # type: ignore[assignment]
+    x, weight = plain()[:3], m.weight.dequantize()
+    with used():
+        use(m)
+        assert isinstance(m.weight, QuantizedWeight)
+        assert not m.weight.is_inference()
+        assert sqnr(nn.functional.linear(x, weight, m.bias), m(x)) > 40
+    m.weight.mul_(2)  # and outside again
+    assert sqnr(2 * weight, m.weight.dequantize()) > 40
