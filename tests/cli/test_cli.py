@@ -64,7 +64,7 @@ def test_a_pipeline_of_the_users_own_compiled_whole_with_a_table_of_layers(cache
     build_qwen_image(seed=1).save_pretrained(tmp_path / "own")
     options = ["--model", tmp_path / "own", "--whole", "--granularity", "tensor", "--show-layers", "--steps", 1]
     told = run(cache, *options, "--height", 64, "--width", 64, "--output", tmp_path / "own.png")
-    assert re.search(r"transformer_blocks\.\*\.attn\.to_q +2 +256 +256 +fp8 +fp8-tensor", told)
+    assert re.search(r"transformer_blocks\.\*\.attn\.to_q +2 +256 +256 +quantized +fp8-tensor", told)
     assert "not measured" in told
 
 
@@ -115,7 +115,7 @@ def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> No
         (["--output", "picture.xyz"], "no picture format ends in '.xyz'"),
         (["--output", "nowhere/picture.png"], "there is no directory 'nowhere'"),
         (["--model", "no/such/model"], "'no/such/model' could not be loaded"),
-        (["--ignored-layers", "img_mlp,"], "ignored_layers: '': a module path"),
+        (["--ignored-layers", "img_mlp,"], "ignored_layers: '': expected a module path"),
         (["--height", "40", "--model", "embedded:z-image"], "Height must be divisible by 16 (got 40)"),
         (["--true-cfg-scale", "4", "--model", "embedded:z-image"], "ZImagePipeline takes no true_cfg_scale; it takes"),
         (["--true-cfg-scale", "4"], "true_cfg_scale=4 needs a negative_prompt"),

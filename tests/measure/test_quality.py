@@ -195,11 +195,7 @@ FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
 }
 
 
-# Z-Image's blocks take several times as long as Qwen-Image's on a CPU without BF16 units.
-SLOW = {"z-image": [pytest.mark.slow]}
-
-
-@pytest.mark.parametrize(("name", "granularity"), [pytest.param(*key, marks=SLOW.get(key[0], [])) for key in FLOORS])
+@pytest.mark.parametrize(("name", "granularity"), FLOORS)
 def test_gate_compiled_fp8_draws_what_bf16_draws(name: str, granularity: str) -> None:
     plain = _plain(name)
     fp8 = generate(load(name, choice=granularity), HELD_OUT, SEEDS, **EMBEDDED_CALLS[name])
@@ -217,7 +213,7 @@ def test_gate_compiled_fp8_draws_what_bf16_draws(name: str, granularity: str) ->
 HARD = {"qwen-image": 2.0**17, "z-image": 2.0**18}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, [])) for name in HARD])
+@pytest.mark.parametrize("name", HARD)
 def test_gate_outliers_spare_finer_scales_and_ruin_one_per_tensor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for method in METHODS:
         monkeypatch.setitem(schemes._METHODS, method.method, method)

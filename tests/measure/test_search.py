@@ -257,7 +257,6 @@ def test_the_page_shows_the_path_and_needs_nothing_else(tmp_path: Path) -> None:
     assert "relative_l2 of the worst picture at most 0.08" in page.texts  # the line of the bound
 
 
-@pytest.mark.slow
 def test_outliers_of_a_real_model_are_found_by_block_and_by_layer(tmp_path: Path) -> None:
     pipe = qwen_image_with_outliers(blocks=3, hard=1, factor=2.0**18)
     # "eager" compiles fastest, and rewrites and quantizes as the others do.

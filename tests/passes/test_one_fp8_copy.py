@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.graph import GraphLowering
 from torch.fx import Graph, Node
 
+from fp8_compile import numerics
 from fp8_compile.inductor import inner
 from fp8_compile.inductor.inner import PostGradPasses
 from fp8_compile.numerics import FP8_DTYPE, _has_rowwise_kernel
@@ -220,6 +221,12 @@ class QKV(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.prepare(x)
         return self.to_q(x), self.to_k(x), self.to_v(x)
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass is for graphs with scaled matmuls; on the CPU, a scale per tensor is not worth one."""
+    monkeypatch.setattr(numerics, "_has_tensorwise_kernel", lambda device_type: True)
 
 
 GRANULARITIES = [
