@@ -57,9 +57,8 @@ def fp8_diffusion(
     asked = any(isinstance(x, Tensor) and x.is_cuda and not isinstance(x, FakeTensor) for x in example_inputs)
     given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs, strict=True)}
     earlier = {name: value.reason for name, value in given.items() if isinstance(value, KeptWeight)}
-    for value in given.values():
-        if isinstance(value, QuantizedWeight):
-            check_agreement(opts, value.scheme)
+    for scheme in dict.fromkeys(value.scheme for value in given.values() if isinstance(value, QuantizedWeight)):
+        check_agreement(opts, scheme)
     context = Context(gm, opts, scheme_for(opts), refusal if asked else None, earlier)
     rewritten = rewrite(context, partial(tracing.trace_graph, options=opts))
     plan = context.plan

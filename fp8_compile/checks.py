@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,6 @@ from .errors import NothingConvertedError, NothingConvertedWarning, OptionError,
 from .options import COMMON, Fp8Options, check_choice, check_inductor, inductor_settings
 from .patterns import check_unmatched
 from .schemes import DEFAULT_METHOD, Scheme, own_options, owner_of, scheme_named
-
-logger = logging.getLogger(__name__)
 
 
 def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | None = None) -> Fp8Options:

@@ -98,7 +98,7 @@ def _parts(text: str) -> tuple[re.Pattern[str], ...]:
 
 
 def _choice(segment: str) -> str:
-    """An expression for one segment, in which ``*`` is left as it is."""
+    """An expression for one segment; its ``*`` stay, for `_parts` to split at."""
     names = "|".join(re.escape(name) for name in (segment, *FUSED.get(segment, ())))
     return f"(?:{names})" if segment in FUSED else "*".join(_characters(part) for part in segment.split("*"))
 

@@ -73,6 +73,11 @@ def schemes_in(files: Iterable[Any]) -> dict[str, Scheme]:
     return found
 
 
+def _other_constants(schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    """The weight, by the names of its constants in files; of those that bear a name of their own."""
+    return {f"{weight}{suffix}": weight for weight, s in schemes.items() for suffix in s.suffixes()[1:]}
+
+
 class Names:
     """Which tensors of files are constants, and of which weight.
 
@@ -83,7 +88,7 @@ class Names:
 
     def __init__(self, schemes: Mapping[str, Scheme], default: Scheme) -> None:
         self.schemes, self.default = schemes, default
-        self._weights = {f"{w}{suffix}": w for w, s in schemes.items() for suffix in s.suffixes()[1:]}
+        self._weights = _other_constants(schemes)
         self._suffixes = () if schemes else default.suffixes()[1:]
         self._dtype = None if schemes else next(iter(default.specs(1, 1).values())).dtype
 
@@ -322,7 +327,7 @@ def _matched(
 ) -> dict[str, Tensor]:
     """What each of ``expected`` is to become."""
     found: dict[str, Tensor] = {}
-    constants = {f"{w}{suffix}" for w, scheme in schemes.items() for suffix in scheme.suffixes()[1:]}
+    constants = _other_constants(schemes)
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
         if name in constants:

@@ -26,7 +26,7 @@ class Decision:
         decision: "quantized" or "unquantized".
         scheme: of its weight; None if it is unquantized.
         call: how it runs; None if it is unquantized.
-        reason: why it is unquantized; empty for "fp8".
+        reason: why it is unquantized; empty for "quantized".
         pattern: the entry of ``ignored_layers`` that names it, or None.
         tracked: whether the report follows the weight. Adapters' weights are swapped and resized by their owners,
             which a weak reference to them would forbid (``torch.utils.swap_tensors``).

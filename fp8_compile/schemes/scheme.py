@@ -1,6 +1,6 @@
 """What a scheme is: one kind of quantization, which weights carry and graphs are written by.
 
-A scheme is told by its method's name and its options: a frozen dataclass of plain values. So it can be copied,
+A scheme is identified by its method's name and its options: a frozen dataclass of plain values. So it can be copied,
 compared, pickled and written into files, and holds no function. Nothing outside of this folder asks how it is made.
 """
 
@@ -86,8 +86,8 @@ class Scheme(abc.ABC):
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The constants of ``weight``, ``[N, K]``.
 
-        NaN or Inf in a weight must show in a float32 constant, as it does in a scale made from the amax. The weight may
-        be fake, so its values must not be looked at.
+        NaN or Inf in a weight must show in a constant that `finite` looks at, as it does in a scale made from the amax.
+        The weight may be fake, so its values must not be looked at.
         """
 
     @abc.abstractmethod
@@ -148,7 +148,7 @@ class Scheme(abc.ABC):
         return dataclasses.replace(self, **given) if given else self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scheme:
-        return self  # it cannot change; and what Dynamo's guards copied is then told to be equal by its identity
+        return self  # it cannot change, and Dynamo's guards compare their copy at every call: identity is quick
 
     @property
     def options(self) -> dict[str, Any]:
