@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from . import tracing
 from .checks import check_agreement, complain_of_nothing, parse_options, scheme_for, warn_of_unmatched
 from .device import check_device, refusal
-from .errors import GradientError
+from .errors import GradientError, PatternError, RecompileLimitWarning
+from .inductor import dynamo
 from .inductor.inner import compile_inner
 from .options import Fp8Options
 from .passes.context import Context, Plan
 from .passes.graphs import example
 from .passes.pipeline import rewrite
+from .patterns import matching
 from .runtime.binder import BoundGraph
-from .runtime.constants import GraphRecord, forget_all
-from .weights import lora
-from .weights.quantized_weight import KeptWeight, QuantizedWeight
+from .runtime.constants import LOCK, GraphRecord, forget_all
+from .weights import eligible, lora, marks
+from .weights.eligible import UNNAMED
+from .weights.layers import Layer, Namer, tree_of
+from .weights.quantized_weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -56,31 +62,47 @@ def fp8_diffusion(
     # Without a device behind them, as with fake weights, there is nothing to ask.
     asked = any(isinstance(x, Tensor) and x.is_cuda and not isinstance(x, FakeTensor) for x in example_inputs)
     given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs, strict=True)}
-    earlier = {name: value.reason for name, value in given.items() if isinstance(value, KeptWeight)}
     for scheme in dict.fromkeys(value.scheme for value in given.values() if isinstance(value, QuantizedWeight)):
         check_agreement(opts, scheme)
-    context = Context(gm, opts, scheme_for(opts), refusal if asked else None, earlier)
+    namer = Namer(dynamo.sources(gm), dynamo.bases(gm))
+    parameters = {name: value for name, value in given.items() if isinstance(value, torch.nn.Parameter)}
+    with LOCK:
+        layers, roots = namer.find({name: value for name, value in parameters.items() if value.dim() == 2})
+    context = Context(gm, opts, scheme_for(opts), refusal if asked else None, layers)
     rewritten = rewrite(context, partial(tracing.trace_graph, options=opts))
     plan = context.plan
     tracing.trace_plan(plan, opts)
-    _check_patterns(gm, plan)
-    # Of a model that was quantized at load time, `quantize_` has said it, of the whole model.
-    if plan.decisions and not plan.quantized and (opts.strict or not earlier):
-        complain_of_nothing(plan.reasons(), "this graph", strict=opts.strict, stacklevel=2)
+    _complain(plan, layers.values(), roots, opts)
     if plan.quantized:
         _check_inputs(gm, plan, example_inputs)
 
     inputs = [given.get(node.name, example(node)) for node in _placeholders(rewritten)]
     compiled = compile_inner(rewritten, inputs, context)
-    if not any(d.weight is not None and d.tracked for d in plan.decisions):
+    if not any(d.weight is not None and (d.tracked or d.stays_by_name is not None) for d in plan.decisions):
         return compiled  # nothing to bind, and nothing that a report could be asked for
+    with LOCK:
+        for root in roots:
+            marks.mark(root, tree_of(root), opts)
+    _guard(gm, plan, opts)
+    compile_id = str(torch._guards.CompileContext.current_compile_id())
     return BoundGraph(
         compiled,
-        GraphRecord(plan, tuple(context.results), str(torch._guards.CompileContext.current_compile_id())),
+        gm,
+        GraphRecord(plan, tuple(context.results), compile_id, _warn_of_the_last(dynamo.last_graph())),
         context.constants,
         arguments=list(given),
         kept_arguments=[node.name for node in _placeholders(rewritten) if node.name in given],
+        options=opts,
+        namer=namer,
     )
+
+
+def _guard(gm: GraphModule, plan: Plan, options: Fp8Options) -> None:
+    """Keep the graph from modules whose layers are marked otherwise."""
+    nodes = {node.name: node for node in _placeholders(gm)}
+    for d in plan.decisions:
+        if d.weight is not None and d.stays_by_name is not None:
+            dynamo.guard_absence(nodes[d.weight], partial(marks.name_of, options, stays=not d.stays_by_name))
 
 
 def _placeholders(gm: GraphModule) -> list[torch.fx.Node]:
@@ -98,32 +120,59 @@ def _check_inputs(gm: GraphModule, plan: Plan, example_inputs: Sequence[Any]) ->
         check_device(device)
 
 
-# Patterns that matched in some graph, by the list that they belong to: a model may be compiled in several kinds of
-# blocks, and a pattern is meant for all of them together.
-_matched: dict[tuple[str, ...], set[str]] = {}
+def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module], options: Fp8Options) -> None:
+    """Complain of patterns that match nothing, of layers without a name, of a graph in which nothing was converted.
 
-
-def _check_patterns(gm: GraphModule, plan: Plan) -> None:
-    matched = _matched.setdefault(plan.ignored_layers, set())
-    matched.update(set(plan.ignored_layers) - set(plan.unmatched_patterns))
+    Args:
+        roots: the outermost modules that are running.
+    """
     if not plan.decisions:
         return
-    compile_reason = getattr(gm, "compile_subgraph_reason", None)
-    partial_region = compile_reason is not None and compile_reason.graph_break
-    elsewhere = [p for p in plan.unmatched_patterns if p in matched or partial_region]
-    for pattern in elsewhere:
-        logger.info("ignored_layers: %r matched no linear of this graph; another one has it, or may have it", pattern)
+    names = [name for root in roots for name in tree_of(root).names]
+    of_graph = [name for d in plan.decisions for name in (d.path, d.within)]
+    matched = matching(plan.ignored_layers, [*names, *of_graph])
     warn_of_unmatched(
-        [p for p in plan.unmatched_patterns if p not in elsewhere],
-        [d.path for d in plan.decisions],
-        "this graph; fp8_compile.report(model) shows what it matched in the whole model",
-        whole_model=False,
-        stacklevel=2,
+        [p for p in plan.unmatched_patterns if p not in matched],
+        names or of_graph,
+        "this model" if names else "this graph",
+        stacklevel=3,
+    )
+    unnamed = [d.within or d.node for d in plan.decisions if d.reason.startswith(UNNAMED)]
+    if unnamed and options.strict:
+        raise PatternError(plan.ignored_layers[0], f"nothing names the layers of {', '.join(unnamed)}")
+    if plan.quantized or (any(d.stays_by_name for d in plan.decisions) and _others_convert(roots, options)):
+        return
+    # Of a model that was quantized at load time, `quantize_` has said it, of the whole model.
+    if options.strict or not any(layer.recorded for layer in layers):
+        complain_of_nothing(plan.reasons(), "this graph", strict=options.strict, stacklevel=3)
+
+
+def _others_convert(roots: Iterable[nn.Module], options: Fp8Options) -> bool:
+    """Whether a graph that leaves everything as it is, as it was asked to, is but a part of what is running."""
+    return any(
+        eligible.kept_by_name(tree_of(root).layer(module, "weight"), options) is None
+        for root in roots
+        for module in root.modules()
+        if isinstance(module, nn.Linear) and module._parameters.get("weight") is not None
     )
 
 
+def _warn_of_the_last(found: tuple[CodeType, int] | None) -> str:
+    """Warn where Dynamo will compile no further graph; returns what a report says of layers that are in none."""
+    if found is None:
+        return ""
+    code, limit = found
+    where = f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
+    warnings.warn(
+        f"Dynamo has compiled {limit} graphs of {where}, and will compile no more: layers that none of them fits run "
+        "in high precision. Raise torch._dynamo.config.recompile_limit",
+        RecompileLimitWarning,
+        stacklevel=3,
+    )
+    return f"Dynamo's recompile_limit of {limit} was reached in {where}"
+
+
 def _reset() -> None:
-    _matched.clear()
     forget_all()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees

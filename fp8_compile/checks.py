@@ -107,19 +107,17 @@ def check_agreement(options: Fp8Options, scheme: Scheme) -> None:
             raise OptionError(f"{name}={value!r}: the weights were quantized with {name}={own!r}; {remedy}")
 
 
-def warn_of_unmatched(
-    patterns: Sequence[str], paths: Sequence[str], what: str, *, whole_model: bool, stacklevel: int
-) -> None:
+def warn_of_unmatched(patterns: Sequence[str], paths: Sequence[str], what: str, *, stacklevel: int) -> None:
     """Complain of ``patterns`` that named none of the linears at ``paths``.
 
     Args:
-        what: where those are, for the message: "this graph; ...".
+        what: where those are, for the message: "this model".
 
     Raises:
         PatternError: see `check_unmatched`.
     """
     for pattern in patterns:
-        check_unmatched(pattern, paths, whole_model=whole_model)
+        check_unmatched(pattern, paths)
         warnings.warn(
             f"ignored_layers: {pattern!r} matched none of the {len(paths)} linears of {what}",
             UnmatchedPatternWarning,

@@ -22,7 +22,7 @@ class UnknownMethodError(OptionError):
 
 
 class PatternError(Fp8Error, ValueError):
-    """An entry of ``ignored_layers`` is malformed, misspelt, or names a path outside the compiled region."""
+    """An entry of ``ignored_layers`` is malformed or misspelt, or names layers of which nothing tells the name."""
 
     def __init__(self, pattern: object, problem: str) -> None:
         super().__init__(f"ignored_layers: {pattern!r}: {problem}")
@@ -41,7 +41,7 @@ class NonFiniteWeightError(Fp8Error, ValueError):
     """A weight holds NaN or Inf, so it has no scale.
 
     Attributes:
-        layers: module paths of the layers, relative to the compiled region.
+        layers: module paths of the layers.
     """
 
     def __init__(self, layers: Sequence[str]) -> None:
@@ -87,4 +87,8 @@ class NothingConvertedWarning(UserWarning):
 
 
 class UnmatchedPatternWarning(UserWarning):
-    """An entry of ``ignored_layers`` matched no linear of a compiled graph."""
+    """An entry of ``ignored_layers`` matched no linear of a model."""
+
+
+class RecompileLimitWarning(UserWarning):
+    """Dynamo will compile no further graph of a function: layers that need another one run in high precision."""

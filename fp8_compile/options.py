@@ -110,6 +110,18 @@ class Fp8Options:
             **self.method_options,
         }
 
+    def of_weights(self) -> dict[str, Any]:
+        """The same, without what concerns compilation alone; of plain data, for files."""
+        given = self.changed()
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in given.items()
+            if name in WEIGHT_OPTIONS or name in self.method_options
+        }
+
+
+WEIGHT_OPTIONS = ("method", "ignored_layers", "min_features", "strict")
+"""Options that concern weights, whatever the method; those of the method itself do, too."""
 
 COMMON = tuple(f.name for f in fields(Fp8Options))
 """The names of the options that do not depend on the method."""

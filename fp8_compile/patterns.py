@@ -1,16 +1,18 @@
 """Which module paths an entry of ``ignored_layers`` names.
 
-A path is what ``named_modules`` says, relative to the compiled region: ``transformer_blocks.3.img_mlp.net.2`` when the
-whole transformer is compiled, ``img_mlp.net.2`` when each block is. A pattern matches whole segments anywhere in it:
+A path is what ``named_modules`` says of the outermost module that is running: ``transformer_blocks.3.img_mlp.net.2``,
+also when each block is compiled alone. A pattern matches whole segments anywhere in it:
 
 =====================  ==============================================================================
 ``img_mlp``            every path with that segment
 ``attn.to_out``        those two segments, one after the other
 ``blocks.0.*``         ``*`` stands for any characters, dots included; ``?`` for one within a segment
 ``re:blocks\\.[0-3]``   a regular expression, searched anywhere in the path (anchor it with ``^``, ``$``)
-``to_qkv``             a fused name of another engine: the layers that `FUSED` lists for it
+``to_qkv``             a fused name: also the layers that `FUSED` lists for it
 =====================  ==============================================================================
 
+Where parts of a model were compiled, the path within such a part may be matched instead (``re:^img_mlp``). A layer of a
+fused name is also named by what names one of those that it was fused of.
 A LoRA-wrapped layer bears the wrapped layer's name (PEFT's ``base_layer`` is not part of a path).
 """
 
@@ -24,9 +26,13 @@ from dataclasses import dataclass
 
 from .errors import PatternError
 
-# Names under which other engines know several layers at once (vLLM's packed_modules_mapping and vllm-omni's models).
+# Names of several layers at once: those that diffusers fuses, and what other engines call them (vLLM's
+# packed_modules_mapping and vllm-omni's models).
 FUSED: dict[str, tuple[str, ...]] = {
     "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
     "add_kv_proj": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -42,6 +48,17 @@ _ADAPTER_SEGMENTS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_emb
 def layer_path(path: str) -> str:
     """``path`` without the wrappers that adapters and compilation put around a layer."""
     return ".".join(s for s in path.split(".") if s not in ("base_layer", "_orig_mod"))
+
+
+def spellings(path: str) -> tuple[str, ...]:
+    """``path``, and those of the layers that a layer of a fused name took the place of."""
+    segments = path.split(".")
+    others = (
+        ".".join((*segments[:i], part, *segments[i + 1 :]))
+        for i, segment in enumerate(segments)
+        for part in FUSED.get(segment, ())
+    )
+    return path, *others
 
 
 def is_adapter(path: str) -> bool:
@@ -157,33 +174,24 @@ def _is_name(text: str) -> bool:
     return not (text.startswith("re:") or set(text) & set(".*?"))
 
 
-def check_unmatched(pattern: str, paths: Sequence[str], whole_model: bool = False) -> None:
-    """Refuse a pattern that no path of a complete compiled region matches, where the cause can be told.
+def check_unmatched(pattern: str, paths: Iterable[str]) -> None:
+    """Refuse a pattern that is a misspelt name of a layer.
 
     Args:
         pattern: matched none of ``paths``.
-        paths: of all linears in the region.
-        whole_model: the region is a model, so that nothing is outside of it.
+        paths: of all linears of a model.
 
     Raises:
-        PatternError: the pattern is a misspelt segment of a path, or names something outside the region by an index.
-            Otherwise the function returns: the pattern may well be meant for another model or another part.
+        PatternError: a segment of it looks like one of a path. Otherwise the function returns: the pattern may well be
+            meant for another model or another part.
     """
     if pattern.startswith("re:"):
         return
     known = sorted({segment for path in paths for segment in path.split(".")})
-    segments = pattern.split(".")
-    for segment in segments:
+    for segment in pattern.split("."):
         near = _near_name(segment, known)
         if near is not None:
             raise PatternError(pattern, f"no layer has a segment {segment!r}; did you mean {near!r}?")
-    if not whole_model and segments[0] not in known and any(s.isdigit() or set(s) & set("*?") for s in segments[1:]):
-        raise PatternError(
-            pattern,
-            f"names layers outside the compiled region, whose layers are {', '.join(paths)}. When every block is "
-            "compiled alone, one graph serves all of them and a block's index is not known: leave the index out, or "
-            "compile the whole transformer with torch.compile(transformer, ...)",
-        )
 
 
 def _near_name(segment: str, known: Sequence[str]) -> str | None:

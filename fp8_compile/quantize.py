@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +16,15 @@ from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
 from .options import Fp8Options
 from .patterns import Pattern, is_adapter, layer_path, matching
+from .runtime.binder import forget_bindings
 from .schemes import Scheme, finite
-from .weights import eligible, lora
+from .weights import eligible, lora, marks
 from .weights.eligible import Candidate
-from .weights.quantized_weight import KeptWeight, QuantizedWeight
+from .weights.layers import Record, delete_records, record_of, tree_of, write_record
+from .weights.quantized_weight import QuantizedWeight
 
 on_converted: list[Callable[[nn.Module, Fp8Options], None]] = []
-"""Called with each model that `quantize_` has converted: how integrations learn of it."""
+"""Called with each model that `quantize_` has converted, and all that it was asked: how integrations learn of it."""
 
 adopters: list[Callable[[Tensor], QuantizedWeight | None]] = []
 """Asked of each weight: integrations turn quantized weights of other libraries into ours, in the same memory."""
@@ -69,7 +70,7 @@ def quantize_(
     check_choices(choices, options, _prequantized(model))
     if any(choice.reason is None for choice in choices):
         for hook in on_converted:
-            hook(model, options)
+            hook(model, _all_asked(model, options))
     convert(model, choices, options, target)
 
 
@@ -90,7 +91,6 @@ def convert(
             choice.reason = "NaN or Inf in the weight"
         else:
             choice.put(made)
-    keep_others(model, choices)
     if target is not None:
         model.to(target)
     remember(model, choices, options)
@@ -157,29 +157,23 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
+    tree = tree_of(model)
     choices: dict[int, Choice] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
         if weight is None or is_adapter(name) or isinstance(weight, QuantizedWeight):
             continue
         path = layer_path(name)
-        pattern = eligible.pattern_of(name, options)
         if id(weight) in choices:
-            choice = choices[id(weight)]
-            choice.modules.append(module)
-            choice.paths.append(path)
-            if pattern is not None and choice.pattern is None:
-                choice.reason, choice.pattern = f"ignored_layers: {pattern}", pattern
+            choices[id(weight)].modules.append(module)
+            choices[id(weight)].paths.append(path)
             continue
+        layer = tree.layer(module, "weight")
+        pattern = eligible.pattern_of(layer, options)
         adopted = adopt(weight)
         if adopted is not None and pattern is None:
             check_agreement(options, adopted.scheme)
-        candidate = Candidate(
-            weight if adopted is None else adopted,
-            name,
-            (module.in_features, module.out_features),
-            earlier=weight.reason if isinstance(weight, KeptWeight) else None,
-        )
+        candidate = Candidate(weight if adopted is None else adopted, layer, (module.in_features, module.out_features))
         reason = eligible.reason(candidate, options, scheme if adopted is None else adopted.scheme)
         choices[id(weight)] = Choice(weight, [module], [path], reason, pattern)
     for key, choice in choices.items():
@@ -213,7 +207,7 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
         if late:
             message = f"ignored_layers: {pattern!r} names {late[0]} too, which is in FP8 already and stays so"
             warnings.warn(message, UnmatchedPatternWarning, stacklevel=4)
-    warn_of_unmatched(unmatched, [*paths, *prequantized], "this model", whole_model=True, stacklevel=4)
+    warn_of_unmatched(unmatched, [*paths, *prequantized], "this model", stacklevel=4)
     if prequantized and not choices:
         message = f"all {len(prequantized)} linears of this model are in FP8 already; these options changed nothing"
         warnings.warn(message, NothingConvertedWarning, stacklevel=4)
@@ -232,35 +226,39 @@ def _unmatched_of(choices: Sequence[Choice], options: Fp8Options) -> tuple[str, 
     return tuple(pattern for pattern in options.ignored_layers if pattern not in matched)
 
 
-def keep_others(model: nn.Module, choices: Sequence[Choice]) -> None:
-    """Mark the weights that stay, so that the backend does not convert them after all."""
-    reasons = {id(c.weight): c.reason for c in choices if c.reason is not None}
-    made: dict[int, KeptWeight] = {}
-    for path, module in model.named_modules():
-        if is_adapter(path):
-            continue
-        for name, parameter in list(module._parameters.items()):
-            if type(parameter) is not nn.Parameter or parameter.dim() != 2 or not parameter.is_floating_point():
-                continue
-            key = id(parameter)
-            if key not in made:
-                reason = reasons.get(key, "no nn.Linear's weight when the model was quantized")
-                made[key] = KeptWeight(parameter.data, parameter.requires_grad, reason)
-            module._parameters[name] = made[key]
-
-
-_unmatched: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
-
-
 def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -> None:
-    """Keep for the report which patterns matched nothing, and watch what PEFT will do to the model."""
+    """Let ``model`` keep what it was asked and what stayed, so that the backend leaves it too; watch PEFT's merging."""
     lora.watch_merges()
-    _unmatched[model] = _unmatched_of(choices, options)
+    earlier = record_of(model)
+    kept = {} if earlier is None else dict(earlier.kept)
+    unmatched = () if earlier is None else earlier.unmatched
+    for choice in choices:
+        for path in choice.paths:
+            if choice.reason is None:
+                kept.pop(path, None)
+            else:
+                kept[path] = choice.reason
+    unmatched = tuple(dict.fromkeys((*unmatched, *_unmatched_of(choices, options))))
+    write_record(model, Record(_all_asked(model, options).of_weights(), kept, unmatched))
+    _decide_anew(model)
 
 
-def unmatched_at_load(model: nn.Module) -> tuple[str, ...]:
-    """The patterns that matched nothing when ``model``, or parts of it, were quantized."""
-    return tuple(dict.fromkeys(p for module in model.modules() for p in _unmatched.get(module, ())))
+def _all_asked(model: nn.Module, options: Fp8Options) -> Fp8Options:
+    """``options``, with the patterns of earlier conversions of ``model``."""
+    earlier = record_of(model)
+    patterns = () if earlier is None else earlier.options.get("ignored_layers", ())
+    return replace(options, ignored_layers=tuple(dict.fromkeys((*patterns, *options.ignored_layers))))
+
+
+def forget(model: nn.Module) -> None:
+    """Let ``model`` be as if it had never been quantized: its layers are decided on anew."""
+    delete_records(model)
+    _decide_anew(model)
+
+
+def _decide_anew(model: nn.Module) -> None:
+    marks.remove(model)
+    forget_bindings()
 
 
 def _progress(choices: Sequence[Choice], description: str) -> Iterator[Choice]:

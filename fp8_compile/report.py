@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .passes.context import Decision, PassResult
-from .patterns import is_adapter, layer_path
-from .quantize import unmatched_at_load
+from .patterns import layer_path, matching
 from .runtime.constants import GraphRecord, WeightState, state_of
-from .weights.quantized_weight import KeptWeight, QuantizedWeight
+from .weights.layers import Layer, record_of, tree_of
+from .weights.quantized_weight import QuantizedWeight
 
 NOT_COMPILED = "in no graph that the backend compiled"
 
@@ -118,7 +118,8 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     rows: list[LayerReport] = []
     records: dict[GraphRecord, None] = {}
     extra = 0
-    linear_weights = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tree = tree_of(model)
     seen: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
@@ -133,12 +134,15 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         if state is not None and decisions:
             path = layer_path(owner if leaf == "weight" else name)
             rows.append(_row(path, parameter, state, list(decisions.values())))
-        elif owner in linear_weights and leaf == "weight":
-            rows.append(_uncompiled(owner, parameter))
+        elif isinstance(modules[owner], torch.nn.Linear) and leaf == "weight":
+            rows.append(_uncompiled(owner, parameter, tree.layer(modules[owner], leaf)))
     ordered = sorted(records, key=lambda record: record.serial)
     for row in _without_parameter(ordered):
         _put(rows, row)
-    unmatched = tuple(dict.fromkeys([*unmatched_at_load(model), *_unmatched(ordered)]))
+    limits = ", ".join(dict.fromkeys(record.last for record in ordered if record.last))
+    rows = [replace(r, reason=f"{r.reason}; {limits}") if limits and r.reason == NOT_COMPILED else r for r in rows]
+    at_load = [p for module in model.modules() if (found := record_of(module)) for p in found.unmatched]
+    unmatched = tuple(dict.fromkeys([*at_load, *_unmatched(ordered, tree.names)]))
     return Report(
         tuple(rows),
         unmatched,
@@ -148,14 +152,14 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     )
 
 
-def _uncompiled(path: str, weight: Tensor) -> LayerReport:
+def _uncompiled(path: str, weight: Tensor, layer: Layer) -> LayerReport:
     """A linear that has run in no graph. Its weight may have been decided on when the model was loaded."""
     prequantized = isinstance(weight, QuantizedWeight)
     if is_lazy(weight) or weight.dim() != 2:
         size = 0 if is_lazy(weight) else weight.nbytes
         reason = "weight has no values yet" if is_lazy(weight) else "weight is packed by another library"
         return LayerReport(layer_path(path), 0, 0, "unquantized", reason, "", size, size)
-    reason = "low-rank adapter" if is_adapter(path) else _kept_at_load(weight) or NOT_COMPILED
+    reason = "low-rank adapter" if layer.adapter else layer.recorded or NOT_COMPILED
     out_features, in_features = weight.shape
     return LayerReport(
         path=layer_path(path),
@@ -167,10 +171,6 @@ def _uncompiled(path: str, weight: Tensor) -> LayerReport:
         bytes_before=_original_bytes(weight),
         bytes_after=weight.nbytes,
     )
-
-
-def _kept_at_load(weight: Tensor) -> str:
-    return weight.reason if isinstance(weight, KeptWeight) else ""
 
 
 def _original_bytes(weight: Tensor) -> int:
@@ -191,8 +191,7 @@ def _row(path: str, weight: Tensor, state: WeightState, of_graphs: Sequence[Sequ
     quantized = [d for d in decisions if d.decision == "quantized"]
     unquantized = [d for d in decisions if d.decision == "unquantized"]
     first = (quantized or unquantized)[0]
-    # A graph tells the reason that held for the first module that ran with it; the weight tells its own.
-    reasons = _kept_at_load(weight) or ", ".join(dict.fromkeys(d.reason for d in unquantized))
+    reasons = ", ".join(dict.fromkeys(d.reason for d in unquantized))
     if quantized and unquantized:
         reasons = f"unquantized in {len(unquantized)} of {len(decisions)} graphs: {reasons}"
     calls = [d.call.name for d in quantized if d.call is not None]
@@ -210,7 +209,8 @@ def _row(path: str, weight: Tensor, state: WeightState, of_graphs: Sequence[Sequ
 
 def _of_path(decisions: Sequence[Decision], path: str) -> Decision:
     """Of the layers that share a weight in one graph, the one at ``path``."""
-    same = (d for d in decisions if path == d.path or path.endswith("." + d.path))
+    ours = f".{path}"
+    same = (d for d in decisions if ours.endswith(f".{d.path}") or f".{d.path}".endswith(ours))
     return next(same, decisions[0])
 
 
@@ -225,9 +225,9 @@ def _without_parameter(records: Sequence[GraphRecord]) -> Iterator[LayerReport]:
     return iter(seen.values())
 
 
-def _unmatched(records: Sequence[GraphRecord]) -> tuple[str, ...]:
+def _unmatched(records: Sequence[GraphRecord], names: Sequence[str]) -> tuple[str, ...]:
     given = dict.fromkeys(p for record in records for p in record.plan.ignored_layers)
-    matched = {d.pattern for record in records for d in record.plan.decisions}
+    matched = {d.pattern for record in records for d in record.plan.decisions} | matching(given, names)
     return tuple(pattern for pattern in given if pattern not in matched)
 
 

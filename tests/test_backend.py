@@ -134,15 +134,16 @@ def test_a_misspelt_pattern_is_an_error() -> None:
     assert isinstance(inner(error), fp8_compile.PatternError)
 
 
-def test_a_block_index_in_regional_compilation_is_an_error_and_works_in_a_whole_one() -> None:
+@pytest.mark.parametrize("way", ["regional", "whole"])
+def test_a_block_index_names_the_block_however_it_is_compiled(way: str) -> None:
     m, x = model(), tokens()
-    m.compile_blocks(ignored_layers=["blocks.0.*"])
-    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="compile the whole transformer") as error:
-        m(x)
-    assert isinstance(inner(error), fp8_compile.PatternError)
-
-    compiled(whole := model(), x, ignored_layers=["blocks.0.*"])
-    kept = {row.path for row in fp8_compile.report(whole).layers if row.decision == "unquantized"}
+    if way == "whole":
+        compiled(m, x, ignored_layers=["blocks.0.*"])
+    else:
+        m.compile_blocks(ignored_layers=["blocks.0.*"])
+        with torch.no_grad():
+            m(x)
+    kept = {row.path for row in fp8_compile.report(m).layers if row.decision == "unquantized"}
     assert {path.split(".")[1] for path in kept} == {"0"}
     assert len(kept) == 4
 

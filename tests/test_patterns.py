@@ -245,25 +245,6 @@ def test_numbered_neighbours_are_no_misspelling(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        "transformer_blocks.0",
-        "transformer_blocks.0.img_mlp",
-        "transformer_blocks.12.attn.to_q",
-        "transformer_blocks.*.img_mlp",
-        "transformer_blocks.?.attn",
-        "blocks.0.*",
-    ],
-)
-def test_index_of_a_block_in_a_region_that_is_one_block(pattern: str) -> None:
-    with pytest.raises(PatternError, match="names layers outside the compiled region") as error:
-        check_unmatched(pattern, BLOCK)
-    assert error.value.pattern == pattern
-    for said in (*BLOCK, "leave the index out", "compile the whole transformer", "torch.compile(transformer, ...)"):
-        assert said in str(error.value)
-
-
-@pytest.mark.parametrize(
     "pattern", ["transformer_blocks.7", "transformer_blocks.*.txt_mlp", "transformer_blocks.7.img_mlp"]
 )
 def test_index_in_the_whole_model_is_no_error(pattern: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, NothingConvertedWarning, QuantizedWeightError
 from ..numerics import FP8_DTYPE
 from ..options import Fp8Options
-from ..quantize import choose, keep_others, remember
+from ..quantize import choose, remember
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
 from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 
@@ -255,7 +255,6 @@ def load_fp8_checkpoint(
             NothingConvertedWarning,
             stacklevel=3,  # past the decorator
         )
-    keep_others(model, choices)
     remember(model, choices, Fp8Options())
 
 

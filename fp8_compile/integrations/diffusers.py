@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,14 +22,11 @@ from torch import Tensor, nn
 from .. import quantize
 from ..checks import parse_options
 from ..errors import CheckpointError, NonFiniteWeightError, OptionError
-from ..options import Fp8Options
-from ..quantize import Choice, check_choices, choose, keep_others, quantized, remember, scheme_at_load
+from ..options import COMMON, WEIGHT_OPTIONS, Fp8Options
+from ..quantize import Choice, check_choices, choose, forget, quantized, remember, scheme_at_load
 from ..schemes import Scheme
 from ..weights.quantized_weight import QuantizedWeight
 from .checkpoints import Names, holding, join, metadata_of, schemes_in, split
-
-_COMMON = ("method", "ignored_layers", "min_features", "strict")
-"""Options that concern weights, whatever the method; those of the method itself do, too."""
 
 
 class QuantMethod(StrEnum):
@@ -51,7 +49,7 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
     def __init__(self, **options: Any) -> None:
         options.pop("quant_method", None)
         options = {**options.pop("method_options", {}), **options}
-        compiling = [name for name in options if name in Fp8Options.__dataclass_fields__ and name not in _COMMON]
+        compiling = [name for name in options if name in COMMON and name not in WEIGHT_OPTIONS]
         if compiling:
             raise OptionError(
                 f"{', '.join(compiling)}: of no concern when weights are loaded; give it to torch.compile"
@@ -171,7 +169,6 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         for choice in choices:
             if choice.reason is None:
                 choice.reason = "not in FP8 in the checkpoint"
-        keep_others(model, choices)
         remember(model, choices, self.options)
         self._wanted = {}
         return model
@@ -186,19 +183,21 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
             for name, parameter in module._parameters.items():
                 if isinstance(parameter, QuantizedWeight):
                     module._parameters[name] = nn.Parameter(parameter.dequantize(), requires_grad=False)
+        forget(model)
         return model
 
 
 def config_of(options: Fp8Options) -> Fp8DiffusionConfig:
     """What a configuration holds of ``options``."""
-    given = options.changed()
-    return Fp8DiffusionConfig(**{n: v for n, v in given.items() if n in _COMMON or n in options.method_options})
+    return Fp8DiffusionConfig(**options.of_weights())
 
 
 def attach(model: Any, options: Fp8Options) -> None:
     """Let a diffusers model that `quantize_` converted be saved as one that diffusers loaded."""
     modeling = sys.modules.get("diffusers.models.modeling_utils")
-    if modeling is None or not isinstance(model, modeling.ModelMixin) or hasattr(model, "hf_quantizer"):
+    if modeling is None or not isinstance(model, modeling.ModelMixin):
+        return
+    if not isinstance(getattr(model, "hf_quantizer", None), (Fp8DiffusionQuantizer, NoneType)):
         return
     config = config_of(options)
     model.hf_quantizer = Fp8DiffusionQuantizer(config, pre_quantized=False)

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from ..options import Fp8Options
 from ..schemes import Call, Scheme
+from ..weights.layers import Layer
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Decision:
 
     Attributes:
         node: name of the node that computes it, in Dynamo's graph.
-        path: of its module, relative to the compiled region.
+        path: of its module in the outermost module that was running; in the graph's own region if the weight is no
+            parameter.
+        within: the same path in the graph's own region.
         weight: name of the placeholder that holds its weight, or None if that is no parameter.
         transposed: the weight is stored ``[in_features, out_features]``.
         decision: "quantized" or "unquantized".
@@ -28,12 +31,15 @@ class Decision:
         call: how it runs; None if it is unquantized.
         reason: why it is unquantized; empty for "quantized".
         pattern: the entry of ``ignored_layers`` that names it, or None.
+        stays_by_name: whether it is unquantized because of which layer it is; False if it is quantized; None if that
+            would change nothing.
         tracked: whether the report follows the weight. Adapters' weights are swapped and resized by their owners,
             which a weak reference to them would forbid (``torch.utils.swap_tensors``).
     """
 
     node: str
     path: str
+    within: str
     in_features: int
     out_features: int
     weight: str | None
@@ -43,7 +49,12 @@ class Decision:
     call: Call | None = None
     reason: str = ""
     pattern: str | None = None
+    stays_by_name: bool | None = None
     tracked: bool = True
+
+
+DEQUANTIZED = "; its quantized weight is dequantized"
+"""What a reason says besides of a weight that is quantized already."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,6 @@ class Constants:
         weight: name of the parameter's placeholder in the original graph.
         scheme: what makes them.
         transposed: the parameter is stored ``[K, N]``.
-        path: of the layer that needs them first, for messages.
         placeholders: their names in the rewritten graph, in the order of ``scheme.specs``.
         prequantized: the parameter is a `QuantizedWeight`, and the constants are the tensors in it. The placeholders of
             these come before those of the others.
@@ -84,7 +94,6 @@ class Constants:
     weight: str
     scheme: Scheme
     transposed: bool
-    path: str
     placeholders: tuple[str, ...]
     prequantized: bool = False
 
@@ -118,7 +127,7 @@ class Context:
         options: as the user gave them.
         scheme: for weights that are not quantized yet.
         refusal: asked of each linear that is to become FP8; None where there is no device to ask.
-        earlier: placeholders of weights that an earlier conversion left as they were, and its reasons.
+        layers: which layers the parameters are the weights of, by placeholder.
         plan: what `plan_linears` decided.
         constants: what `quantize_linears` needs, in the order in which the graph takes them.
         results: what each pass did, in their order.
@@ -128,7 +137,7 @@ class Context:
     options: Fp8Options
     scheme: Scheme
     refusal: Refusal | None = None
-    earlier: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, Layer] = field(default_factory=dict)
     plan: Plan = Plan((), ())
     constants: list[Constants] = field(default_factory=list)
     results: list[PassResult] = field(default_factory=list)

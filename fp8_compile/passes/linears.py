@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import operator
 import re
 from collections.abc import Iterator
@@ -157,8 +158,14 @@ def _is_identity(node: Node, source: Node) -> bool:
     return isinstance(after, torch.Tensor) and (before.dtype, before.device) == (after.dtype, after.device)
 
 
-_SEGMENT = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)")
+_SEGMENT = re.compile(r"""\[(?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\]|\[(?P<index>\d+)\]|\.(?P<name>[^.\[]+)""")
 _CONTAINERS = frozenset({"_modules", "_parameters", "_buffers", "__dict__"})
+
+
+def _segments(source: str) -> list[str]:
+    return [
+        ast.literal_eval(m["quoted"]) if m["quoted"] else m["index"] or m["name"] for m in _SEGMENT.finditer(source)
+    ]
 
 
 def source_path(source: str) -> str:
@@ -167,8 +174,22 @@ def source_path(source: str) -> str:
     ``L['self']._modules['blocks']._modules['0']._parameters['weight']`` gives ``blocks.0.weight``; the first part is
     the region's own name and is dropped.
     """
-    segments = [a or b or c for a, b, c in _SEGMENT.findall(source)]
-    return ".".join(s for s in segments[1:] if s not in _CONTAINERS)
+    return ".".join(s for s in _segments(source)[1:] if s not in _CONTAINERS)
+
+
+def parameter_path(source: str) -> str:
+    """The path of the layer whose parameter has this source: ``weight`` is left out.
+
+    A parameter that is a variable of a function is called as that is.
+    """
+    segments = _segments(source)
+    return segments[0] if len(segments) == 1 else re.sub(r"(^|\.)weight$", "", source_path(source))
+
+
+def running_path(linear: Linear) -> str:
+    """The path of the module that is running at ``linear``, relative to the compiled region, or ""."""
+    stack = list((linear.node.meta.get("nn_module_stack") or {}).values())
+    return source_path(stack[-1][0]) if stack else ""
 
 
 def module_path(linear: Linear) -> str:
@@ -176,10 +197,9 @@ def module_path(linear: Linear) -> str:
 
     The parameter's own place says it, ``weight`` left out; where a parameter is shared, the module that is running.
     """
-    stack = list((linear.node.meta.get("nn_module_stack") or {}).values())
-    running = source_path(stack[-1][0]) if stack else ""
+    running = running_path(linear)
     source = getattr(linear.weight, "_dynamo_source", None)
     if source is None:
         return running or linear.node.name
-    owned = re.sub(r"(^|\.)weight$", "", source_path(source.name))
+    owned = parameter_path(source.name)
     return owned if not running or owned == running or owned.startswith(running + ".") else running

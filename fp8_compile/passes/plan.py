@@ -16,10 +16,11 @@ from ..patterns import is_adapter, layer_path
 from ..schemes import Call, Scheme
 from ..weights import eligible
 from ..weights.eligible import Candidate
+from ..weights.layers import Layer
 from ..weights.quantized_weight import QuantizedWeight
-from .context import Context, Decision, Plan
+from .context import DEQUANTIZED, Context, Decision, Plan
 from .graphs import example, row_count, storages, written_storages
-from .linears import Linear, find_linears, module_path
+from .linears import Linear, find_linears, module_path, running_path
 
 
 def plan_linears(graph: Graph, context: Context) -> int:
@@ -48,21 +49,27 @@ def _other_dtype(linear: Linear) -> str | None:
 
 
 def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
-    module, weight = module_path(linear), example(linear.weight)
+    weight = example(linear.weight)
+    within = layer_path(module_path(linear))
+    layer = context.layers.get(linear.weight.name) if _is_parameter(linear) else None
+    if layer is None:
+        layer = Layer((within,), adapter=is_adapter(module_path(linear)))
     prequantized = isinstance(weight, QuantizedWeight)
     scheme = weight.scheme.called_with(context.options.method_options) if prequantized else context.scheme
-    earlier = context.earlier.get(linear.weight.name)
-    candidate = Candidate(weight, module, linear.features, linear.transposed, written, earlier)
+    candidate = Candidate(weight, layer, linear.features, linear.transposed, written)
+    by_name = eligible.kept_by_name(layer, context.options)
+    other = eligible.unfit(candidate, context.options, scheme)
+    reason = other if by_name is None else by_name
     call: Call | None = None
-    reason = eligible.reason(candidate, context.options, scheme)
     if reason is None:
         call, reason = _call(linear, scheme, context)
     if call is None and prequantized:
-        reason = f"{reason}; its quantized weight is dequantized"
+        reason = f"{reason}{DEQUANTIZED}"
     in_features, out_features = linear.features
     return Decision(
         node=linear.node.name,
-        path=layer_path(module),
+        path=layer.path(layer_path(running_path(linear))) or within,
+        within=within,
         in_features=in_features,
         out_features=out_features,
         weight=linear.weight.name if _is_parameter(linear) else None,
@@ -71,8 +78,9 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
         scheme=None if call is None else scheme,
         call=call,
         reason=reason or "",
-        pattern=eligible.pattern_of(module, context.options),
-        tracked=not is_adapter(module),
+        pattern=eligible.pattern_of(layer, context.options),
+        stays_by_name=False if call is not None else True if by_name is not None and other is None else None,
+        tracked=not layer.adapter,
     )
 
 

@@ -81,7 +81,7 @@ class _Rewriter:
         assert how.linear is not None
         key = linear.weight, scheme.constants_key(), linear.transposed
         if key not in self.constants:
-            self.constants[key] = self._describe(linear, scheme, decision.path)
+            self.constants[key] = self._describe(linear, scheme, decision.within)
         operands = self.constants[key][1]
         with self._graph.inserting_before(node):
             x = self._quantize(linear, how)
@@ -122,7 +122,7 @@ class _Rewriter:
                 self._last[False] = new
             self._last[prequantized] = new
         names = tuple(node.name for node in nodes)
-        return Constants(linear.weight.name, scheme, linear.transposed, path, names, prequantized), nodes
+        return Constants(linear.weight.name, scheme, linear.transposed, names, prequantized), nodes
 
 
 def _erase_unused(node: Node) -> None:

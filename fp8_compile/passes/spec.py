@@ -47,7 +47,7 @@ def check(graph: Graph, context: Context, stage: str, after: str, before: Set[No
         specs = _specs(context, constants)
         for name, spec in zip(constants.placeholders, specs, strict=True):
             if name not in by_name or by_name[name].op != "placeholder":
-                raise SpecError(f"{after}: the constant {name} of {constants.path} is no input")
+                raise SpecError(f"{after}: the constant {name} of {constants.weight} is no input")
             value = example(by_name[name])
             if (tuple(value.shape), value.dtype) != (spec.shape, spec.dtype):
                 raise SpecError(f"{after}: the constant {name} is {value.dtype} {list(value.shape)}, not {spec}")

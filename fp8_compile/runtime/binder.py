@@ -3,6 +3,10 @@
 One compiled graph serves many modules. Dynamo calls it with the parameters of one; the binder finds the constants that
 were made of them (`constants`), and asks at every call whether they still fit.
 
+When a graph gets parameters for the first time, the binder asks which layers they are. If other layers stay by their
+names than in the graph's plan, the graph is not for them: they run as the user wrote them this once, and are marked, so
+that Dynamo compiles another graph at the next call (`fp8_compile.weights.marks`).
+
 A `QuantizedWeight` holds its constants itself: they are read from it at every call, and there is nothing to make or to
 compare. No weak reference to it is kept, because ``torch.utils.swap_tensors``, by which such a parameter is moved to
 another device, refuses a tensor that has one. What is known of it hangs on its identity instead, which moves along.
@@ -12,15 +16,19 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from ..passes.context import Constants
+from ..options import Fp8Options
+from ..passes.context import DEQUANTIZED, Constants, Decision
+from ..weights import eligible, marks
+from ..weights.layers import Layer, Namer, tree_of
 from ..weights.quantized_weight import QuantizedWeight
 from .constants import (
     LOCK,
@@ -33,6 +41,8 @@ from .constants import (
     state_for,
 )
 
+logger = logging.getLogger(__name__)
+
 Read = Callable[[tuple[Tensor, ...]], list[Any]]
 
 
@@ -41,11 +51,13 @@ class _Instance:
     """The constants bound to one module instance.
 
     Attributes:
+        paths: of the layers whose constants these are, for messages.
         read: reads the cheap signature of changes that is compared at every call.
         seen: what ``read`` returned when the constants were last known to fit; None before that.
     """
 
     constants: tuple[Tensor, ...]
+    paths: list[str]
     read: Read
     seen: list[Any] | None = None
 
@@ -60,28 +72,36 @@ class BoundGraph:
     def __init__(
         self,
         compiled: Callable[..., Any],
+        as_written: Callable[..., Any],
         record: GraphRecord,
         constants: Sequence[Constants],
         arguments: Sequence[str],
         kept_arguments: Sequence[str],
+        options: Fp8Options,
+        namer: Namer,
     ) -> None:
         """
         Args:
             compiled: takes ``kept_arguments``, then the tensors of ``constants``, those first that parameters hold.
+            as_written: the original graph, for parameters that the compiled one is not for.
             arguments: names of the original graph's placeholders, in order.
             kept_arguments: those of them that the rewritten graph still takes, in order.
         """
         place = {name: i for i, name in enumerate(arguments)}
-        tracked = [d for d in record.plan.decisions if d.weight is not None and d.tracked]
+        decided = [d for d in record.plan.decisions if d.weight is not None]
+        tracked = [d for d in decided if d.tracked]
         self._compiled = compiled
+        self._as_written = as_written
         self._record = record
         self._constants = tuple(c for c in constants if not c.prequantized)
         self._prequantized = _getter([place[c.weight] for c in constants if c.prequantized])
-        self._tracked = [(place[d.weight], d) for d in tracked if d.weight is not None]
+        self._decided = [(place[d.weight], d) for d in decided if d.weight is not None]
+        self._options = options
+        self._namer = namer
         if self._constants:
             self._weights = _getter([place[c.weight] for c in self._constants])
         else:
-            weights = _getter(sorted({i for i, _ in self._tracked}))
+            weights = _getter(sorted({place[d.weight] for d in tracked if d.weight is not None}))
             self._weights = lambda args: tuple(map(_plain, weights(args)))
         self._kept = _getter([place[name] for name in kept_arguments])
         self._instances: dict[tuple[int, ...], _Instance] = {}
@@ -89,10 +109,11 @@ class BoundGraph:
         self._guesses: dict[int, _Instance] = {}
         self._watched: dict[tuple[int, ...], list[Any]] = {}
         self._swept = False
+        _graphs.add(self)
 
     def __call__(self, *args: Any) -> Any:
         weights = self._weights(args)
-        instance = self._guesses.get(id(weights[0]))
+        instance = self._guesses.get(id(weights[0])) if weights else None
         try:
             fits = instance is not None and instance.seen == instance.read(weights)
         except RuntimeError:  # ``.data`` has been given an inference tensor, which has no version
@@ -100,19 +121,33 @@ class BoundGraph:
         if instance is None or not fits:
             with LOCK:
                 instance = self._bind(args, weights)
+        if instance is None:
+            return self._as_written(*args)
         prequantized = [tensor for weight in self._prequantized(args) for tensor in weight.constants]
         return self._compiled(*self._kept(args), *prequantized, *instance.constants)
 
-    def _bind(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> _Instance:
+    def _bind(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> _Instance | None:
+        """The constants of ``weights``; None if the graph is not for these layers."""
         key = tuple(map(id, weights))
         instance = self._instances.get(key)
         fake = any(is_fake(w) for w in weights)
+        planned = [d for _, d in self._decided]
+        decisions = planned if fake or instance is not None else self._decide(args)
+        if decisions is None:
+            return None
+        if instance is None:
+            of_weight = {d.weight: d.path for d in decisions}
+            paths = [of_weight[c.weight] for c in self._constants]
+        else:
+            paths = instance.paths
         read = _addresses if fake else _reader(weights) if self._constants else _identities
         seen = None if fake else read(weights)
-        made = make_constants(weights, self._constants, verify=instance is None) if self._constants else []
+        made = make_constants(weights, self._constants, paths, verify=instance is None) if self._constants else []
         flat = tuple(tensor for tensors in made for tensor in tensors)
-        if fake:
-            return _Instance(flat, read)
+        # Of adapters nothing is kept, because their owners exchange and resize them.
+        adapters = instance is None and any(new.tracked != d.tracked for new, d in zip(decisions, planned, strict=True))
+        if fake or not weights or adapters:
+            return _Instance(flat, paths, read)
         if not self._swept:
             self._swept = True
             if any(isinstance(arg, QuantizedWeight) for arg in args):
@@ -122,8 +157,8 @@ class BoundGraph:
         if instance is None:
             # With nothing seen, the second call comes here again: by then every module has run once, and the sum is
             # known.
-            instance = self._instances[key] = _Instance(flat, read)
-            self._remember(args, weights)
+            instance = self._instances[key] = _Instance(flat, paths, read)
+            self._remember(args, weights, decisions)
         else:
             if instance.seen is None:
                 announce_memory()
@@ -131,21 +166,70 @@ class BoundGraph:
         self._guesses[key[0]] = instance
         return instance
 
-    def _remember(self, args: tuple[Any, ...], weights: tuple[Tensor, ...]) -> None:
-        for index, decision in self._tracked:
-            decisions = state_for(args[index]).decisions.setdefault(self._record, [])
-            if decision not in decisions:
-                decisions.append(decision)
+    def _decide(self, args: tuple[Any, ...]) -> list[Decision] | None:
+        """The graph's decisions for the layers that ``args`` are the weights of; None if they differ from its plan."""
+        of_args = {d.weight: args[index] for index, d in self._decided if d.weight is not None}
+        layers, roots = self._namer.find(of_args)
+        decisions = [_of_layer(d, layers[d.weight], self._options) for _, d in self._decided if d.weight is not None]
+        if None not in decisions:
+            return [d for d in decisions if d is not None]
+        for root in roots:
+            marks.mark(root, tree_of(root), self._options)
+        logger.info(
+            "%s: run once as written, because the graph that Dynamo chose was made for other layers",
+            ", ".join(path for layer in layers.values() for path in layer.paths),
+        )
+        return None
+
+    def _remember(self, args: tuple[Any, ...], weights: tuple[Tensor, ...], made: Sequence[Decision]) -> None:
+        for (index, _), decision in zip(self._decided, made, strict=True):
+            if decision.tracked:
+                decisions = state_for(args[index]).decisions.setdefault(self._record, [])
+                if decision not in decisions:
+                    decisions.append(decision)
         key = tuple(map(id, weights))
         # Held by the graph alone, so that it takes them, and the constants, along when it dies before the weights.
         forget = functools.partial(_forget, weakref.ref(self), key)
         self._watched[key] = [weakref.ref(weight, forget) for weight in weights]
+
+    def forget(self) -> None:
+        """Bind anew whatever comes next."""
+        for known in (self._instances, self._guesses, self._watched):
+            known.clear()
 
     def _drop(self, key: tuple[int, ...]) -> None:
         self._watched.pop(key, None)
         instance = self._instances.pop(key, None)
         if self._guesses.get(key[0]) is instance:
             self._guesses.pop(key[0], None)
+
+
+_graphs: weakref.WeakSet[BoundGraph] = weakref.WeakSet()
+
+
+def forget_bindings() -> None:
+    """Let all graphs ask again which layers their parameters are, because models remember something else now."""
+    with LOCK:
+        for graph in list(_graphs):
+            graph.forget()
+
+
+def _of_layer(decision: Decision, layer: Layer, options: Fp8Options) -> Decision | None:
+    """``decision``, which was made for another layer, for this one; None if the two differ in what must be done."""
+    reason = eligible.kept_by_name(layer, options)
+    if decision.stays_by_name is not None and decision.stays_by_name != (reason is not None):
+        return None
+    if reason is None:
+        reason = decision.reason
+    elif decision.reason.endswith(DEQUANTIZED):
+        reason += DEQUANTIZED
+    return replace(
+        decision,
+        path=layer.path(decision.within) or decision.path,
+        reason=reason,
+        pattern=eligible.pattern_of(layer, options),
+        tracked=not layer.adapter,
+    )
 
 
 def _forget(graph: weakref.ref[BoundGraph], key: tuple[int, ...], _: Any) -> None:

@@ -46,12 +46,14 @@ class GraphRecord:
 
     Attributes:
         compile_id: Dynamo's identifier of the compilation, as in ``TORCH_LOGS`` and tlparse.
+        last: what Dynamo's limit on recompilations means for layers that no graph fits; empty if it is not reached.
         serial: counts the graphs of this process.
     """
 
     plan: Plan
     passes: Sequence[PassResult]
     compile_id: str
+    last: str = ""
     serial: int = field(default_factory=itertools.count().__next__)
 
 
@@ -134,12 +136,15 @@ def _kind(constants: Constants) -> Kind:
     return constants.scheme.constants_key(), constants.transposed
 
 
-def make_constants(weights: Sequence[Tensor], needed: Sequence[Constants], verify: bool) -> list[tuple[Tensor, ...]]:
+def make_constants(
+    weights: Sequence[Tensor], needed: Sequence[Constants], paths: Sequence[str], verify: bool
+) -> list[tuple[Tensor, ...]]:
     """The constants that a graph needs, made or made anew where the weights call for it.
 
     Args:
         weights: the parameters, one for each of ``needed``.
         needed: as the rewrite described them.
+        paths: of their layers, for messages.
         verify: compare the values even where version and address say that nothing has changed.
 
     Raises:
@@ -150,22 +155,26 @@ def make_constants(weights: Sequence[Tensor], needed: Sequence[Constants], verif
 
     # Not inference tensors, whatever the caller's mode: those could not be updated outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        doubtful: dict[tuple[int, Kind], tuple[Tensor, Constants]] = {}
-        for weight, constant in zip(weights, needed, strict=True):
+        doubtful: dict[tuple[int, Kind], Doubtful] = {}
+        for weight, constant, path in zip(weights, needed, paths, strict=True):
             known = state_for(weight).constants.get(_kind(constant))
             if verify or known is None or known.stamp != stamp_of(weight):
-                doubtful[id(weight), _kind(constant)] = weight, constant
+                doubtful[id(weight), _kind(constant)] = weight, constant, path
         if doubtful:
             _bring_up_to_date(list(doubtful.values()))
     return [state_for(w).constants[_kind(c)].tensors for w, c in zip(weights, needed, strict=True)]
 
 
-def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constants]]) -> None:
-    fresh: list[tuple[Tensor, Constants, Made]] = []
+Doubtful = tuple[Tensor, Constants, str]
+"""A parameter whose constants may not fit, what is needed of it, and its layer's path."""
+
+
+def _bring_up_to_date(doubtful: Sequence[Doubtful]) -> None:
+    fresh: list[tuple[Doubtful, Made]] = []
     # Before the values are read: a write in between must be seen as one that came later.
-    stamps = [stamp_of(weight) for weight, _ in doubtful]
-    prints = _to_host([fingerprint(weight) for weight, _ in doubtful])
-    for (weight, constant), stamp, value in zip(doubtful, stamps, prints, strict=True):
+    stamps = [stamp_of(weight) for weight, _, _ in doubtful]
+    prints = _to_host([fingerprint(weight) for weight, _, _ in doubtful])
+    for (weight, constant, path), stamp, value in zip(doubtful, stamps, prints, strict=True):
         known = state_for(weight).constants.get(_kind(constant))
         # A write that was counted counts; the values decide where only the address is new, or all looks as before.
         counted = known is not None and known.stamp[0] != stamp[0]
@@ -178,15 +187,16 @@ def _bring_up_to_date(doubtful: Sequence[tuple[Tensor, Constants]]) -> None:
             known.stamp = stamp
             continue
         tensors = _make(constant.scheme, weight, constant.transposed)
-        fresh.append((weight, constant, Made(constant.scheme, tensors, stamp, value)))
+        fresh.append(((weight, constant, path), Made(constant.scheme, tensors, stamp, value)))
 
     if fresh:
-        all_finite = _to_host([finite(made.tensors) for _, _, made in fresh])
-        broken = [constant.path for (_, constant, _), ok in zip(fresh, all_finite, strict=True) if not ok]
+        all_finite = _to_host([finite(made.tensors) for _, made in fresh])
+        broken = [path for ((_, _, path), _), ok in zip(fresh, all_finite, strict=True) if not ok]
         if broken:
             raise NonFiniteWeightError(broken)
-    for weight, constant, made in fresh:
+    for (weight, constant, path), made in fresh:
         _store(state_for(weight), constant, made)
+        logger.debug("quantized the weight of %s (%r)", path, made.scheme)
 
 
 def _store(state: WeightState, constant: Constants, made: Made) -> None:
@@ -198,7 +208,6 @@ def _store(state: WeightState, constant: Constants, made: Made) -> None:
         if made.tensors[0].is_cuda:  # another stream, or a graph being replayed, may read them next
             torch.cuda.synchronize(made.tensors[0].device)
     state.constants[_kind(constant)] = made
-    logger.debug("quantized the weight of %s (%s)", constant.path, constant.scheme.method)
 
 
 def _to_host(scalars: Sequence[Tensor]) -> list[Any]:
@@ -250,7 +259,7 @@ def refresh(model: torch.nn.Module) -> list[str]:
             before = dict(state.constants)
             _bring_up_to_date(
                 [
-                    (weight, Constants("", made.scheme, transposed, name.removesuffix(".weight"), ()))
+                    (weight, Constants("", made.scheme, transposed, ()), name.removesuffix(".weight"))
                     for (_, transposed), made in before.items()
                 ]
             )

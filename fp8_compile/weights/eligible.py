@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..options import Fp8Options
-from ..patterns import first_match, is_adapter, layer_path
+from ..patterns import first_match
 from ..schemes import Scheme
+from .layers import Layer
 from .quantized_weight import QuantizedWeight
 
 QUANTIZABLE_DTYPES = (torch.bfloat16, torch.float16)
@@ -22,19 +23,17 @@ class Candidate:
 
     Attributes:
         weight: ``[N, K]``, or ``[K, N]`` if ``transposed``; fake in a graph.
-        path: of its module, as in ``named_modules``.
+        layer: which layer it is.
         features: input and output features.
         transposed: the weight is stored input features first.
         written: why the way in which a graph has the linear cannot be replaced, or None.
-        earlier: why an earlier conversion of the model left the weight as it is, or None.
     """
 
     weight: Tensor
-    path: str
+    layer: Layer
     features: tuple[int, int]
     transposed: bool = False
     written: str | None = None
-    earlier: str | None = None
 
 
 def reason(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
@@ -43,29 +42,39 @@ def reason(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | N
     Args:
         scheme: that its weight has, or would get.
     """
+    by_name = kept_by_name(candidate.layer, options)
+    return unfit(candidate, options, scheme) if by_name is None else by_name
+
+
+def unfit(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
+    """Why ``candidate`` stays whichever layer it is, or None."""
     return next((found for check in CHECKS if (found := check(candidate, options, scheme)) is not None), None)
 
 
-def pattern_of(path: str, options: Fp8Options) -> str | None:
-    """The entry of ``ignored_layers`` that names the layer at ``path``; none names an adapter's."""
-    return None if is_adapter(path) else first_match(options.ignored_layers, layer_path(path))
+def pattern_of(layer: Layer, options: Fp8Options) -> str | None:
+    """The entry of ``ignored_layers`` that names ``layer``; none names an adapter's."""
+    if layer.adapter:
+        return None
+    return next((p for name in layer.names if (p := first_match(options.ignored_layers, name)) is not None), None)
 
 
-def _adapter(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
-    return "low-rank adapter" if is_adapter(candidate.path) else None
+def kept_by_name(layer: Layer, options: Fp8Options) -> str | None:
+    """Why ``layer`` stays because of what it is, whatever its weight looks like; None if it may become FP8."""
+    if layer.adapter:  # first: a pattern names the layer that it adapts
+        return "low-rank adapter"
+    pattern = pattern_of(layer, options)
+    if pattern is not None:
+        return f"ignored_layers: {pattern}"
+    if not layer.paths and options.ignored_layers:
+        return UNNAMED
+    return layer.recorded
 
 
-def _ignored(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
-    pattern = pattern_of(candidate.path, options)
-    return None if pattern is None else f"ignored_layers: {pattern}"
+UNNAMED = "nothing names this layer, and ignored_layers may mean it"
 
 
 def _written(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
     return candidate.written
-
-
-def _earlier(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
-    return candidate.earlier
 
 
 def _transposed(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
@@ -103,10 +112,7 @@ def _scheme(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | 
 
 
 CHECKS: tuple[Callable[[Candidate, Fp8Options, Scheme], str | None], ...] = (
-    _adapter,  # first: a pattern names the layer that it adapts
-    _ignored,  # before all that only explains: it is what the user asked for
     _written,  # before those that need a matrix
-    _earlier,
     _transposed,
     _subclass,
     _dtype,

@@ -194,33 +194,6 @@ class QuantizedWeight(Tensor):
         return _on_values(func, args, kwargs)
 
 
-class KeptWeight(torch.nn.Parameter):
-    """A parameter that `fp8_compile.quantize_` saw and left as it was, so that the backend leaves it too.
-
-    A class of its own, because Dynamo's guards tell classes apart: a graph in which such weights stay is never used
-    for a model whose weights the backend shall convert.
-
-    Attributes:
-        reason: why it was left.
-    """
-
-    reason: str
-
-    def __new__(cls, data: Tensor, requires_grad: bool = False, reason: str = "kept at load") -> KeptWeight:
-        made: KeptWeight = super().__new__(cls, data, requires_grad)
-        made.reason = reason
-        return made
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeptWeight:
-        if id(self) not in memo:
-            data = self.data.clone(memory_format=torch.preserve_format)
-            memo[id(self)] = KeptWeight(data, self.requires_grad, self.reason)
-        return memo[id(self)]  # type: ignore[no-any-return]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return KeptWeight, (self.data, self.requires_grad, self.reason)
-
-
 def _quantize(scheme: Scheme, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
     weight = weight.detach()
     if isinstance(weight, QuantizedWeight):

@@ -39,6 +39,7 @@ def test_default_decision() -> None:
         Decision(
             node="input_1",
             path="0",
+            within="0",
             in_features=64,
             out_features=32,
             weight="l_fn_modules_0_parameters_weight_",

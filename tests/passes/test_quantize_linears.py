@@ -56,7 +56,7 @@ scaled_linear = scaled_linear(quantize_rowwise, proj_weight, proj_weight_scale, 
 return (scaled_linear,)""",
     )
     assert constants == [
-        Constants("l_self_parameters_proj_", Fp8(min_m=1), False, "proj", ("proj_weight", "proj_weight_scale"))
+        Constants("l_self_parameters_proj_", Fp8(min_m=1), False, ("proj_weight", "proj_weight_scale"))
     ]
 
 
@@ -93,7 +93,7 @@ scaled_linear_1 = scaled_linear(quantize_rowwise, to_k_weight, to_k_weight_scale
 scaled_linear_2 = scaled_linear(quantize_rowwise, to_v_weight, to_v_weight_scale, None, torch.bfloat16)
 return (scaled_linear, scaled_linear_1, scaled_linear_2)""",
     )
-    assert [c.path for c in constants] == ["to_q", "to_k", "to_v"]
+    assert [c.placeholders[0] for c in constants] == ["to_q_weight", "to_k_weight", "to_v_weight"]
 
 
 def test_tensorwise() -> None:
@@ -143,7 +143,7 @@ scaled_linear = scaled_linear(quantize_rowwise, c_attn_weight, c_attn_weight_sca
 x_1 = .view(scaled_linear, (2, 8, 96))
 return (x_1,)""",
     )
-    assert [(c.path, c.transposed) for c in constants] == [("c_attn", True)]
+    assert [(c.placeholders[0], c.transposed) for c in constants] == [("c_attn_weight", True)]
     assert sqnr(captured.gm(*captured.inputs)[0], run(captured, gm, constants)[0]) > 25
 
 
@@ -275,7 +275,7 @@ linear_1 = linear(x, self.to_k.weight, None)
 scaled_linear_1 = scaled_linear(quantize_rowwise, to_v_weight, to_v_weight_scale, None, torch.bfloat16)
 return (scaled_linear, linear_1, scaled_linear_1)""",
     )
-    assert [c.path for c in constants] == ["to_q", "to_v"]
+    assert [c.placeholders[0] for c in constants] == ["to_q_weight", "to_v_weight"]
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])

@@ -19,7 +19,7 @@ import fp8_compile
 from fp8_compile import numerics
 from fp8_compile.schemes import scheme
 from fp8_compile.schemes.fp8 import Fp8
-from fp8_compile.weights.quantized_weight import KeptWeight, QuantizedWeight
+from fp8_compile.weights.quantized_weight import QuantizedWeight
 from tests.support.sqnr import sqnr
 
 N, K = 48, 64
@@ -266,18 +266,6 @@ def test_what_it_cannot_do_is_an_error(attempt: Callable[[Any], Any], message: s
     with pytest.raises(fp8_compile.QuantizedWeightError, match=message):
         attempt(weight)
     assert torch.equal(weight.dequantize(), before)
-
-
-def test_a_weight_that_was_kept_remembers_why() -> None:
-    weight = KeptWeight(plain(), reason="narrow")
-    assert isinstance(weight, nn.Parameter)
-    for other in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
-        assert (type(other), other.reason) == (KeptWeight, "narrow")
-        assert torch.equal(other, weight)
-    m = nn.Linear(K, N)
-    m.weight = weight
-    assert type(m.to(torch.float16).weight) is KeptWeight
-    assert type(m.state_dict()["weight"]) is Tensor
 
 
 @pytest.mark.parametrize("made", [torch.inference_mode, torch.no_grad, torch.enable_grad])

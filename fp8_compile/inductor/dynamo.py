@@ -1,0 +1,82 @@
+"""What is asked of Dynamo: where a graph's parameters come from, guards on their modules, how many graphs are left.
+
+The sources that Dynamo keeps of each placeholder are classes of its own, and so are its guards. torch 2.11 to 2.13:
+https://github.com/pytorch/pytorch/blob/main/torch/_dynamo/source.py, ``guards.py`` beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ..passes.linears import parameter_path
+
+
+def sources(gm: GraphModule) -> dict[str, str]:
+    """What ``gm``, Dynamo's graph, calls the layer of each placeholder; "" if it has no name for it."""
+    return {
+        node.name: "" if (source := getattr(node, "_dynamo_source", None)) is None else parameter_path(source.name)
+        for node in gm.graph.find_nodes(op="placeholder")
+    }
+
+
+def bases(gm: GraphModule) -> list[nn.Module]:
+    """The modules that the function being compiled reads by names of its own, from which it takes parameters."""
+    translator = _translator()
+    if translator is None:
+        return []
+    found: dict[int, nn.Module] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        source: Any = getattr(node, "_dynamo_source", None)
+        while getattr(source, "base", None) is not None:
+            source = source.base
+        local, named = getattr(source, "local_name", None), getattr(source, "global_name", None)
+        value = translator.f_locals.get(local) if local is not None else translator.f_globals.get(named)
+        value = getattr(value, "cell_contents", value)
+        if isinstance(value, nn.Module):
+            found[id(value)] = value
+    return list(found.values())
+
+
+def _translator() -> Any:
+    """What interprets the function that is being compiled; None outside of Dynamo."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:  # nothing is being compiled
+        return None
+
+
+def guard_absence(placeholder: Node, attribute: Callable[[str], str]) -> None:
+    """Let Dynamo use the graph only while the module that holds a parameter has no ``attribute`` of its own.
+
+    Args:
+        attribute: its name, from the parameter's in the module.
+
+    Does nothing for a parameter that the function does not take out of a module.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    source: Any = getattr(placeholder, "_dynamo_source", None)
+    holder = getattr(getattr(source, "base", None), "base", None)
+    if holder is not None and getattr(source.base, "member", None) == "_parameters":
+        name = attribute(source.index)
+        install_guard(holder.make_guard(functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name)))
+
+
+def last_graph() -> tuple[CodeType, int] | None:
+    """The function that is being compiled, and Dynamo's limit on its graphs, if this graph is the last one in it."""
+    translator = _translator()
+    if translator is None:
+        return None
+    earlier = len(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(translator.f_code))
+    limit = torch._dynamo.config.recompile_limit
+    # Whoever sets a limit of 1 wants to be told by Dynamo.
+    return (translator.f_code, limit) if earlier > 0 and earlier + 1 >= limit else None

@@ -1,0 +1,318 @@
+"""Which layer a parameter is the weight of.
+
+Asked when a graph is compiled and each time it gets parameters that it has not had before, because a graph does not
+know: Dynamo compiles one for a block and runs it with all of them, and where a frame breaks, one for a single linear.
+The Python stack knows: the outermost module that is running, and owns the parameter, gives it the same path however the
+graph was cut.
+
+What a model was asked when it was quantized is kept in it (`Record`), by path as well, so that a parameter that is
+wrapped anew, copied or replaced is still the layer that it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..options import Fp8Options
+from ..patterns import first_match, is_adapter, layer_path, spellings
+from .quantized_weight import QuantizedWeight
+
+NO_RECORD = "the model holds quantized weights, and no record of what was to be kept"
+NOT_A_LINEAR = "no nn.Linear's weight, which is all that quantize_ converts"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The linears that one parameter is the weight of.
+
+    Attributes:
+        paths: of these linears in the outermost module that is running, as `layer_path` gives them.
+        regional: the same paths within the modules that were compiled, where those are parts of the outermost.
+        adapter: it belongs to a low-rank adapter.
+        recorded: why an earlier conversion of the model left it as it is, or None.
+    """
+
+    paths: tuple[str, ...] = ()
+    regional: tuple[str, ...] = ()
+    adapter: bool = False
+    recorded: str | None = None
+
+    def path(self, within: str) -> str | None:
+        """The one of ``paths`` that ends as ``within``, a path in a part, does; else the first."""
+        same = (path for path in self.paths if path == within or path.endswith(f".{within}"))
+        return next(same, next(iter(self.paths), None))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that a pattern may match."""
+        return tuple(dict.fromkeys(s for path in (*self.paths, *self.regional) for s in spellings(path)))
+
+
+# --- what a model remembers ---
+
+_RECORD = "_fp8_quantized"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `fp8_compile.quantize_` was asked of a module, and what it left; kept in the module as a plain dict.
+
+    Attributes:
+        options: as the flat dict that the user may give.
+        kept: the reason, by path within the module, for each linear that stayed.
+        unmatched: entries of ``ignored_layers`` that named no linear.
+    """
+
+    options: Mapping[str, Any]
+    kept: Mapping[str, str]
+    unmatched: tuple[str, ...]
+
+    def reason(self, module: nn.Module, leaf: str, path: str) -> str | None:
+        """Why the parameter ``leaf`` of ``module``, at ``path`` within the recorded module, stays, or None.
+
+        What was not there then is decided on as it would have been.
+        """
+        if path in self.kept:
+            return self.kept[path]
+        patterns = self.options.get("ignored_layers", ())
+        pattern = next((p for s in spellings(path) if (p := first_match(patterns, s)) is not None), None)
+        if pattern is not None:
+            return f"ignored_layers: {pattern}"
+        if leaf != "weight" or not isinstance(module, nn.Linear):
+            return NOT_A_LINEAR
+        least = self.options.get("min_features", Fp8Options.min_features)
+        return f"narrower than min_features {least}" if min(module.in_features, module.out_features) < least else None
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """What ``module`` itself remembers, or None."""
+    found = module.__dict__.get(_RECORD)
+    return None if found is None else Record(found["options"], found["kept"], tuple(found["unmatched"]))
+
+
+def write_record(module: nn.Module, record: Record) -> None:
+    """Let ``module`` remember ``record``. It goes along when the module is copied or pickled."""
+    module.__dict__[_RECORD] = {
+        "options": dict(record.options),
+        "kept": dict(record.kept),
+        "unmatched": list(record.unmatched),
+    }
+    _trees.clear()
+
+
+def delete_records(model: nn.Module) -> None:
+    """Let ``model`` and all its parts forget what they were asked."""
+    for module in model.modules():
+        module.__dict__.pop(_RECORD, None)
+    _trees.clear()
+
+
+# --- where things are ---
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module is in a tree.
+
+    Attributes:
+        raw: its path as `named_modules` gives it.
+        path: the same without what wraps the root.
+        regional: its path within the compiled module around it.
+        record: of the innermost module around it that has one.
+        recorded: its path within that one.
+    """
+
+    raw: str
+    path: str
+    regional: str
+    record: Record | None
+    recorded: str
+
+
+class Tree:
+    """All modules below a root.
+
+    Attributes:
+        names: all that a pattern may match: the paths of the root's linears that are no adapters.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._places: weakref.WeakKeyDictionary[nn.Module, list[_Place]] = weakref.WeakKeyDictionary()
+        owners: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
+        unrecorded, linears = False, []
+        by_raw = {"": _Place("", "", "", None, "")}
+        for raw, module in root.named_modules(remove_duplicate=False):
+            place = self._place(root, raw, module, by_raw)
+            by_raw[raw] = place
+            self._places.setdefault(module, []).append(place)
+            for leaf, weight in module._parameters.items():
+                if is_matrix(weight):
+                    owners.setdefault(id(weight), {})[id(module), leaf] = module, leaf
+                    unrecorded |= isinstance(weight, QuantizedWeight) and place.record is None
+            if isinstance(module, nn.Linear) and not is_adapter(raw):
+                linears += [place.path, place.regional]
+        # By the module that has one of the names, because parameters may be replaced.
+        self._ties = {key: list(all_of.values()) for all_of in owners.values() if len(all_of) > 1 for key in all_of}
+        self._unrecorded = unrecorded
+        self.names = tuple(dict.fromkeys(s for path in linears for s in spellings(layer_path(path))))
+
+    @staticmethod
+    def _place(root: nn.Module, raw: str, module: nn.Module, by_raw: Mapping[str, _Place]) -> _Place:
+        parent_raw, _, name = raw.rpartition(".")
+        parent = by_raw[parent_raw]
+        # DataParallel and its like hold the model as their only part.
+        wrapper = name == "module" and not parent.path and len(root.get_submodule(parent_raw)._modules) == 1
+        path, regional, recorded = (
+            parent.path if wrapper else _join(parent.path, name),
+            _join(parent.regional, name),
+            _join(parent.recorded, name),
+        )
+        record = record_of(module)
+        compiled = name == "_orig_mod" or module._compiled_call_impl is not None
+        return _Place(
+            raw,
+            path,
+            "" if wrapper or compiled else regional,
+            parent.record if record is None else record,
+            recorded if record is None else "",
+        )
+
+    def holds(self, root: nn.Module, module: nn.Module) -> bool:
+        """Whether ``module`` is where it was when this tree was made of ``root``."""
+        return module in self._places and all(_at(root, place.raw) is module for place in self._places[module])
+
+    def layer(self, module: nn.Module, leaf: str) -> Layer:
+        """The layer whose weight is the parameter ``leaf`` of ``module``, a module of this tree."""
+        quantized = isinstance(module._parameters[leaf], QuantizedWeight)
+        paths, regional, adapter, recorded = [], [], False, None
+        for owner, name in self._ties.get((id(module), leaf), [(module, leaf)]):
+            own = "" if name == "weight" else name
+            for place in self._places[owner]:
+                adapter = adapter or is_adapter(place.raw)
+                paths.append(layer_path(_join(place.path, own)))
+                regional.append(layer_path(_join(place.regional, own)))
+                if place.record is not None and recorded is None:
+                    recorded = place.record.reason(owner, name, layer_path(_join(place.recorded, own)))
+        if recorded is None and self._unrecorded and self._places[module][0].record is None:
+            recorded = NO_RECORD
+        distinct = tuple(dict.fromkeys(paths))
+        others = tuple(path for path in dict.fromkeys(regional) if path and path not in distinct)
+        return Layer(distinct, others, adapter, None if quantized else recorded)
+
+
+def is_matrix(weight: nn.Parameter | None) -> bool:
+    """Whether ``weight`` may be that of a linear."""
+    return weight is not None and not is_lazy(weight) and weight.dim() == 2
+
+
+def _at(root: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = root
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+_trees: weakref.WeakKeyDictionary[nn.Module, Tree] = weakref.WeakKeyDictionary()
+
+
+def tree_of(root: nn.Module, module: nn.Module | None = None) -> Tree:
+    """The tree of ``root``; made anew unless it knows ``module``."""
+    tree = _trees.get(root)
+    if tree is None or module is None or not tree.holds(root, module):
+        tree = _trees[root] = Tree(root)
+    return tree
+
+
+# --- who is running ---
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _running() -> list[nn.Module]:
+    """The modules whose methods are being executed, the innermost first."""
+    found: dict[int, nn.Module] = {}
+    for frame in _frames():
+        code = frame.f_code
+        if "self" in code.co_varnames or "self" in code.co_cellvars:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                found[id(module)] = module
+    return list(found.values())
+
+
+def _local() -> Iterator[nn.Module]:
+    """Modules in the variables of the functions that are being executed, the innermost first."""
+    for frame in _frames():
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            yield from (value for value in list(frame.f_locals.values()) if isinstance(value, nn.Module))
+
+
+class Namer:
+    """Finds the layers of the parameters that one graph is called with.
+
+    Args:
+        sources: by the graph's arguments: what the graph itself calls the layer, or "".
+        bases: modules that the graph's function reads by a name of its own.
+    """
+
+    def __init__(self, sources: Mapping[str, str], bases: Iterable[nn.Module] = ()) -> None:
+        self._sources = sources
+        self._bases = [weakref.ref(module) for module in bases]
+
+    def find(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Layer], list[nn.Module]]:
+        """The layer of each of ``weights``, and the modules by which they were named.
+
+        Asks the stack, so it must be called while the graph's caller is on it.
+        """
+        running = _running()
+        bases = [module for ref in self._bases if (module := ref()) is not None]
+        owners = _owners(weights.values(), running)
+        if len(owners) < len({id(weight) for weight in weights.values()}):  # a function was compiled
+            owners = {**_owners(weights.values(), [*_local(), *bases]), **owners}
+        layers: dict[str, Layer] = {}
+        roots: dict[int, nn.Module] = {}
+        for name, weight in weights.items():
+            if id(weight) not in owners:
+                source = self._sources[name]
+                layers[name] = Layer((source,) if source else ())
+                continue
+            module, leaf, base = owners[id(weight)]
+            for root in [*reversed(running), base]:
+                tree = tree_of(root, module)
+                if tree.holds(root, module):
+                    layers[name], roots[id(root)] = tree.layer(module, leaf), root
+                    break
+        return layers, list(roots.values())
+
+
+def _owners(weights: Iterable[Tensor], modules: Iterable[nn.Module]) -> dict[int, tuple[nn.Module, str, nn.Module]]:
+    """By identity of each of ``weights``: a module that holds it, under which name, and which of ``modules`` knows."""
+    missing = {id(weight) for weight in weights}
+    found: dict[int, tuple[nn.Module, str, nn.Module]] = {}
+    for module in modules:
+        if not missing:
+            break
+        for part in module.modules():
+            for leaf, parameter in part._parameters.items():
+                if id(parameter) in missing:
+                    missing.remove(id(parameter))
+                    found[id(parameter)] = part, leaf, module
+    return found
