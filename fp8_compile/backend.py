@@ -82,7 +82,7 @@ def fp8_diffusion(
         return compiled  # nothing to bind, and nothing that a report could be asked for
     with LOCK:
         for root in roots:
-            marks.mark(root, tree_of(root), opts)
+            marks.mark(root, opts, anew=True)
     _guard(gm, plan, opts)
     compile_id = str(torch._guards.CompileContext.current_compile_id())
     return BoundGraph(

@@ -20,7 +20,7 @@ from .runtime.binder import forget_bindings
 from .schemes import Scheme, finite
 from .weights import eligible, lora, marks
 from .weights.eligible import Candidate
-from .weights.layers import Record, delete_records, record_of, tree_of, write_record
+from .weights.layers import Record, all_parameters, delete_records, record_of, tree_of, write_record
 from .weights.quantized_weight import QuantizedWeight
 
 on_converted: list[Callable[[nn.Module, Fp8Options], None]] = []
@@ -155,8 +155,8 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     """
     scheme = scheme_at_load(options)
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    for path, _, leaf, parameter in all_parameters(model):
+        owners.setdefault(id(parameter), []).append(f"{path}.{leaf}".lstrip("."))
     tree = tree_of(model)
     choices: dict[int, Choice] = {}
     for name, module in model.named_modules():
@@ -250,8 +250,14 @@ def _all_asked(model: nn.Module, options: Fp8Options) -> Fp8Options:
     return replace(options, ignored_layers=tuple(dict.fromkeys((*patterns, *options.ignored_layers))))
 
 
-def forget(model: nn.Module) -> None:
-    """Let ``model`` be as if it had never been quantized: its layers are decided on anew."""
+def dequantize(model: nn.Module) -> None:
+    """Put plain parameters in place of all quantized ones, and let ``model`` forget what it was asked."""
+    plain: dict[int, nn.Parameter] = {}
+    for _, module, leaf, parameter in list(all_parameters(model)):
+        if isinstance(parameter, QuantizedWeight):
+            if id(parameter) not in plain:
+                plain[id(parameter)] = nn.Parameter(parameter.dequantize(), requires_grad=False)
+            module._parameters[leaf] = plain[id(parameter)]
     delete_records(model)
     _decide_anew(model)
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from .passes.context import Decision, PassResult
 from .patterns import layer_path, matching
 from .runtime.constants import GraphRecord, WeightState, state_of
-from .weights.layers import Layer, record_of, tree_of
+from .weights.layers import Layer, all_parameters, record_of, tree_of
 from .weights.quantized_weight import QuantizedWeight
 
 NOT_COMPILED = "in no graph that the backend compiled"
@@ -118,11 +118,9 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     rows: list[LayerReport] = []
     records: dict[GraphRecord, None] = {}
     extra = 0
-    modules = dict(model.named_modules(remove_duplicate=False))
     tree = tree_of(model)
     seen: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, leaf = name.rpartition(".")
+    for path, module, leaf, parameter in all_parameters(model):
         state = state_of(parameter)
         decisions: dict[GraphRecord, list[Decision]] = {}
         if state is not None:
@@ -132,10 +130,10 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
                 extra += state.nbytes
             seen.add(id(parameter))
         if state is not None and decisions:
-            path = layer_path(owner if leaf == "weight" else name)
-            rows.append(_row(path, parameter, state, list(decisions.values())))
-        elif isinstance(modules[owner], torch.nn.Linear) and leaf == "weight":
-            rows.append(_uncompiled(owner, parameter, tree.layer(modules[owner], leaf)))
+            name = path if leaf == "weight" else f"{path}.{leaf}".lstrip(".")
+            rows.append(_row(layer_path(name), parameter, state, list(decisions.values())))
+        elif isinstance(module, torch.nn.Linear) and leaf == "weight":
+            rows.append(_uncompiled(path, parameter, tree.layer(module, leaf)))
     ordered = sorted(records, key=lambda record: record.serial)
     for row in _without_parameter(ordered):
         _put(rows, row)

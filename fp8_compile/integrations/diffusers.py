@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -23,7 +24,7 @@ from .. import quantize
 from ..checks import parse_options
 from ..errors import CheckpointError, NonFiniteWeightError, OptionError
 from ..options import COMMON, WEIGHT_OPTIONS, Fp8Options
-from ..quantize import Choice, check_choices, choose, forget, quantized, remember, scheme_at_load
+from ..quantize import Choice, check_choices, choose, quantized, remember, scheme_at_load
 from ..schemes import Scheme
 from ..weights.quantized_weight import QuantizedWeight
 from .checkpoints import Names, holding, join, metadata_of, schemes_in, split
@@ -178,12 +179,10 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         return split(state_dict), metadata_of(state_dict)
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if isinstance(parameter, QuantizedWeight):
-                    module._parameters[name] = nn.Parameter(parameter.dequantize(), requires_grad=False)
-        forget(model)
+    def _dequantize(self, model: Any) -> Any:
+        quantize.dequantize(model)
+        # diffusers leaves the entry, and would look for quantized weights where such a model was saved.
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
         return model
 
 

@@ -47,6 +47,10 @@ class Fp8TransformersQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         return param_name in self._wanted
 
+    def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
+        quantize.dequantize(model)
+        return model
+
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self._scheme)
 

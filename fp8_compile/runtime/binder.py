@@ -28,7 +28,7 @@ from torch import Tensor
 from ..options import Fp8Options
 from ..passes.context import DEQUANTIZED, Constants, Decision
 from ..weights import eligible, marks
-from ..weights.layers import Layer, Namer, tree_of
+from ..weights.layers import Layer, Namer
 from ..weights.quantized_weight import QuantizedWeight
 from .constants import (
     LOCK,
@@ -171,10 +171,11 @@ class BoundGraph:
         of_args = {d.weight: args[index] for index, d in self._decided if d.weight is not None}
         layers, roots = self._namer.find(of_args)
         decisions = [_of_layer(d, layers[d.weight], self._options) for _, d in self._decided if d.weight is not None]
-        if None not in decisions:
-            return [d for d in decisions if d is not None]
+        fits = None not in decisions
         for root in roots:
-            marks.mark(root, tree_of(root), self._options)
+            marks.mark(root, self._options, anew=not fits)
+        if fits:
+            return [d for d in decisions if d is not None]
         logger.info(
             "%s: run once as written, because the graph that Dynamo chose was made for other layers",
             ", ".join(path for layer in layers.values() for path in layer.paths),

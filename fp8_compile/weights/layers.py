@@ -15,7 +15,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -142,17 +142,19 @@ class Tree:
     """All modules below a root.
 
     Attributes:
+        marked: for which patterns its modules bear marks (`fp8_compile.weights.marks`).
         names: all that a pattern may match: the paths of the root's linears that are no adapters.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._places: weakref.WeakKeyDictionary[nn.Module, list[_Place]] = weakref.WeakKeyDictionary()
         owners: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
+        self.marked: set[tuple[str, ...]] = set()
         unrecorded, linears = False, []
-        by_raw = {"": _Place("", "", "", None, "")}
-        for raw, module in root.named_modules(remove_duplicate=False):
-            place = self._place(root, raw, module, by_raw)
-            by_raw[raw] = place
+        places: dict[str, _Place] = {}
+        for raw, around in walk(root):
+            module = around[-1]
+            place = places[raw] = self._place(raw, around, places)
             self._places.setdefault(module, []).append(place)
             for leaf, weight in module._parameters.items():
                 if is_matrix(weight):
@@ -166,24 +168,26 @@ class Tree:
         self.names = tuple(dict.fromkeys(s for path in linears for s in spellings(layer_path(path))))
 
     @staticmethod
-    def _place(root: nn.Module, raw: str, module: nn.Module, by_raw: Mapping[str, _Place]) -> _Place:
+    def _place(raw: str, around: tuple[nn.Module, ...], places: Mapping[str, _Place]) -> _Place:
+        module, record = around[-1], record_of(around[-1])
+        if len(around) == 1:
+            return _Place("", "", "", record, "")
         parent_raw, _, name = raw.rpartition(".")
-        parent = by_raw[parent_raw]
+        parent, holder = places[parent_raw], around[-2]
+        if isinstance(module, nn.ModuleList) and any(
+            part is m for part in holder._modules.values() for m in around[:-2]
+        ):
+            # cache-dit puts a module that knows the whole model in place of a list of blocks, and the list into it.
+            return replace(places[parent_raw.rpartition(".")[0]], raw=raw)
         # DataParallel and its like hold the model as their only part.
-        wrapper = name == "module" and not parent.path and len(root.get_submodule(parent_raw)._modules) == 1
-        path, regional, recorded = (
-            parent.path if wrapper else _join(parent.path, name),
-            _join(parent.regional, name),
-            _join(parent.recorded, name),
-        )
-        record = record_of(module)
+        wrapper = name == "module" and not parent.path and len(holder._modules) == 1
         compiled = name == "_orig_mod" or module._compiled_call_impl is not None
         return _Place(
             raw,
-            path,
-            "" if wrapper or compiled else regional,
+            parent.path if wrapper else _join(parent.path, name),
+            "" if wrapper or compiled else _join(parent.regional, name),
             parent.record if record is None else record,
-            recorded if record is None else "",
+            _join(parent.recorded, name) if record is None else "",
         )
 
     def holds(self, root: nn.Module, module: nn.Module) -> bool:
@@ -207,6 +211,33 @@ class Tree:
         distinct = tuple(dict.fromkeys(paths))
         others = tuple(path for path in dict.fromkeys(regional) if path and path not in distinct)
         return Layer(distinct, others, adapter, None if quantized else recorded)
+
+
+def _knows_one_of(modules: tuple[nn.Module, ...], holder: nn.Module) -> bool:
+    return any(part is module for part in holder._modules.values() for module in modules)
+
+
+def walk(root: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
+    """All modules below ``root`` by all their paths, each behind those that are around it.
+
+    As ``named_modules(remove_duplicate=False)``, but for modules that hold what they are in.
+    """
+
+    def below(path: str, around: tuple[nn.Module, ...]) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
+        yield path, around
+        for name, part in around[-1]._modules.items():
+            if part is not None and not any(part is module for module in around):
+                yield from below(_join(path, name), (*around, part))
+
+    return below("", (root,))
+
+
+def all_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """All parameters below ``root`` by all their names: the path of the module that holds it, that, its name there."""
+    for path, around in walk(root):
+        for leaf, parameter in around[-1]._parameters.items():
+            if parameter is not None:
+                yield path, around[-1], leaf, parameter
 
 
 def is_matrix(weight: nn.Parameter | None) -> bool:

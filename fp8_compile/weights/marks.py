@@ -17,7 +17,7 @@ from torch import nn
 
 from ..options import Fp8Options
 from . import eligible
-from .layers import Tree, is_matrix
+from .layers import is_matrix, tree_of
 
 _PREFIX = "_fp8_mark_"
 
@@ -28,8 +28,12 @@ def name_of(options: Fp8Options, leaf: str, *, stays: bool) -> str:
     return f"{_PREFIX}{digest}_{'stays' if stays else 'converts'}_{leaf}"
 
 
-def mark(root: nn.Module, tree: Tree, options: Fp8Options) -> None:
-    """Mark all modules of ``root``, whose tree is given."""
+def mark(root: nn.Module, options: Fp8Options, *, anew: bool = False) -> None:
+    """Mark all modules of ``root``, unless that has been done; ``anew`` does it in any case."""
+    tree = tree_of(root, root)
+    if options.ignored_layers in tree.marked and not anew:
+        return
+    tree.marked.add(options.ignored_layers)
     for module in root.modules():
         for leaf, weight in module._parameters.items():
             if is_matrix(weight):

@@ -1,0 +1,540 @@
+"""Which layer a parameter is the weight of: paths, patterns, what a model remembers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+
+import fp8_compile
+from fp8_compile.weights.layers import Tree, record_of
+from tests.support.blocks import LOAD, OPTIONS, WIDTH, Model, model, tokens
+from tests.support.sqnr import sqnr
+
+BACKEND: dict[str, Any] = {"backend": "fp8_diffusion"}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def options(*ignored: str, **more: Any) -> dict[str, Any]:
+    return {**OPTIONS, "ignored_layers": list(ignored), **more}
+
+
+def unquantized(m: nn.Module) -> dict[str, str]:
+    return {row.path: row.reason for row in fp8_compile.report(m).layers if row.decision == "unquantized"}
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def opaque(m: nn.Module) -> nn.Module:
+    """Give each linear a hook that Dynamo cannot see into, so that each runs in a graph of its own."""
+    for linear in m.modules():
+        if isinstance(linear, nn.Linear):
+            linear.register_forward_pre_hook(torch._dynamo.disable(lambda module, args: None))
+    return m
+
+
+# --- however the graph was cut ---
+
+
+def whole(m: Model) -> Callable[..., Any]:
+    m.compile(**BACKEND, options=options("img_mlp"))
+    return m
+
+
+def optimized(m: Model) -> Callable[..., Any]:
+    return torch.compile(m, **BACKEND, options=options("img_mlp"))
+
+
+def regional(m: Model) -> Callable[..., Any]:
+    return m.compile_blocks(ignored_layers=["img_mlp"])
+
+
+def forward(m: Model) -> Callable[..., Any]:
+    return torch.compile(m.forward, **BACKEND, options=options("img_mlp"))
+
+
+def function(m: Model) -> Callable[..., Any]:
+    return torch.compile(lambda x: m(x), **BACKEND, options=options("img_mlp"))
+
+
+def function_of_a_block(m: Model) -> Callable[..., Any]:
+    step = torch.compile(lambda block, x: block(x), **BACKEND, options=options("img_mlp"))
+
+    def run(x: Tensor) -> Tensor:
+        for block in m.blocks:
+            x = step(block, x)
+        return x
+
+    return run
+
+
+def leaves(m: Model) -> Callable[..., Any]:
+    return whole(opaque(m))  # type: ignore[arg-type]
+
+
+def broken(m: Model) -> Callable[..., Any]:
+    inner = m.blocks[0].forward
+
+    def with_a_break(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return inner(x)  # type: ignore[no-any-return]
+
+    m.blocks[0].forward = with_a_break
+    return whole(m)
+
+
+WAYS = [whole, optimized, regional, forward, function, function_of_a_block, leaves, broken]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pattern_holds_in_every_way_of_compiling(way: Callable[[Model], Callable[..., Any]]) -> None:
+    m, x = model(2), tokens()
+    run = way(m)
+    first = run(x)
+    assert torch.equal(run(x), first)
+    kept = unquantized(m)
+    assert kept == {
+        **dict.fromkeys(
+            [path for path, _ in m.named_modules() if path.endswith(("img_mlp.0", "img_mlp.2"))],
+            "ignored_layers: img_mlp",
+        )
+    }
+    assert fp8_compile.report(m).totals["quantized"] == 4
+
+
+@pytest.mark.parametrize("way", [optimized, regional, leaves, broken])
+def test_results_are_those_of_the_whole_model_in_one_graph(way: Callable[[Model], Callable[..., Any]]) -> None:
+    m, x = model(2), tokens()
+    expected = whole(copy.deepcopy(m))(x)
+    assert sqnr(expected, way(m)(x)) > 60
+
+
+@pytest.mark.parametrize("pattern", ["blocks.1.*", r"re:^blocks\.1\.", "blocks.1", "re:1"])
+@pytest.mark.parametrize("way", ["whole", "regional", "leaves"])
+def test_an_index_names_its_block(pattern: str, way: str) -> None:
+    m, x = model(3), tokens()
+    if way == "regional":
+        m.compile_blocks(ignored_layers=[pattern])
+    else:
+        (opaque(m) if way == "leaves" else m).compile(**BACKEND, options=options(pattern))
+    with torch._dynamo.config.patch(recompile_limit=64):
+        m(x)
+        m(x)
+    assert {path.split(".")[1] for path in unquantized(m)} == {"1"}
+    assert len(unquantized(m)) == 4
+
+
+def test_an_anchored_expression_may_start_in_the_part_that_was_compiled(recwarn: pytest.WarningsRecorder) -> None:
+    m, x = model(2), tokens()
+    m.compile_blocks(ignored_layers=["re:^img_mlp"])(x)
+    assert len(unquantized(m)) == 4
+    assert not [w for w in recwarn if issubclass(w.category, fp8_compile.UnmatchedPatternWarning)]
+
+    m = model(2)
+    with pytest.warns(fp8_compile.UnmatchedPatternWarning, match=r"'re:\^img_mlp' matched none of the 8 linears"):
+        m.compile_whole(ignored_layers=["re:^img_mlp"])(x)
+    assert unquantized(m) == {}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: nn.DataParallel(m),
+        lambda m: nn.Sequential(m)[0],
+        lambda m: torch.compile(m, backend="eager"),
+        lambda m: torch.optim.swa_utils.AveragedModel(m),
+    ],
+    ids=["DataParallel", "none", "OptimizedModule", "AveragedModel"],
+)
+def test_wrappers_are_no_part_of_a_path(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    outer = wrap(model(1))
+    m = next(module for module in outer.modules() if isinstance(module, Model))
+    names = Tree(outer).names
+    assert names == ("blocks.0.to_q", "blocks.0.to_k", "blocks.0.img_mlp.0", "blocks.0.img_mlp.2")
+    m.compile(**BACKEND, options=options(r"re:^blocks\.0\.to_q$"))
+    outer(tokens())
+    assert list(unquantized(m)) == ["blocks.0.to_q"]
+
+
+def test_a_layer_that_is_called_module_keeps_its_name() -> None:
+    m = nn.ModuleDict({"module": nn.Linear(WIDTH, WIDTH), "other": nn.Linear(WIDTH, WIDTH)})
+    assert Tree(m).names == ("module", "other")
+
+
+def test_a_model_that_holds_itself() -> None:
+    m = model(1)
+    m.blocks[0].parent = m
+    m.compile(**BACKEND, options=options("to_q"))
+    m(tokens())
+    assert list(unquantized(m)) == ["blocks.0.to_q"]
+    fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_q"]})
+    assert sum(isinstance(p, fp8_compile.QuantizedWeight) for p in m.parameters()) == 3
+
+
+ODD = ["a-b", "a b", "é", "é✨", "it's", 'a"b', "x]y", "1a", "a:b", "a/b", "\n", "a\\b", "weight", "up-blocks", "a[0]"]
+
+
+class Odd(nn.Module):
+    def __init__(self, name: str, how: str) -> None:
+        super().__init__()
+        self.how, self.name = how, name
+        parts = {name: nn.Linear(WIDTH, WIDTH), "other": nn.Linear(WIDTH, WIDTH)}
+        if how == "attribute":
+            for key, part in parts.items():
+                self.add_module(key, part)
+        else:
+            self.parts = nn.ModuleDict(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "attribute":
+            return self.other(getattr(self, self.name)(x))  # type: ignore[no-any-return]
+        for part in self.parts.values():
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize("how", ["dict", "attribute"])
+@pytest.mark.parametrize("name", ODD)
+def test_a_name_that_is_no_identifier(name: str, how: str) -> None:
+    m = Odd(name, how).bfloat16()
+    path = name if how == "attribute" else f"parts.{name}"
+    m.compile(**BACKEND, options=options(path))
+    m(tokens())
+    assert list(unquantized(m)) == [path]
+    assert fp8_compile.report(m).totals["quantized"] == 1
+
+
+@pytest.mark.parametrize("pattern", ["first", "second.*", "re:^second"])
+def test_a_tied_weight_stays_if_any_of_its_names_is_named(pattern: str) -> None:
+    m = nn.Sequential()
+    m.add_module("first", nn.Linear(WIDTH, WIDTH))
+    m.add_module("second", nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    m.add_module("third", nn.Linear(WIDTH, WIDTH))
+    m.bfloat16()
+    m.second[0].weight = m.first.weight
+    opaque(m).compile(**BACKEND, options=options(pattern))
+    m(tokens())
+    m(tokens())
+    assert unquantized(m) == dict.fromkeys(["first", "second.0"], f"ignored_layers: {pattern}")
+
+
+# --- one graph, several decisions ---
+
+
+def test_one_graph_serves_the_blocks_that_agree() -> None:
+    m, x = model(6), tokens()
+    before = graphs()
+    m.compile_blocks(ignored_layers=["blocks.2.*", "blocks.4.img_mlp"])
+    first = m(x)
+    assert graphs() - before == 3
+    assert torch.equal(m(x), first)
+    assert graphs() - before == 3
+    assert {path for path in unquantized(m)} == {
+        *(f"blocks.2.{name}" for name in ("to_q", "to_k", "img_mlp.0", "img_mlp.2")),
+        *(f"blocks.4.{name}" for name in ("img_mlp.0", "img_mlp.2")),
+    }
+
+
+def test_two_lists_of_patterns_on_one_model() -> None:
+    m, x = model(2), tokens()
+    outputs = {}
+    for pattern in ("to_q", "img_mlp", "to_q", "img_mlp"):
+        for block in m.blocks:
+            block._compiled_call_impl = None
+        m.compile_blocks(ignored_layers=[pattern])
+        again = m(x)
+        assert torch.equal(outputs.setdefault(pattern, again), again)
+    assert not torch.equal(outputs["to_q"], outputs["img_mlp"])
+
+
+def test_a_module_that_moves_to_another_place_is_decided_on_anew() -> None:
+    m, x = model(2), tokens()
+    m.compile_blocks(ignored_layers=["blocks.0.*"])(x)
+    m.blocks = nn.ModuleList(reversed(m.blocks))
+    for block in m.blocks:
+        block._compiled_call_impl = None
+    m.compile_whole(ignored_layers=["blocks.0.*"])
+    expected = copy.deepcopy(m).compile_whole(ignored_layers=["blocks.0.*"])
+    assert torch.equal(m(x), expected(x))
+    assert torch.equal(m(x), expected(x))
+
+
+def test_threads_that_bind_at_once() -> None:
+    models, x = [model(2) for _ in range(4)], tokens()
+    expected = [copy.deepcopy(m) for m in models]
+    for m in expected:
+        m.compile_blocks(ignored_layers=["blocks.0.img_mlp"])
+    wanted = [[m(x), m(x)][1] for m in expected]  # the first may run as written
+    outputs: dict[int, Tensor] = {}
+
+    def run(i: int) -> None:
+        with torch.no_grad():
+            outputs[i] = models[i](x)
+
+    for m in models:
+        m.compile_blocks(ignored_layers=["blocks.0.img_mlp"])
+    for _ in range(3):
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [torch.equal(outputs[i], wanted[i]) for i in range(4)] == [True] * 4
+    assert [sorted(unquantized(m)) for m in models] == [["blocks.0.img_mlp.0", "blocks.0.img_mlp.2"]] * 4
+
+
+@pytest.mark.inductor
+def test_the_one_call_as_written_in_a_mode_with_cuda_graphs() -> None:
+    """On a CPU there are no CUDA graphs; the mode's other settings and the order of calls are the same."""
+    m, other, x = model(1), model(1), tokens()
+    other.load_state_dict(m.state_dict())
+    inductor = {"min_features": WIDTH, "mode": "reduce-overhead"}
+    fp8_compile.quantize_(m, LOAD)
+    fp8_compile.quantize_(other, {**LOAD, "ignored_layers": ["img_mlp"]})
+    for one in (m, other):
+        opaque(one).compile(**BACKEND, options=inductor)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        outputs = [one(x) for one in (m, other, m, other, m, other)]
+    assert torch.equal(outputs[0], outputs[4])
+    assert torch.equal(outputs[3], outputs[5])
+    assert sorted(unquantized(other)) == ["blocks.0.img_mlp.0", "blocks.0.img_mlp.2"]
+
+
+def test_dynamo_is_at_its_limit() -> None:
+    m = nn.Sequential(*(nn.Linear(WIDTH, WIDTH + 16 * i) for i in range(4)), nn.Flatten()).bfloat16()
+    each = opaque(nn.ModuleList(m[:4]))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each = each
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [linear(x) for linear in self.each]  # type: ignore[operator]
+
+    m = Model()
+    m.compile(**BACKEND, options=OPTIONS)
+    with (
+        torch._dynamo.config.patch(recompile_limit=3),
+        pytest.warns(fp8_compile.RecompileLimitWarning, match=r"compiled 3 graphs of Linear.forward"),
+    ):
+        m(tokens())
+    rows = {row.path: row for row in fp8_compile.report(m).layers}
+    assert [rows[f"each.{i}"].decision for i in range(4)] == ["quantized"] * 3 + ["unquantized"]
+    assert "recompile_limit of 3 was reached in Linear.forward" in rows["each.3"].reason
+
+
+# --- parameters that no module holds ---
+
+
+class Holder:
+    """No module, though it holds a parameter by a name that no pattern can mean."""
+
+    def __init__(self) -> None:
+        self.weight = loose()
+
+    def product(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_what_nothing_names_stays_where_patterns_were_given() -> None:
+    held, x = Holder(), tokens()
+    expected = held.product(x)
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match="nothing names this layer, and ignored_layers may"):
+        assert torch.equal(torch.compile(held.product, **BACKEND, options=options("img_mlp"))(x), expected)
+    assert not torch.equal(torch.compile(held.product, **BACKEND, options=options())(x), expected)
+    with pytest.raises(BackendCompilerFailed, match="'img_mlp': nothing names the layers of"):
+        torch.compile(held.product, **BACKEND, options=options("img_mlp", strict=True))(x)
+
+
+def test_a_variable_of_a_function_is_a_name() -> None:
+    def product(x: Tensor, to_q: Tensor, to_k: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, to_q), to_k)
+
+    weights = [loose() for _ in range(2)]
+    seen = torch.compile(product, **BACKEND, options=options("to_q"))
+    expected = torch.compile(product, **BACKEND, options=options())
+    x = tokens()
+    outputs = seen(x, *weights), expected(x, *weights), product(x, *weights)
+    assert len({output.float().sum().item() for output in outputs}) == 3
+
+
+def loose() -> nn.Parameter:
+    return nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.bfloat16), requires_grad=False)
+
+
+# --- what a model remembers ---
+
+
+def copied(m: Model, folder: Path) -> Model:
+    return copy.deepcopy(m)
+
+
+def pickled(m: Model, folder: Path) -> Model:
+    return pickle.loads(pickle.dumps(m))  # type: ignore[no-any-return]
+
+
+def saved(m: Model, folder: Path) -> Model:
+    torch.save(m, folder / "model.pt")
+    return torch.load(folder / "model.pt", weights_only=False)  # type: ignore[no-any-return]
+
+
+def assigned(m: Model, folder: Path) -> Model:
+    m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True)
+    return m
+
+
+def new_parameters(m: Model, folder: Path) -> Model:
+    for block in m.blocks:
+        block.to_q.weight = nn.Parameter(block.to_q.weight * 1.0, requires_grad=False)
+    return m
+
+
+def swapped(m: Model, folder: Path) -> Model:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return m._apply(lambda t: t.clone())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def overwritten(m: Model, folder: Path) -> Model:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        return m._apply(lambda t: t.clone())
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("act", [copied, pickled, saved, assigned, new_parameters, swapped, overwritten])
+@pytest.mark.parametrize("way", [whole, leaves])
+def test_what_was_kept_stays_kept(
+    act: Callable[[Model, Path], Model], way: Callable[[Model], Callable[..., Any]], tmp_path: Path
+) -> None:
+    m = model(2)
+    fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_q"]})
+    m = act(m, tmp_path)
+    (opaque(m) if way is leaves else m).compile(**BACKEND, options=OPTIONS)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        m(tokens())
+        m(tokens())
+    assert unquantized(m) == dict.fromkeys(["blocks.0.to_q", "blocks.1.to_q"], "ignored_layers: to_q")
+
+
+def test_a_fused_layer_stays_if_one_that_it_was_made_of_would() -> None:
+    for pattern, stays in (("to_q", True), ("to_qkv", True), ("img_mlp", False)):
+        m = model(1)
+        fp8_compile.quantize_(m, {**LOAD, "ignored_layers": [pattern]})
+        m.blocks[0].to_qkv = nn.Linear(WIDTH, 3 * WIDTH, dtype=torch.bfloat16)
+        m.blocks[0].forward = lambda x, block=m.blocks[0]: block.to_qkv(x)
+        m.compile(**BACKEND, options=OPTIONS)
+        m(tokens())
+        m(tokens())
+        assert ("blocks.0.to_qkv" in unquantized(m)) == stays
+
+
+def test_quantized_weights_without_a_record_leave_their_neighbours_alone() -> None:
+    m = model(1)
+    fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_q"]})
+    other = model(1)
+    other.load_state_dict(m.state_dict(), assign=True)
+    other.compile(**BACKEND, options=OPTIONS)
+    other(tokens())
+    assert unquantized(other) == {
+        "blocks.0.to_q": "the model holds quantized weights, and no record of what was to be kept"
+    }
+
+
+def test_a_part_that_was_quantized_says_nothing_of_the_others() -> None:
+    m = model(2)
+    fp8_compile.quantize_(m.blocks[0], {**LOAD, "ignored_layers": ["to_k"]})
+    m.compile(**BACKEND, options=OPTIONS)
+    m(tokens())
+    assert unquantized(m) == {"blocks.0.to_k": "ignored_layers: to_k"}
+
+
+def test_options_of_both_conversions_are_remembered() -> None:
+    m = model(2)
+    fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_k", "blocks.1.*"]})
+    record = record_of(m)
+    assert record is not None
+    assert record.options == {"min_features": WIDTH, "ignored_layers": ["to_k", "blocks.1.*"]}
+    assert len(record.kept) == 5
+    with pytest.warns(fp8_compile.NothingConvertedWarning):
+        fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["blocks.1.img_mlp"]})
+    record = record_of(m)
+    assert record is not None
+    assert record.options["ignored_layers"] == ["to_k", "blocks.1.*", "blocks.1.img_mlp"]
+    assert len(record.kept) == 5
+
+
+def test_a_conversion_after_compilation_is_asked_for_by_graphs_that_exist() -> None:
+    """The graph of the layer that is kept now was made, and bound, when it was not."""
+    m, x = opaque(model(1)), tokens()
+    m.compile(**BACKEND, options=OPTIONS)
+    m(x)
+    assert unquantized(m) == {}
+    fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_q"]})
+    to_q = m.blocks[0].to_q
+    expected = to_q.forward(x)
+    seen = []
+    to_q.register_forward_hook(torch._dynamo.disable(lambda module, args, output: seen.append((args[0], output))))
+    with torch._dynamo.config.patch(recompile_limit=64):
+        m(x)
+        m(x)
+    assert [torch.equal(nn.functional.linear(a, to_q.weight, to_q.bias), y) for a, y in seen] == [True, True]
+    assert expected.shape == seen[0][1].shape
+
+
+class Blocks(nn.Module):
+    """What cache-dit puts in place of a list of blocks while the model runs."""
+
+    def __init__(self, owner: nn.Module, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.owner, self.list = owner, blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.list:
+            x = block(x)
+        return x
+
+
+def test_a_stand_in_for_a_list_of_blocks_is_no_part_of_a_path() -> None:
+    m = model(2)
+    m.blocks = nn.ModuleList([Blocks(m, m.blocks)])
+    assert Tree(m).names[:2] == ("blocks.0.to_q", "blocks.0.to_k")
+    assert Tree(m).names[4:6] == ("blocks.1.to_q", "blocks.1.to_k")
+
+
+def test_a_pattern_that_is_misspelt_is_an_error_wherever_the_graph_breaks() -> None:
+    m = opaque(model(1))
+    m.compile(**BACKEND, options=options("img_mpl"))
+    with pytest.raises(BackendCompilerFailed, match="did you mean 'img_mlp'"):
+        m(tokens())
+
+
+def test_the_strict_option_asks_of_the_model_and_not_of_each_piece() -> None:
+    m = opaque(model(1))
+    m.compile(**BACKEND, options=options("img_mlp", strict=True))
+    m(tokens())
+    assert len(unquantized(m)) == 2
+    m = opaque(model(1))
+    m.compile(**BACKEND, options=options("*", strict=True))
+    with pytest.raises(BackendCompilerFailed, match="none of the 1 linears of this graph became FP8"):
+        m(tokens())
