@@ -50,6 +50,7 @@ def layer_path(path: str) -> str:
     return ".".join(s for s in path.split(".") if s not in ("base_layer", "_orig_mod"))
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def spellings(path: str) -> tuple[str, ...]:
     """``path``, and those of the layers that a layer of a fused name took the place of."""
     segments = path.split(".")

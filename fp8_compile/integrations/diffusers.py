@@ -182,7 +182,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> Any:
         quantize.dequantize(model)
         # diffusers leaves the entry, and would look for quantized weights where such a model was saved.
-        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+        config = {name: value for name, value in model.config.items() if name != "quantization_config"}
+        model._internal_dict = FrozenDict(config)  # type: ignore[no-untyped-call]
         return model
 
 

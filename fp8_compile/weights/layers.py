@@ -11,6 +11,7 @@ wrapped anew, copied or replaced is still the layer that it was.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import weakref
@@ -51,7 +52,7 @@ class Layer:
         same = (path for path in self.paths if path == within or path.endswith(f".{within}"))
         return next(same, next(iter(self.paths), None))
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """All that a pattern may match."""
         return tuple(dict.fromkeys(s for path in (*self.paths, *self.regional) for s in spellings(path)))
