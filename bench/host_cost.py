@@ -198,7 +198,7 @@ def measure_binding(blocks: Sequence[nn.Module], args: Arguments, kwargs: dict[s
     for block in blocks:
         block.compile(backend=fp8_over_nothing, fullgraph=True)
     first, _, later = model(), model(), model()
-    added = Spread.of([f - l for f, l in zip(first[1:], later[1:], strict=True)])
+    added = Spread.of([one - other for one, other in zip(first[1:], later[1:], strict=True)])
     return {"blocks": len(blocks), "added_s": added, "target_s": BIND_TARGET, "met": added.median <= BIND_TARGET}
 
 

@@ -17,6 +17,7 @@ from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError,
 from .options import Fp8Options
 from .patterns import Pattern, is_adapter, layer_path, matching
 from .runtime.binder import forget_bindings
+from .runtime.constants import forget_weights
 from .schemes import Scheme, finite
 from .weights import eligible, lora, marks
 from .weights.eligible import Candidate
@@ -264,6 +265,7 @@ def dequantize(model: nn.Module) -> None:
 
 def _decide_anew(model: nn.Module) -> None:
     marks.remove(model)
+    forget_weights(p for p in model.parameters() if not isinstance(p, QuantizedWeight))
     forget_bindings()
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import NothingConvertedError
-from ..patterns import check_unmatched, first_match, layer_path
+from ..patterns import check_unmatched, first_match
 from ..recipes import Groups
+from ..weights.layers import tree_of
 from .ablation import BASELINE, Ablation, AblationError, AblationRow
 from .quality import Sample, compare, prompt_adherence, require_lpips
 from .results import check_writable, environment, to_jsonable, write_whole
@@ -169,18 +169,16 @@ def _check(
         raise AblationError(ONE_STEP)
     if BASELINE in groups:
         raise AblationError(f"{BASELINE!r} is the name of the unquantized row; give the group another name")
-    paths = [
-        layer_path(path)
-        for region in variants.regions
-        for path, module in region.module.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    known = list(dict.fromkeys(paths))
+    trees = [tree_of(model) for model in variants.denoisers.values()]
+    within = [name for region in variants.regions for name in tree_of(region.module).names]
+    known = list(dict.fromkeys([*within, *(name for tree in trees for name in tree.names)]))
     for name, patterns in groups.items():
         for pattern in patterns:
             if not any(first_match([pattern], path) for path in known):
-                check_unmatched(pattern, known, whole_model=not variants.by_block)
-                raise AblationError(f"{name!r}: {pattern!r} matches none of the layers {', '.join(known)}")
+                check_unmatched(pattern, known)
+                raise AblationError(
+                    f"{name!r}: {pattern!r} matches none of the layers {', '.join(dict.fromkeys(within))}"
+                )
 
 
 def _start_of_peak(variants: Variants) -> int | None:

@@ -26,6 +26,7 @@ from ..errors import NothingConvertedError
 from ..patterns import Pattern, layer_path
 from ..weights import eligible
 from ..weights.eligible import Candidate
+from ..weights.layers import tree_of
 from .bound import Bound, SearchError
 from .quality import Sample, compare, require_lpips
 from .results import check_writable, number_text, quality_to_dict
@@ -282,7 +283,9 @@ class Search:
                 path = layer_path(name)
                 if not isinstance(module, nn.Linear) or path in measured:
                     continue
-                candidate = Candidate(module.weight, name, (module.in_features, module.out_features))
+                candidate = Candidate(
+                    module.weight, tree_of(model).layer(module, "weight"), (module.in_features, module.out_features)
+                )
                 if eligible.reason(candidate, options, scheme) is not None:
                     continue  # stays in BF16 in any case
                 if not any(Pattern(pattern).matches(path) for pattern in chosen):

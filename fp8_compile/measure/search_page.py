@@ -71,10 +71,7 @@ def how_to_use(result: Result) -> str:
                 f"{', '.join(map(repr, others))} for those."
             )
         return text
-    text = (
-        "The list names blocks by index, which a graph that serves all blocks cannot tell apart: give it to "
-        "fp8_compile.quantize_ or Fp8DiffusionConfig before compiling block by block, or compile the whole transformer."
-    )
+    text = "The list is for compiling block by block or as a whole, fp8_compile.quantize_ and Fp8DiffusionConfig alike."
     if others:
         text += (
             f" Of it, {', '.join(map(repr, others))} were in BF16 in all measurements; without them those layers would "

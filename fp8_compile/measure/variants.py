@@ -129,7 +129,7 @@ class Variants:
 
     @property
     def by_block(self) -> bool:
-        """Whether regions are blocks, so that patterns cannot name one of them by its index."""
+        """Whether regions are blocks."""
         return all(region.path for region in self.regions)
 
     def use(self, patterns_of: Callable[[Region], Patterns]) -> None:

@@ -15,7 +15,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,13 @@ def forget_all() -> None:
     """Drop all constants and decisions: with the compiled graphs gone, nothing reads them."""
     with LOCK:
         STATES.clear()
+
+
+def forget_weights(weights: Iterable[Tensor]) -> None:
+    """Drop the constants of ``weights``, and what was decided on them."""
+    with LOCK:
+        for weight in weights:
+            STATES.pop(_key(weight), None)
 
 
 def stamp_of(weight: Tensor) -> Stamp:
