@@ -158,7 +158,7 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     owners: dict[int, list[str]] = {}
     for path, _, leaf, parameter in all_parameters(model):
         owners.setdefault(id(parameter), []).append(f"{path}.{leaf}".lstrip("."))
-    tree = tree_of(model)
+    tree, handed_over = tree_of(model), eligible.handed_over(model)
     choices: dict[int, Choice] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
@@ -174,7 +174,9 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         adopted = adopt(weight)
         if adopted is not None and pattern is None:
             check_agreement(options, adopted.scheme)
-        candidate = Candidate(weight if adopted is None else adopted, layer, (module.in_features, module.out_features))
+        written = eligible.read_by(handed_over[id(module)]) if id(module) in handed_over else None
+        features = module.in_features, module.out_features
+        candidate = Candidate(weight if adopted is None else adopted, layer, features, written=written)
         reason = eligible.reason(candidate, options, scheme if adopted is None else adopted.scheme)
         choices[id(weight)] = Choice(weight, [module], [path], reason, pattern)
     for key, choice in choices.items():

@@ -31,6 +31,8 @@ class LayerReport:
         reason: why it is unquantized, or in which graphs; may be empty for "fp8".
         scheme: how it runs in the graphs: names of the kernels' granularity, or empty; of a weight that has run in no
             graph yet, its method.
+        rows: of its activation when its graphs were compiled. A graph of dynamic shapes serves others too, and runs the
+            linear as was decided for these.
         bytes_before: of its weight.
         bytes_after: of the FP8 constants that compiled code reads in its place, or of the weight if it is unquantized.
     """
@@ -41,6 +43,7 @@ class LayerReport:
     decision: str
     reason: str
     scheme: str
+    rows: tuple[int, ...]
     bytes_before: int
     bytes_after: int
 
@@ -85,7 +88,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        header = ("layer", "x", "in", "out", "decision", "scheme", "MB before", "MB after", "reason")
+        header = ("layer", "x", "in", "out", "decision", "scheme", "rows", "MB before", "MB after", "reason")
         table = [header, *_grouped(self.layers)]
         widths = [max(len(row[i]) for row in table) for i in range(len(header))]
         lines = [
@@ -156,7 +159,7 @@ def _uncompiled(path: str, weight: Tensor, layer: Layer) -> LayerReport:
     if is_lazy(weight) or weight.dim() != 2:
         size = 0 if is_lazy(weight) else weight.nbytes
         reason = "weight has no values yet" if is_lazy(weight) else "weight is packed by another library"
-        return LayerReport(layer_path(path), 0, 0, "unquantized", reason, "", size, size)
+        return LayerReport(layer_path(path), 0, 0, "unquantized", reason, "", (), size, size)
     reason = "low-rank adapter" if layer.adapter else layer.recorded or NOT_COMPILED
     out_features, in_features = weight.shape
     return LayerReport(
@@ -166,6 +169,7 @@ def _uncompiled(path: str, weight: Tensor, layer: Layer) -> LayerReport:
         decision="quantized" if prequantized else "unquantized",
         reason=reason,
         scheme=weight.scheme.label if isinstance(weight, QuantizedWeight) else "",
+        rows=(),
         bytes_before=_original_bytes(weight),
         bytes_after=weight.nbytes,
     )
@@ -200,6 +204,7 @@ def _row(path: str, weight: Tensor, state: WeightState, of_graphs: Sequence[Sequ
         decision=first.decision,
         reason=reasons,
         scheme="+".join(dict.fromkeys(calls)),
+        rows=tuple(sorted({d.rows for d in decisions if d.rows is not None})),
         bytes_before=_original_bytes(weight),
         bytes_after=state.nbytes if quantized and not isinstance(weight, QuantizedWeight) else weight.nbytes,
     )
@@ -218,7 +223,7 @@ def _without_parameter(records: Sequence[GraphRecord]) -> Iterator[LayerReport]:
         for d in record.plan.decisions:
             if d.weight is None:
                 seen[d.path, d.reason] = LayerReport(
-                    d.path, d.in_features, d.out_features, d.decision, d.reason, "", 0, 0
+                    d.path, d.in_features, d.out_features, d.decision, d.reason, "", (), 0, 0
                 )
     return iter(seen.values())
 
@@ -259,6 +264,7 @@ def _grouped(rows: Sequence[LayerReport]) -> Iterator[tuple[str, ...]]:
             str(row.out_features),
             row.decision,
             row.scheme,
+            ", ".join(map(str, row.rows)),
             f"{sum(r.bytes_before for r in group) / 1e6:.2f}",
             f"{sum(r.bytes_after for r in group) / 1e6:.2f}",
             row.reason,

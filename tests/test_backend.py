@@ -268,6 +268,7 @@ def test_report_as_data() -> None:
         "decision": "quantized",
         "reason": "",
         "scheme": "fp8-row",
+        "rows": [32],
         "bytes_before": before,
         "bytes_after": WIDTH * WIDTH + 4 * WIDTH,
     }
@@ -284,9 +285,61 @@ def test_report_as_a_table_folds_equal_blocks() -> None:
     compiled(m := model(3), tokens(), ignored_layers=["img_mlp.0"])
     table = str(fp8_compile.report(m))
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
-    assert rows["blocks.*.to_q"] == ["3", "64", "64", "quantized", "fp8-row", "0.02", "0.01"]
-    assert rows["blocks.*.img_mlp.0"][3:] == ["unquantized", "0.10", "0.10", "ignored_layers:", "img_mlp.0"]
+    assert rows["blocks.*.to_q"] == ["3", "64", "64", "quantized", "fp8-row", "32", "0.02", "0.01"]
+    assert rows["blocks.*.img_mlp.0"][3:] == ["unquantized", "32", "0.10", "0.10", "ignored_layers:", "img_mlp.0"]
     assert "9 quantized, 3 unquantized" in table
+
+
+def test_report_tells_for_how_many_rows_a_graph_was_planned() -> None:
+    """A graph of dynamic shapes that saw few rows first runs their way with many."""
+    m = model(1)
+    m.compile(backend="fp8_diffusion", dynamic=True, options={**OPTIONS, "min_m": 16})
+    with torch.no_grad():
+        for rows in (4, 6, 32):
+            m(tokens(rows))
+    assert {(row.scheme, row.rows) for row in fp8_compile.report(m).layers} == {("fp8-weight-only", (4,))}
+
+
+def test_a_module_that_torch_export_made() -> None:
+    m = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 2 * WIDTH)).bfloat16()
+    x = tokens()
+    with torch.no_grad():
+        exported: Any = torch.export.export(m, (x,)).module()
+        exported.compile(backend="fp8_diffusion", fullgraph=True, options={**OPTIONS, "ignored_layers": ["2"]})
+        assert sqnr(m(x), exported(x)) > 28
+    rows = {row.path: row.reason for row in fp8_compile.report(exported).layers}
+    assert rows == {"0": "", "2": "ignored_layers: 2"}
+
+
+@pytest.mark.parametrize("at_load", [False, True])
+def test_a_module_whose_weights_are_handed_to_a_function(at_load: bool) -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+            self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True)
+            self.proj = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(self.layer(self.attn(x, x, x, need_weights=False)[0]))  # type: ignore[no-any-return]
+
+    m, x = Pool().bfloat16().eval().requires_grad_(False), tokens()
+    if at_load:
+        fp8_compile.quantize_(m, {"min_features": WIDTH})
+    m.compile(backend="fp8_diffusion", fullgraph=True, options=OPTIONS)
+    with torch.no_grad():
+        m(x)
+    rows = {row.path: (row.decision, row.reason) for row in fp8_compile.report(m).layers}
+    attention, encoder = (
+        ("unquantized", f"read by {name}, which is no linear")
+        for name in ("multi_head_attention_forward", "_transformer_encoder_layer_fwd")
+    )
+    assert {path: rows[path] for path in ("attn.out_proj", "layer.linear1", "layer.linear2", "proj")} == {
+        "attn.out_proj": attention,
+        "layer.linear1": encoder,
+        "layer.linear2": encoder,
+        "proj": ("quantized", ""),
+    }
 
 
 def test_report_tells_what_each_pass_did() -> None:

@@ -15,15 +15,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ..passes.linears import parameter_path
+from ..passes.linears import parameter_path_of
 
 
 def sources(gm: GraphModule) -> dict[str, str]:
     """What ``gm``, Dynamo's graph, calls the layer of each placeholder; "" if it has no name for it."""
-    return {
-        node.name: "" if (source := getattr(node, "_dynamo_source", None)) is None else parameter_path(source.name)
-        for node in gm.graph.find_nodes(op="placeholder")
-    }
+    return {node.name: parameter_path_of(node) for node in gm.graph.find_nodes(op="placeholder")}
 
 
 def bases(gm: GraphModule) -> list[nn.Module]:

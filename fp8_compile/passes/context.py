@@ -24,6 +24,7 @@ class Decision:
         path: of its module in the outermost module that was running; in the graph's own region if the weight is no
             parameter.
         within: the same path in the graph's own region.
+        rows: of the activation when the graph was compiled; None if unknown. A dynamic graph may see others.
         weight: name of the placeholder that holds its weight, or None if that is no parameter.
         transposed: the weight is stored ``[in_features, out_features]``.
         decision: "quantized" or "unquantized".
@@ -49,6 +50,7 @@ class Decision:
     call: Call | None = None
     reason: str = ""
     pattern: str | None = None
+    rows: int | None = None
     stays_by_name: bool | None = None
     tracked: bool = True
 

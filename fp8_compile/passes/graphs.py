@@ -23,8 +23,19 @@ def example(node: Node) -> Any:
 
 
 def is_call(node: Node, function: Any, method: str) -> bool:
-    """Whether ``node`` calls ``function``, or the method of that name."""
-    return (node.op, node.target) in (("call_function", function), ("call_method", method))
+    """Whether ``node`` calls ``function``, or the method or the aten operator of that name."""
+    ways = (("call_function", function), ("call_method", method))
+    return (node.op, node.target) in ways or (aten_name(node) == method and bool(method))
+
+
+def aten_name(node: Node) -> str:
+    """The name of the aten operator that ``node`` calls, as in graphs that torch.export made; empty if it is none."""
+    target = node.target
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return ""
+    namespace, _, name = packet._qualified_op_name.partition("::")
+    return name if namespace == "aten" else ""
 
 
 def provenance(node: Node) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from .graphs import example, is_call, size_hint
+from .graphs import aten_name, example, is_call, size_hint
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Linear:
 
     @property
     def _is_function(self) -> bool:
-        return self.node.target is torch.nn.functional.linear
+        return is_call(self.node, torch.nn.functional.linear, "linear")
 
 
 def find_linears(graph: Graph) -> Iterator[Linear]:
@@ -80,7 +81,7 @@ _PRODUCTS = ((torch.mm, "mm"), (torch.matmul, "matmul"), (operator.matmul, "__ma
 def as_linear(node: Node) -> Linear | None:
     """``node`` as a linear, or None if it is something else."""
     args, kwargs = node.args, node.kwargs
-    if node.op == "call_function" and node.target is torch.nn.functional.linear:
+    if is_call(node, torch.nn.functional.linear, "linear"):
         x, weight, bias = (_argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
         origin, transposed = _origin(weight)
         return Linear(node, x, origin, transposed, bias)
@@ -95,6 +96,64 @@ def as_linear(node: Node) -> Linear | None:
         return None
     origin, transposed = _origin(weight)
     return Linear(node, x, origin, not transposed, bias) if _is_matrix_parameter(origin) else None
+
+
+def other_readers(graph: Graph, is_weight: Callable[[Node], bool]) -> Iterator[tuple[Node, Node]]:
+    """Matrices that are multiplied in ways that are no linear: each parameter, and a node that reads it.
+
+    Not those of embeddings, nor what is read by elementwise code or alone, as a norm is.
+
+    Args:
+        is_weight: whether a placeholder is a parameter of interest.
+    """
+    linears = {linear.weight for linear in find_linears(graph)}
+    for weight in graph.find_nodes(op="placeholder"):
+        if weight in linears or not is_weight(weight):
+            continue
+        for reader in _readers(weight):
+            if _multiplies(reader, weight):
+                yield weight, reader
+                break
+
+
+def _readers(weight: Node) -> Iterator[Node]:
+    for user in weight.users:
+        if is_relayout(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _multiplies(reader: Node, weight: Node) -> bool:
+    """Whether ``reader`` computes more of ``weight`` and another tensor than one value of each two."""
+    operands = [n for n in reader.all_input_nodes if isinstance(example(n), torch.Tensor)]
+    if reader.op == "output" or len(operands) < 2 or is_call(reader, torch.nn.functional.embedding, "embedding"):
+        return False
+    if isinstance(reader.target, torch._ops.HigherOrderOperator):  # whose own graph is looked into
+        return False
+    if is_call(reader, operator.getitem, "__getitem__") or is_call(reader, operator.setitem, "__setitem__"):
+        return False
+    out = example(reader)
+    if not isinstance(out, torch.Tensor):
+        return True
+    shapes = [[size_hint(size) for size in example(n).shape] for n in operands]
+    elementwise = _broadcast(shapes) == [size_hint(size) for size in out.shape]
+    return not elementwise or getattr(reader.target, "__name__", str(reader.target)) in _CONTRACTIONS
+
+
+def _broadcast(shapes: list[list[float]]) -> list[float] | None:
+    """The shape of an elementwise result; None if there is none."""
+    result = []
+    for sizes in itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+        different = set(sizes) - {1}
+        if len(different) > 1:
+            return None
+        result.append(different.pop() if different else 1)
+    return result[::-1]
+
+
+# Their result may have the shape of an elementwise one, if all sizes are equal.
+_CONTRACTIONS = ("einsum", "inner", "tensordot", "matmul", "mm", "bmm", "baddbmm", "addbmm", "chain_matmul", "mv")
 
 
 def _argument(node: Node, index: int, name: str) -> Any:
@@ -152,7 +211,8 @@ def _is_transposition(node: Node) -> bool:
 
 
 def _is_identity(node: Node, source: Node) -> bool:
-    if not (node.op == "call_method" and node.target in ("to", "type_as", "contiguous", "detach")):
+    method = node.target if node.op == "call_method" else aten_name(node)
+    if method not in ("to", "type_as", "contiguous", "detach"):
         return False
     before, after = example(source), example(node)
     return isinstance(after, torch.Tensor) and (before.dtype, before.device) == (after.dtype, after.device)
@@ -186,6 +246,12 @@ def parameter_path(source: str) -> str:
     return segments[0] if len(segments) == 1 else re.sub(r"(^|\.)weight$", "", source_path(source))
 
 
+def parameter_path_of(placeholder: Node) -> str:
+    """The path of the layer whose parameter ``placeholder`` is, relative to the compiled region; "" if it has none."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return "" if source is None else parameter_path(source.name)
+
+
 def running_path(linear: Linear) -> str:
     """The path of the module that is running at ``linear``, relative to the compiled region, or ""."""
     stack = list((linear.node.meta.get("nn_module_stack") or {}).values())
@@ -198,8 +264,7 @@ def module_path(linear: Linear) -> str:
     The parameter's own place says it, ``weight`` left out; where a parameter is shared, the module that is running.
     """
     running = running_path(linear)
-    source = getattr(linear.weight, "_dynamo_source", None)
-    if source is None:
+    owned = parameter_path_of(linear.weight)
+    if getattr(linear.weight, "_dynamo_source", None) is None:
         return running or linear.node.name
-    owned = parameter_path(source.name)
     return owned if not running or owned == running or owned.startswith(running + ".") else running

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from ..patterns import is_adapter, layer_path
 from ..schemes import Call, Scheme
@@ -19,8 +19,8 @@ from ..weights.eligible import Candidate
 from ..weights.layers import Layer
 from ..weights.quantized_weight import QuantizedWeight
 from .context import DEQUANTIZED, Context, Decision, Plan
-from .graphs import example, row_count, storages, written_storages
-from .linears import Linear, find_linears, module_path, running_path
+from .graphs import example, row_count, size_hint, storages, written_storages
+from .linears import Linear, find_linears, module_path, other_readers, parameter_path_of, running_path
 
 
 def plan_linears(graph: Graph, context: Context) -> int:
@@ -32,11 +32,44 @@ def plan_linears(graph: Graph, context: Context) -> int:
         if written is None and storages(linear.weight) & modified:
             written = "weight is modified in the graph"
         decisions.append(_decide(linear, written or _other_dtype(linear), context))
+    for weight, reader in other_readers(graph, lambda node: _is_eligible(node, context)):
+        decisions.append(_unrecognized(weight, reader, context))
     for name, linear in _inside_higher_order_operators(context.module):
         decision = _decide(linear, "inside a higher-order operator", context)
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
     context.plan = Plan(tuple(decisions), context.options.ignored_layers)
     return len(context.plan.quantized)
+
+
+def _is_eligible(node: Node, context: Context) -> bool:
+    """Whether the value of a placeholder would become FP8 if a linear read it."""
+    weight, layer = example(node), context.layers.get(node.name)
+    if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 2:
+        return False
+    out_features, in_features = (int(size_hint(size)) for size in weight.shape)
+    candidate = Candidate(weight, layer or Layer(), (in_features, out_features))
+    return eligible.unfit(candidate, context.options, context.scheme) is None
+
+
+def _unrecognized(weight: Node, reader: Node, context: Context) -> Decision:
+    """What is said of a matrix that no linear reads."""
+    within = layer_path(parameter_path_of(weight))
+    layer = context.layers.get(weight.name, Layer((within,)))
+    name = getattr(reader.target, "__name__", str(reader.target))
+    out_features, in_features = (int(size_hint(size)) for size in example(weight).shape)
+    return Decision(
+        node=reader.name,
+        path=layer.path(within) or within,
+        within=within,
+        in_features=in_features,
+        out_features=out_features,
+        weight=weight.name,
+        transposed=False,
+        decision="unquantized",
+        reason=eligible.kept_by_name(layer, context.options) or eligible.read_by(name),
+        pattern=eligible.pattern_of(layer, context.options),
+        tracked=not layer.adapter,
+    )
 
 
 def _other_dtype(linear: Linear) -> str | None:
@@ -66,6 +99,7 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
     if call is None and prequantized:
         reason = f"{reason}{DEQUANTIZED}"
     in_features, out_features = linear.features
+    rows = row_count(example(linear.input).shape)
     return Decision(
         node=linear.node.name,
         path=layer.path(layer_path(running_path(linear))) or within,
@@ -79,6 +113,7 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
         call=call,
         reason=reason or "",
         pattern=eligible.pattern_of(layer, context.options),
+        rows=None if math.isinf(rows) else int(rows),
         stays_by_name=False if call is not None else True if by_name is not None and other is None else None,
         tracked=not layer.adapter,
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..options import Fp8Options
 from ..patterns import first_match
@@ -68,6 +68,32 @@ def kept_by_name(layer: Layer, options: Fp8Options) -> str | None:
     if not layer.paths and options.ignored_layers:
         return UNNAMED
     return layer.recorded
+
+
+def read_by(name: str) -> str:
+    """The reason of a matrix that is handed to a function which multiplies by it itself."""
+    return f"read by {name}, which is no linear"
+
+
+_TAKES_WEIGHTS = ("multi_head_attention_forward", "_transformer_encoder_layer_fwd")
+
+
+def handed_over(model: nn.Module) -> dict[int, str]:
+    """The linears of ``model``, by identity, that are not called: their module hands the weights to a function.
+
+    As nn.MultiheadAttention does, and the attention pools that are written after it. Told by the names in the code of
+    the module's ``forward``, so that load time leaves what a graph would.
+
+    Returns:
+        The function's name.
+    """
+    found: dict[int, str] = {}
+    for module in model.modules():
+        code = getattr(type(module).forward, "__code__", None)
+        name = next((name for name in _TAKES_WEIGHTS if code is not None and name in code.co_names), None)
+        if name is not None:
+            found |= {id(part): name for part in module.children() if isinstance(part, nn.Linear)}
+    return found
 
 
 UNNAMED = "nothing names this layer, and ignored_layers may mean it"

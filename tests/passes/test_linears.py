@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8_compile.passes.linears import Linear, find_linears, module_path, source_path
+from fp8_compile.passes.graphs import example
+from fp8_compile.passes.linears import Linear, find_linears, module_path, other_readers, parameter_path_of, source_path
 from tests.support.graphs import Call, Captured, capture, rand
 
 Function = Callable[..., Any]
+aten = torch.ops.aten
 
 # Each computes x @ w.T (+ b) of a weight [N, K], on two dimensions.
 STORED_NK: dict[str, Function] = {
@@ -43,6 +45,12 @@ STORED_NK: dict[str, Function] = {
     "mm": lambda m, x: torch.mm(x, m.w.t()),
     "addmm": lambda m, x: torch.addmm(m.b, x, m.w.t()),
     ".addmm": lambda m, x: m.b.addmm(x, m.w.t()),
+    "aten.linear": lambda m, x: aten.linear(x, m.w, m.b),
+    "aten.linear.default": lambda m, x: aten.linear.default(x, m.w),
+    "aten.addmm": lambda m, x: aten.addmm(m.b, x, aten.t(m.w)),
+    "aten.addmm.default": lambda m, x: aten.addmm.default(m.b, x, aten.t.default(m.w)),
+    "aten.mm": lambda m, x: aten.mm.default(x, aten.permute.default(m.w, [1, 0])),
+    "aten.matmul": lambda m, x: aten.matmul(x, aten.transpose.int(m.w, 0, 1)),
 }
 
 # Each computes x @ w (+ b) of a weight [K, N].
@@ -63,11 +71,68 @@ STORED_KN: dict[str, Function] = {
     "F.linear of .t()": lambda m, x: F.linear(x, m.w.t()),
     "F.linear of .T, bias": lambda m, x: F.linear(x, m.w.T, m.b),
     "@ two transpositions": lambda m, x: x @ m.w.t().t(),
+    "aten.mm": lambda m, x: aten.mm(x, m.w),
+    "aten.addmm": lambda m, x: aten.addmm.default(m.b, x, m.w),
+}
+
+# What multiplies by a weight [64, 64] in another way, and its name in the report.
+OTHERS: dict[str, tuple[Function, str]] = {
+    "einsum": (lambda m, x: torch.einsum("nk,ok->no", x, m.w), "einsum"),
+    "inner": (lambda m, x: torch.inner(x, m.w), "inner"),
+    "tensordot": (lambda m, x: torch.tensordot(x, m.w.t(), dims=([1], [0])), "tensordot"),
+    "cdist": (lambda m, x: torch.cdist(x, m.w), "cdist"),
+    "attention": (
+        lambda m, x: F.multi_head_attention_forward(
+            x[:, None],
+            x[:, None],
+            x[:, None],
+            64,
+            2,
+            None,
+            None,
+            None,
+            None,
+            False,
+            0.0,
+            m.w,
+            None,
+            use_separate_proj_weight=True,
+            q_proj_weight=m.w,
+            k_proj_weight=m.w,
+            v_proj_weight=m.w,
+            need_weights=False,
+        )[0],
+        "multi_head_attention_forward",
+    ),
+}
+
+NO_PRODUCTS: dict[str, Function] = {
+    "embedding": lambda m, x: F.embedding(x[:, 0].long() % 64, m.w),
+    "indexing": lambda m, x: x + m.w[0],
+    "sum of equal shapes": lambda m, x: x[:1] + m.w,
+    "scaled": lambda m, x: m.w * x.mean(),
+    "norm": lambda m, x: x * m.w.norm(),
+    "linear besides": lambda m, x: F.linear(x, m.w) + torch.einsum("nk,ok->no", x, m.w),
+    "nothing": lambda m, x: x + 1,
 }
 
 
 def linears(captured: Captured) -> list[Linear]:
     return list(find_linears(captured.graph))
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_a_matrix_that_is_no_linears_is_told_with_what_reads_it(form: str) -> None:
+    function, name = OTHERS[form]
+    captured = capture(Call(function, w=(64, 64)), rand(8, 64))
+    ((weight, reader),) = other_readers(captured.graph, lambda node: isinstance(example(node), nn.Parameter))
+    assert (parameter_path_of(weight), getattr(reader.target, "__name__", reader.target)) == ("w", name)
+
+
+@pytest.mark.parametrize("form", NO_PRODUCTS)
+def test_a_matrix_that_is_not_multiplied_is_passed_over(form: str) -> None:
+    captured = capture(Call(NO_PRODUCTS[form], w=(64, 64)), rand(8, 64))
+    assert list(other_readers(captured.graph, lambda node: isinstance(example(node), nn.Parameter))) == []
 
 
 def compute(captured: Captured, linear: Linear) -> Tensor:

@@ -47,6 +47,7 @@ def test_default_decision() -> None:
             decision="quantized",
             scheme=Fp8(min_m=1),
             call=ROWWISE,
+            rows=8,
             stays_by_name=False,
         )
     ]
