@@ -23,7 +23,7 @@ from .weights.eligible import Candidate
 from .weights.quantized_weight import KeptWeight, QuantizedWeight
 
 on_converted: list[Callable[[nn.Module, Fp8Options], None]] = []
-"""Called with each model that `quantize_` has converted: how integrations learn of it."""
+"""Called with each model that is converted, or loaded, in memory: how integrations learn of it."""
 
 adopters: list[Callable[[Tensor], QuantizedWeight | None]] = []
 """Asked of each weight: integrations turn quantized weights of other libraries into ours, in the same memory."""
@@ -66,11 +66,15 @@ def quantize_(
     if target is not None:
         check_device(target)
     choices = choose(model, options)
-    check_choices(choices, options, _prequantized(model))
-    if any(choice.reason is None for choice in choices):
-        for hook in on_converted:
-            hook(model, options)
-    convert(model, choices, options, target)
+    prequantized = _prequantized(model)
+    check_choices(choices, options, prequantized)
+    some = bool(prequantized) or any(choice.reason is None for choice in choices)
+    try:
+        convert(model, choices, options, target)
+    finally:  # with a broken weight, the others are converted
+        if some:
+            for hook in on_converted:
+                hook(model, options)
 
 
 def convert(

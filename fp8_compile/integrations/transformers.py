@@ -9,17 +9,19 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from .. import quantize
+from ..errors import CheckpointError
 from ..options import Fp8Options
-from ..quantize import check_choices, choose, convert, quantized, scheme_at_load
+from ..quantize import check_choices, choose, quantized, scheme_at_load
 from ..schemes import Scheme
 from ..weights.eligible import QUANTIZABLE_DTYPES
-from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of
+from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of, finish
 
 
 class Fp8TransformersQuantizer(HfQuantizer):
@@ -34,6 +36,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
         self.options = quantization_config.options
         self._scheme = scheme_at_load(self.options)
         self._wanted: set[str] = set()
+        self._device_map: dict[str, Any] = {}
 
     def is_serializable(self) -> bool:
         return False
@@ -44,23 +47,47 @@ class Fp8TransformersQuantizer(HfQuantizer):
         self._wanted = {f"{path}.weight" for c in choices if c.reason is None for path in c.paths}
         return model
 
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Called again when ``device_map="auto"`` is decided."""
+        if isinstance(device_map, dict):
+            self._device_map = device_map
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        return param_name in self._wanted
+        """What goes to the disk is written there as plain arrays."""
+        return param_name in self._wanted and self._device(param_name) != "disk"
+
+    def _device(self, name: str) -> Any:
+        while name and name not in self._device_map:
+            name = name.rpartition(".")[0]
+        return self._device_map.get(name)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Asked of each tensor of a file, before it is read.
+
+        Raises:
+            CheckpointError: it is in FP8, whose scale would not be used.
+        """
+        given = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
+        if "F8_" in given or "float8" in given:
+            raise CheckpointError(
+                f"a tensor is {given}: a text encoder is read in FP8 by load_fp8_checkpoint, not by from_pretrained", []
+            )
+        return super().get_new_dtype(converter, param, dtype)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self._scheme)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        convert(model, choose(model, self.options), self.options)
+        finish(model, choose(model, self.options), self.options)
         return model
 
 
-def attach(model: Any, options: Fp8Options) -> None:
-    """Let ``save_pretrained`` refuse a model that `quantize_` converted in the words that it has for one loaded so."""
+def attach(model: nn.Module, options: Fp8Options) -> None:
+    """Let ``save_pretrained`` refuse a model that was converted in memory in the words that it has for one loaded so."""
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None or not isinstance(model, modeling.PreTrainedModel) or hasattr(model, "hf_quantizer"):
-        return
-    model.hf_quantizer = Fp8TransformersQuantizer(config_of(options), pre_quantized=False)
+    for module in model.modules() if modeling is not None else ():
+        if isinstance(module, modeling.PreTrainedModel) and not hasattr(module, "hf_quantizer"):  # type: ignore[union-attr]
+            module.hf_quantizer = Fp8TransformersQuantizer(config_of(options), pre_quantized=False)
 
 
 class _Quantize(ConversionOps):
