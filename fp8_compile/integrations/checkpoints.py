@@ -12,6 +12,7 @@ import glob
 import json
 import os
 import secrets
+import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,6 +136,15 @@ def quantized_in(files: Iterable[Any], names: Names) -> set[str]:
                 if constant is not None:
                     found.add(constant[0])
     return found
+
+
+def fp8_in(files: Iterable[Any]) -> Iterator[tuple[Any, str]]:
+    """The tensors in ``files`` that are 8-bit floating-point numbers, with their file, by what the files' headers say."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        with contextlib.suppress(SafetensorError, OSError, TypeError), safe_open(file, framework="pt") as opened:
+            yield from ((file, name) for name in opened.keys() if opened.get_slice(name).get_dtype().startswith("F8_"))
 
 
 def tied_in(files: Iterable[Any]) -> list[list[str]]:
@@ -424,37 +434,45 @@ def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _write(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str]) -> None:
-    """Write a file beside ``target``, which then takes its name.
+    """Write a file in a folder beside ``target``, then give it that name.
 
-    The scratch file is locked while its process lives. One without a lock is what a killed process left, and goes.
+    A folder, since safetensors makes a scratch file of its own beside the one that it writes. It is locked while its
+    process lives; one without a lock is what a killed process left, and goes.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     prefix = f".{target.name}-"
     try:
-        for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-            with contextlib.suppress(OSError), open(left, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
+        for left in target.parent.glob(f"{glob.escape(prefix)}*/"):
+            with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_NB):
+                shutil.rmtree(left)
         scratch = target.with_name(f"{prefix}{secrets.token_hex(8)}")
-        handle = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        scratch.mkdir()
         try:
-            if target.exists():
-                os.fchmod(handle, stat.S_IMODE(target.stat().st_mode))
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            save_file(dict(tensors), scratch, metadata=dict(metadata))
-            _to_disk(scratch)
-            os.replace(scratch, target)
-            _to_disk(target.parent)  # the name, too
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(scratch)
-            raise
+            with _locked(scratch):
+                (scratch / "rights").touch()
+                rights = target if target.exists() else scratch / "rights"
+                file = scratch / target.name
+                save_file(dict(tensors), file, metadata=dict(metadata))
+                file.chmod(stat.S_IMODE(rights.stat().st_mode))  # safetensors gives them to the owner alone
+                _to_disk(file)
+                os.replace(file, target)
+                _to_disk(target.parent)  # the name, too
         finally:
-            os.close(handle)
+            shutil.rmtree(scratch)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot be written: {error}", [target]) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int = 0) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | how)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _to_disk(path: str | Path) -> None:

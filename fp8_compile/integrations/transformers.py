@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -21,6 +20,7 @@ from ..options import Fp8Options
 from ..quantize import check_choices, choose, quantized, scheme_at_load
 from ..schemes import Scheme
 from ..weights.eligible import QUANTIZABLE_DTYPES
+from .checkpoints import fp8_in
 from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of, finish
 
 
@@ -41,7 +41,16 @@ class Fp8TransformersQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[Any] | None = None, **_: Any
+    ) -> nn.Module:
+        for file, name in fp8_in(checkpoint_files or []):
+            raise CheckpointError(
+                f"tensor {name!r} is in FP8: from_pretrained would not use its scale; read a text encoder's FP8 file by "
+                "load_fp8_checkpoint",
+                [file],
+                name,
+            )
         choices = choose(model, self.options)
         check_choices(choices, self.options)
         self._wanted = {f"{path}.weight" for c in choices if c.reason is None for path in c.paths}
@@ -60,19 +69,6 @@ class Fp8TransformersQuantizer(HfQuantizer):
         while name and name not in self._device_map:
             name = name.rpartition(".")[0]
         return self._device_map.get(name)
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Asked of each tensor of a file, before it is read.
-
-        Raises:
-            CheckpointError: it is in FP8, whose scale would not be used.
-        """
-        given = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
-        if "F8_" in given or "float8" in given:
-            raise CheckpointError(
-                f"a tensor is {given}: a text encoder is read in FP8 by load_fp8_checkpoint, not by from_pretrained", []
-            )
-        return super().get_new_dtype(converter, param, dtype)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self._scheme)
