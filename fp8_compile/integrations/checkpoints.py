@@ -139,12 +139,14 @@ def quantized_in(files: Iterable[Any], names: Names) -> set[str]:
 
 
 def fp8_in(files: Iterable[Any]) -> Iterator[tuple[Any, str]]:
-    """The tensors in ``files`` that are 8-bit floating-point numbers, with their file, by what the files' headers say."""
+    """The tensors in ``files`` that are 8-bit floating-point numbers, and their file, by the files' headers."""
     from safetensors import SafetensorError, safe_open
 
     for file in files:
         with contextlib.suppress(SafetensorError, OSError, TypeError), safe_open(file, framework="pt") as opened:
-            yield from ((file, name) for name in opened.keys() if opened.get_slice(name).get_dtype().startswith("F8_"))
+            for name in opened.keys():  # noqa: SIM118
+                if opened.get_slice(name).get_dtype().startswith("F8_"):
+                    yield file, name
 
 
 def tied_in(files: Iterable[Any]) -> list[list[str]]:
@@ -172,7 +174,7 @@ class Names:
 
     Args:
         schemes: of the weights, by name, as the files' metadata has them.
-        default: of the others, which the dtype of their values tells.
+        default: of the others.
         own: names that are the model's own, whatever they look like.
     """
 
@@ -182,7 +184,6 @@ class Names:
         self._leaves = {f"weight{suffix}": suffix for suffix in default.suffixes()[1:]}
         if default.method == DEFAULT_METHOD:
             self._leaves |= _SCALES
-        self._dtype = next(iter(default.specs(1, 1).values())).dtype
 
     def constant(self, name: str) -> tuple[str, str] | None:
         """Of which weight the tensor ``name`` is another constant, and the suffix of that; or None."""
@@ -198,10 +199,9 @@ class Names:
         return name not in self.own and name.rpartition(".")[2] in (*_UNUSED, _COMFY_ENTRY)
 
     def scheme(self, name: str, value: Tensor) -> Scheme | None:
-        """The scheme of the weight whose values are ``value``, or None if it is no quantized weight."""
-        if name in self.schemes:
-            return self.schemes[name]
-        return self.default if value.dtype == self._dtype else None
+        """The scheme of the weight whose values are ``value``, or None if their dtype is not that of quantized ones."""
+        scheme = self.schemes.get(name, self.default)
+        return scheme if value.dtype == next(iter(scheme.specs(1, 1).values())).dtype else None
 
 
 def join(
@@ -412,7 +412,7 @@ def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         NothingConvertedWarning: no weight is in FP8.
 
     Raises:
-        CheckpointError: a tensor has no values (it is on the meta device), ``path`` is no file, or it cannot be written.
+        CheckpointError: a tensor is on the meta device and has no values, ``path`` is no file, or cannot be written.
     """
     target = Path(os.path.realpath(path))  # a link stays one
     if target.exists() and not target.is_file():
@@ -420,7 +420,9 @@ def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state_dict = {layer_name(name): value for name, value in _unwrapped(model).state_dict().items()}
     for name, value in state_dict.items():
         if value.is_meta:
-            raise CheckpointError(f"tensor {name!r} of the model is on the meta device: there is nothing to write", [target], name)
+            raise CheckpointError(
+                f"tensor {name!r} of the model is on the meta device: there is nothing to write", [target], name
+            )
     metadata = metadata_of(state_dict)
     if not metadata:
         warnings.warn(
@@ -499,8 +501,8 @@ def _without_prefix(files: Sequence[Path], expected: Mapping[str, Tensor]) -> Ca
     """For names that all have one of ComfyUI's prefixes, where the model's have none."""
     names = [name for file in files for name in _names(file)]
     for prefix in _PREFIXES:
-        own = [name for name in names if not name.rpartition(".")[2] in _UNUSED]
-        if own and all(name.startswith(prefix) for name in own) and not any(n.startswith(prefix) for n in expected):
+        own = [name for name in names if name.rpartition(".")[2] not in _UNUSED]
+        if own and all(n.startswith(prefix) for n in own) and not any(n.startswith(prefix) for n in expected):
             return lambda name: name.removeprefix(prefix)
     return lambda name: name
 

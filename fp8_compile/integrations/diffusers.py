@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -154,8 +155,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         """
         if isinstance(device_map, dict) and "disk" in device_map.values() and self._fp8:
             raise OptionError(
-                "device_map puts parts of the model on the disk, which cannot hold the FP8 weights of these files: keep "
-                "all of it in memory (device_map='cpu', and the pipeline's offloading functions)"
+                "device_map puts parts of the model on the disk, which cannot hold the FP8 weights of these files: "
+                "keep all of it in memory (device_map='cpu', and the pipeline's offloading functions)"
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
@@ -222,7 +223,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     def create_quantized_param(  # type: ignore[override]
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *_: Any, **__: Any
     ) -> None:
-        path, _, leaf = param_name.rpartition(".")
+        path, leaf = param_name.rpartition(".")[::2]
         module = model.get_submodule(path)
         if isinstance(param_value, QuantizedWeight):
             if param_name in self._ignored:  # asked to be no FP8: the numbers that it stands for
@@ -245,8 +246,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         if self._saved_so and not any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters()):
             reasons = Counter(str(choice.reason) for choice in choices for _ in choice.paths)
             complain_of_nothing(reasons, "this model", strict=self.options.strict, stacklevel=4)
-        model.is_quantized = False  # type: ignore[assignment] # see `attach`
-        skip_layerwise_casting(model)
+        model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator] # single files
+        _mark(model)
         self._wanted, self._expected = {}, {}
         return model
 
@@ -261,6 +262,10 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
             for name, parameter in module._parameters.items():
                 if isinstance(parameter, QuantizedWeight):
                     module._parameters[name] = nn.Parameter(parameter.dequantize(), requires_grad=False)
+        # diffusers drops the quantizer, but would save the configuration, which then would be an untrue one.
+        rest = {name: value for name, value in model.config.items() if name != "quantization_config"}  # type: ignore[operator, union-attr]
+        model._internal_dict = FrozenDict(rest)  # type: ignore[assignment, no-untyped-call]
+        _mark(model)
         return model
 
 
@@ -304,19 +309,21 @@ def attach(model: nn.Module, options: Fp8Options) -> None:
     for module in model.modules() if modeling is not None else ():
         if not isinstance(module, modeling.ModelMixin):  # type: ignore[union-attr]
             continue
-        skip_layerwise_casting(module)
-        if hasattr(module, "hf_quantizer"):
-            continue
-        config = config_of(options)
-        module.hf_quantizer = Fp8DiffusionQuantizer(config, pre_quantized=False)  # type: ignore[assignment]
-        # Not is_quantized: for such models diffusers refuses `to(dtype=...)`, also that of save_lora_adapter, which a
-        # QuantizedWeight can do.
-        module.quantization_method = config.quant_method
-        module.register_to_config(quantization_config=config)
+        if not hasattr(module, "hf_quantizer"):
+            module.hf_quantizer = Fp8DiffusionQuantizer(config_of(options), pre_quantized=False)
+            module.quantization_method = QuantMethod.FP8_DIFFUSION
+            module.register_to_config(quantization_config=module.hf_quantizer.quantization_config)
+        _mark(module)
 
 
-def skip_layerwise_casting(model: Any) -> None:
-    """Leave converted linears out of diffusers' layerwise casting: FP8 without scales is not what they hold."""
+def _mark(model: Any) -> None:
+    """Tell diffusers what the model's linears are, or are no more.
+
+    - It is not `is_quantized`: to such models diffusers refuses ``to(dtype=...)``, also that of `save_lora_adapter`. A
+      `QuantizedWeight` can do it.
+    - Layerwise casting leaves converted linears out: FP8 without scales is not what they hold.
+    """
+    model.is_quantized = False
     paths = [
         path
         for path, module in model.named_modules()

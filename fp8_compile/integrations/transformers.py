@@ -46,8 +46,8 @@ class Fp8TransformersQuantizer(HfQuantizer):
     ) -> nn.Module:
         for file, name in fp8_in(checkpoint_files or []):
             raise CheckpointError(
-                f"tensor {name!r} is in FP8: from_pretrained would not use its scale; read a text encoder's FP8 file by "
-                "load_fp8_checkpoint",
+                f"tensor {name!r} is in FP8: from_pretrained would not use its scale; read a text encoder's FP8 file "
+                "by load_fp8_checkpoint",
                 [file],
                 name,
             )
@@ -79,7 +79,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
 
 
 def attach(model: nn.Module, options: Fp8Options) -> None:
-    """Let ``save_pretrained`` refuse a model that was converted in memory in the words that it has for one loaded so."""
+    """Let ``save_pretrained`` refuse what was converted in memory in the words that it has for what was loaded so."""
     modeling = sys.modules.get("transformers.modeling_utils")
     for module in model.modules() if modeling is not None else ():
         if isinstance(module, modeling.PreTrainedModel) and not hasattr(module, "hf_quantizer"):  # type: ignore[union-attr]

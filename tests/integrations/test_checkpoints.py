@@ -139,7 +139,7 @@ def test_rename_may_drop_a_tensor_and_what_is_unknown_is_an_error_that_says_so(t
     tensors = {**comfyui(model(2).state_dict()), "__index_timestep_zero__": torch.zeros(())}
     save_file(tensors, tmp_path / FILE)
     m = model(2)
-    with pytest.raises(fp8_compile.CheckpointError, match="unknown to the model .rename may return None to drop it"):
+    with pytest.raises(fp8_compile.CheckpointError, match=r"unknown to the model .rename may return None to drop it"):
         fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
     fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE, rename=lambda n: None if n.startswith("__") else n)
     assert sum(isinstance(p, QuantizedWeight) for p in m.parameters()) == 6
@@ -198,7 +198,11 @@ SCALE = "blocks.0.to_q.weight_scale"
         (lambda t: t.update({NAME: t[NAME].to(torch.float8_e5m2)}), SCALE, "holds float8_e5m2"),
         (lambda t: t.update({"blocks.0.to_k.weight": t[NAME].to(torch.float8_e5m2)}), "blocks.0.to_k.weight", "e5m2"),
         (lambda t: t.update({"blocks.0.to_k.weight": t[NAME].to(torch.int32)}), "blocks.0.to_k.weight", "is int32"),
-        (lambda t: t.update({"blocks.0.to_q.scale_weight": t[SCALE] * 2}), "blocks.0.to_q.weight_scale", "second scale"),
+        (
+            lambda t: t.update({"blocks.0.to_q.scale_weight": t[SCALE] * 2}),
+            "blocks.0.to_q.weight_scale",
+            "second scale",
+        ),
         (
             lambda t: t.update({"blocks.0.to_q.comfy_quant": entry({"format": "nvfp4"})}),
             "blocks.0.to_q.comfy_quant",

@@ -140,14 +140,14 @@ def test_what_cannot_be_written_is_named(
     with pytest.raises(fp8_compile.CheckpointError, match=rf"{FILE}: cannot be written: .*(No space|IoError)"):
         fp8_compile.save_fp8_checkpoint(quantized, tmp_path / FILE)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(fp8_compile.CheckpointError, match="cannot be written: .*No such file or directory"):
+    with pytest.raises(fp8_compile.CheckpointError, match=r"cannot be written: .*No such file or directory"):
         fp8_compile.save_fp8_checkpoint(quantized, tmp_path / "missing" / FILE)
 
 
 def test_a_model_without_values_is_refused_and_one_without_fp8_is_said(tmp_path: Path) -> None:
     with torch.device("meta"):
         m = Model(1).bfloat16()
-    with pytest.raises(fp8_compile.CheckpointError, match="'blocks.0.to_q.weight' of the model is on the meta device"):
+    with pytest.raises(fp8_compile.CheckpointError, match=r"'blocks.0.to_q.weight' of the model is on the meta device"):
         fp8_compile.save_fp8_checkpoint(m, tmp_path / FILE)
     assert list(tmp_path.iterdir()) == []
     with pytest.warns(fp8_compile.NothingConvertedWarning, match="no weight of the model is in FP8") as told:
@@ -158,7 +158,9 @@ def test_a_model_without_values_is_refused_and_one_without_fp8_is_said(tmp_path:
 def test_of_a_directory_with_several_variants_one_is_asked_for(quantized: Model, tmp_path: Path) -> None:
     for name in ("a.fp8.safetensors", "a.safetensors"):
         fp8_compile.save_fp8_checkpoint(quantized, tmp_path / name)
-    with pytest.raises(fp8_compile.CheckpointError, match="is also in .*; of the files of several variants, give those"):
+    with pytest.raises(
+        fp8_compile.CheckpointError, match=r"is also in .*; of the files of several variants, give those"
+    ):
         fp8_compile.load_fp8_checkpoint(model(1), tmp_path)
 
 
