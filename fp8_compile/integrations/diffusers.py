@@ -12,7 +12,6 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -51,6 +50,7 @@ from .checkpoints import (
     tie,
     tied_in,
 )
+from .conversion import Rows
 
 _COMMON = ("method", "ignored_layers", "min_features", "strict")
 """Options that concern weights, whatever the method; those of the method itself do, too."""
@@ -172,12 +172,13 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         self,
         model: nn.Module,
         keep_in_fp32_modules: list[str] | None = None,
-        state_dict: Mapping[str, Any] | None = None,
+        state_dict: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         self._float32 = list(keep_in_fp32_modules or [])
         self._expected = dict(model.state_dict())
-        if state_dict is not None:  # a single file's, which is read and renamed by now
+        if state_dict is not None:  # a single file's, whose names are the model's by now
+            state_dict.update({name: value.weight() for name, value in state_dict.items() if isinstance(value, Rows)})
             for parameter in model.parameters():  # made in float32, which they do not become
                 parameter.data = torch.empty_like(parameter, dtype=self._dtype)
             check_plain(state_dict, self._expected, self._where)
@@ -203,8 +204,9 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         """Make `QuantizedWeight`s of the constants in a shard. Those whose others are elsewhere wait."""
         together = {**self._parts, **state_dict}
         state_dict, self._parts = join(together, self._where, self._names, lambda name: self._dtype)
-        if self._single_file:
+        if self._single_file:  # whose names are converted before it is loaded
             check_complete(self._parts, self._where, self._names)
+            state_dict = {n: Rows.of(v) if isinstance(v, QuantizedWeight) else v for n, v in state_dict.items()}
         check_plain(state_dict, self._expected, self._where)
         return state_dict
 
