@@ -120,7 +120,8 @@ def schemes_in(files: Iterable[Any]) -> dict[str, Scheme]:
         for method, options, weights in rows:
             found |= dict.fromkeys(weights, scheme_named(method, options))
         for layer, entry in layers.items():
-            _check_comfy(entry, f"metadata {key!r}, layer {layer!r}", [file], None)
+            if not _readable(entry):
+                raise CheckpointError(f"metadata {key!r}, layer {layer!r}, says {_unreadable(entry)}", [file])
     return found
 
 
@@ -164,9 +165,13 @@ def tied_in(files: Iterable[Any]) -> list[list[str]]:
     return found
 
 
-def _check_comfy(entry: Any, what: str, files: Sequence[Any], tensor: str | None) -> None:
-    if not isinstance(entry, dict) or entry.get("format") not in _COMFY_FORMATS:
-        raise CheckpointError(f"{what} says {entry!r}: only {', '.join(_COMFY_FORMATS)} can be read", files, tensor)
+def _readable(entry: Any) -> bool:
+    """Whether ComfyUI's ``entry`` for a layer names a format that its tensors here are read in."""
+    return isinstance(entry, dict) and entry.get("format") in _COMFY_FORMATS
+
+
+def _unreadable(entry: Any) -> str:
+    return f"{entry!r}: only {', '.join(_COMFY_FORMATS)} can be read"
 
 
 class Names:
@@ -225,8 +230,8 @@ def join(
         if isinstance(value, QuantizedWeight) or not isinstance(value, Tensor):
             joined[name] = value
         elif names.is_mark(name):
-            if name.rpartition(".")[2] == _COMFY_ENTRY:
-                _check_comfy(_entry(value), f"tensor {name!r}", where(name), name)
+            if name.rpartition(".")[2] == _COMFY_ENTRY and not _readable(entry := _entry(value)):
+                raise CheckpointError(f"tensor {name!r} says {_unreadable(entry)}", where(name), name)
         else:
             constant = names.constant(name)
             if constant is None and names.scheme(name, value) is None:

@@ -177,10 +177,11 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     ) -> None:
         self._float32 = list(keep_in_fp32_modules or [])
         self._expected = dict(model.state_dict())
+        self._names = Names(self._names.schemes, self._scheme, self._expected)
         if state_dict is not None:  # a single file's, whose names are the model's by now
             state_dict.update({name: value.weight() for name, value in state_dict.items() if isinstance(value, Rows)})
-            for parameter in model.parameters():  # made in float32, which they do not become
-                parameter.data = torch.empty_like(parameter, dtype=self._dtype)
+            for parameter in filter(Tensor.is_floating_point, model.parameters()):
+                parameter.data = torch.empty_like(parameter, dtype=self._dtype)  # made in float32, which few become
             check_plain(state_dict, self._expected, self._where)
             self._fp8 = {name for name, value in state_dict.items() if isinstance(value, QuantizedWeight)}
         if self._saved_so:
@@ -244,6 +245,10 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         for choice in choices:
             if choice.reason is None and f"{choice.paths[0]}.weight" not in self._wanted:
                 choice.reason = "not in FP8 in the checkpoint"
+        for choice in choices:
+            if choice.reason is None and choice.weight.is_meta and not hasattr(choice.modules[0], "_hf_hook"):
+                name = f"{choice.paths[0]}.weight"
+                raise CheckpointError(f"tensor {name!r} is missing", self._files, name)
         finish(model, choices, self.options)
         if self._saved_so and not any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters()):
             reasons = Counter(str(choice.reason) for choice in choices for _ in choice.paths)

@@ -307,6 +307,14 @@ def test_a_single_file_in_fp8(saved: Path, foreign: Path) -> None:
         from_single_file(saved, foreign / WEIGHTS)
 
 
+def test_a_weight_to_convert_that_is_in_no_file_is_an_error(saved: Path) -> None:
+    broken(saved, lambda t: t.pop(f"{TO_Q}.weight"))
+    with pytest.raises(fp8_compile.CheckpointError, match=f"{TO_Q}.weight' is missing"):
+        load_quantized(saved)
+    with pytest.raises(fp8_compile.CheckpointError, match=f"{TO_Q}.weight' is missing"):
+        from_single_file(saved, saved / WEIGHTS)
+
+
 def test_a_saved_configuration_over_weights_that_are_not_in_fp8_is_said(saved: Path, tmp_path: Path) -> None:
     load_quantized(saved).save_pretrained(tmp_path / "fp8")
     shutil.copy(saved / WEIGHTS, tmp_path / "fp8" / WEIGHTS)
