@@ -7,7 +7,6 @@ is, and `join` makes weights of the constants, or says what is wrong with them.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
@@ -122,20 +121,6 @@ def schemes_in(files: Iterable[Any]) -> dict[str, Scheme]:
         for layer, entry in layers.items():
             if not _readable(entry):
                 raise CheckpointError(f"metadata {key!r}, layer {layer!r}, says {_unreadable(entry)}", [file])
-    return found
-
-
-def quantized_in(files: Iterable[Any], names: Names) -> set[str]:
-    """The weights in ``files`` that are quantized, by what the files' headers say."""
-    from safetensors import SafetensorError, safe_open
-
-    found = set(names.schemes)
-    for file in files:
-        with contextlib.suppress(SafetensorError, OSError, TypeError), safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                constant = names.constant(name)
-                if constant is not None:
-                    found.add(constant[0])
     return found
 
 
@@ -443,46 +428,50 @@ def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def _write(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str]) -> None:
     """Write a file in a folder beside ``target``, then give it that name.
 
-    A folder, since safetensors makes a scratch file of its own beside the one that it writes. It is locked while its
-    process lives; one without a lock is what a killed process left, and goes.
+    A folder, since safetensors makes a scratch file of its own beside the one that it writes.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    prefix = f".{target.name}-"
     try:
-        for left in target.parent.glob(f"{glob.escape(prefix)}*/"):
-            with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_NB):
-                shutil.rmtree(left)
-        scratch = target.with_name(f"{prefix}{secrets.token_hex(8)}")
-        scratch.mkdir()
-        try:
-            with _locked(scratch):
-                (scratch / "rights").touch()
-                rights = target if target.exists() else scratch / "rights"
-                file = scratch / target.name
-                save_file(dict(tensors), file, metadata=dict(metadata))
-                file.chmod(stat.S_IMODE(rights.stat().st_mode))  # safetensors gives them to the owner alone
-                _to_disk(file)
-                os.replace(file, target)
-                _to_disk(target.parent)  # the name, too
-        finally:
-            shutil.rmtree(scratch)
+        with _scratch(target) as (folder, rights):
+            file = folder / target.name
+            save_file(dict(tensors), file, metadata=dict(metadata))
+            file.chmod(stat.S_IMODE(target.stat().st_mode if target.exists() else rights))
+            _to_disk(file)
+            os.replace(file, target)
+            with contextlib.suppress(OSError):  # the name; not every file system can
+                _to_disk(target.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot be written: {error}", [target]) from error
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, how: int = 0) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
+def _scratch(target: Path) -> Iterator[tuple[Path, int]]:
+    """A new folder beside ``target``, and the rights that new files get.
+
+    A file in it is locked while its process lives. One that nobody locks is what a killed process left, and goes.
+    """
+    import fcntl  # not everywhere, where files can be read all the same
+
+    prefix = f".{target.name}-"
+    for lock in target.parent.glob(f"{glob.escape(prefix)}*/lock"):
+        with contextlib.suppress(OSError), open(lock, "r+b") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)
+    folder = target.with_name(f"{prefix}{secrets.token_hex(8)}")
+    folder.mkdir()
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | how)
-        yield
+        with open(folder / "new", "wb") as handle:
+            with contextlib.suppress(OSError):  # not every file system can
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                os.rename(handle.name, folder / "lock")  # locked before it has the name
+            yield folder, os.fstat(handle.fileno()).st_mode
     finally:
-        os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _to_disk(path: str | Path) -> None:
+def _to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -44,7 +44,6 @@ from .checkpoints import (
     layer_name,
     metadata_of,
     parameter_of,
-    quantized_in,
     schemes_in,
     split,
     tie,
@@ -162,8 +161,9 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         self._files = list(checkpoint_files)
         self._names = Names(schemes_in(self._files), self._scheme)
-        self._fp8 = quantized_in(self._files, self._names)
-        return [key for key in loaded_keys if self._names.constant(key) is None and not self._names.is_mark(key)]
+        constants = {key: self._names.constant(key) for key in loaded_keys}
+        self._fp8 = {*self._names.schemes, *(of[0] for of in constants.values() if of is not None)}
+        return [key for key, of in constants.items() if of is None and not self._names.is_mark(key)]
 
     def _where(self, name: str) -> list[Any]:
         return holding(name, self._files)

@@ -463,6 +463,7 @@ def test_group_offloading_to_the_disk_is_refused_when_it_is_switched_on(
     saved: Path, tmp_path: Path, offload_type: str
 ) -> None:
     m = load_quantized(saved)
+    expected = run(m)
     with pytest.raises(fp8_compile.QuantizedWeightError, match="Offload to memory instead of the disk"):
         m.enable_group_offload(
             onload_device=torch.device("cpu"),
@@ -470,6 +471,7 @@ def test_group_offloading_to_the_disk_is_refused_when_it_is_switched_on(
             num_blocks_per_group=1,
             offload_to_disk_path=str(tmp_path / "offload"),
         )
+    assert torch.equal(run(m), expected)
 
 
 def test_a_part_that_was_converted_is_refused_in_words_until_the_model_is_asked(saved: Path, tmp_path: Path) -> None:
@@ -514,6 +516,12 @@ def test_a_model_filled_from_an_fp8_file_is_saved(saved: Path, tmp_path: Path) -
     fp8_compile.load_fp8_checkpoint(m := load(saved), tmp_path / "one.safetensors")
     m.save_pretrained(tmp_path / "fp8", variant="fp8")
     assert_same(m, load(tmp_path / "fp8", variant="fp8"))
+
+
+def test_a_model_saved_by_pickle_is_read_back(saved: Path, tmp_path: Path) -> None:
+    m = load_quantized(saved)
+    m.save_pretrained(tmp_path / "fp8", safe_serialization=False)
+    assert_same(m, load(tmp_path / "fp8", use_safetensors=False))
 
 
 @pytest.mark.parametrize("shard", ["10GB", "100KB"])
