@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -33,7 +34,7 @@ from ..errors import (
 )
 from ..options import Fp8Options
 from ..quantize import Choice, check_choices, choose, convert, quantized, scheme_at_load
-from ..schemes import Scheme
+from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
 from ..weights.quantized_weight import QuantizedWeight
 from .checkpoints import (
     Names,
@@ -131,7 +132,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         self._files: list[Any] = []
         self._fp8: set[str] = set()
         self._scheme: Scheme = scheme_at_load(self.options)
-        self._names = Names({}, self._scheme)
+        self._names = Names({}, self._default({}))
         self._parts: dict[str, Tensor] = {}
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
@@ -160,10 +161,15 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         self._files = list(checkpoint_files)
-        self._names = Names(schemes_in(self._files), self._scheme)
+        self._names = Names(schemes := schemes_in(self._files), self._default(schemes))
         constants = {key: self._names.constant(key) for key in loaded_keys}
         self._fp8 = {*self._names.schemes, *(of[0] for of in constants.values() if of is not None)}
         return [key for key, of in constants.items() if of is None and not self._names.is_mark(key)]
+
+    def _default(self, named: Mapping[str, Scheme]) -> Scheme:
+        """The scheme of quantized weights that no file names: that of other tools' files, unless all is our own."""
+        ours = self._scheme.method == DEFAULT_METHOD or (self._saved_so and not named)
+        return self._scheme if ours else scheme_named(DEFAULT_METHOD, {})
 
     def _where(self, name: str) -> list[Any]:
         return holding(name, self._files)
@@ -177,7 +183,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     ) -> None:
         self._float32 = list(keep_in_fp32_modules or [])
         self._expected = dict(model.state_dict())
-        self._names = Names(self._names.schemes, self._scheme, self._expected)
+        self._names = Names(self._names.schemes, self._names.default, self._expected)
         if state_dict is not None:  # a single file's, whose names are the model's by now
             state_dict.update({name: value.weight() for name, value in state_dict.items() if isinstance(value, Rows)})
             for parameter in filter(Tensor.is_floating_point, model.parameters()):
