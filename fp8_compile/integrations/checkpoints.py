@@ -395,8 +395,9 @@ def load_fp8_checkpoint(
 def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to one safetensors file, which `load_fp8_checkpoint` reads: the constants of quantized weights.
 
-    Names are the model's own, without those of ``torch.compile`` and ``DataParallel`` around it. The file appears under
-    its name when it is complete and on the disk; one that was there is whole until then.
+    Names are the model's own, without those of ``torch.compile``, ``DataParallel`` or ``PeftModel`` around it; adapters
+    belong to the model that they are in. The file appears under its name when it is complete and on the disk; one that
+    was there is whole until then.
 
     Warns:
         NothingConvertedWarning: no weight is in FP8.
@@ -481,9 +482,13 @@ def _to_disk(path: Path) -> None:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of wrappers that put their own name before those of its tensors."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
-    return model
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):  # a PeftModel, which adapters stay in
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
 
 
 def layer_name(name: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -192,6 +193,21 @@ def test_names_in_a_file_are_the_models_own_whatever_is_around_it(writer: str, r
     x = tokens()
     inside = wrapped.module if isinstance(wrapped, nn.DataParallel) else wrapped
     assert torch.equal(back(x), inside(x))
+
+
+def test_a_peft_model_is_written_as_the_model_that_its_adapters_are_in(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False)
+    m: Any = get_peft_model(model(2), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    fp8_compile.quantize_(m, LOAD)
+    fp8_compile.save_fp8_checkpoint(m, tmp_path / FILE)
+    other = model(2)
+    inject_adapter_in_model(config, other)
+    again: Any = get_peft_model(model(2), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    assert {name.removesuffix("_scale") for name in load_file(tmp_path / FILE)} == set(other.state_dict())
+    x = tokens()
+    for reader in (other, again):
+        fp8_compile.load_fp8_checkpoint(reader, tmp_path / FILE)
+        assert torch.equal(reader(x), m(x))
 
 
 def test_safetensors_alone_refuses_a_quantized_weight_and_says_what_can_write_it(
