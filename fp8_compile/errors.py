@@ -65,7 +65,7 @@ class QuantizedWeightError(Fp8Error, ValueError):
 
 
 class CheckpointError(Fp8Error, ValueError):
-    """A file does not hold what it should.
+    """A file does not hold what it should, or cannot be written.
 
     Attributes:
         files: where the tensor was looked for; the one that holds it where that is known.
@@ -79,11 +79,14 @@ class CheckpointError(Fp8Error, ValueError):
 
 
 class NothingConvertedError(Fp8Error, RuntimeError):
-    """Linears were found, and none of them became FP8 (raised under ``strict=True`` and by the command line)."""
+    """None of the linears became FP8, or at load time not all that should.
+
+    Raised under ``strict=True`` and by the command line.
+    """
 
 
 class NothingConvertedWarning(UserWarning):
-    """Linears were found in a graph, and none of them became FP8."""
+    """Linears were found, and none of them became FP8, or at load time not all that should."""
 
 
 class UnmatchedPatternWarning(UserWarning):

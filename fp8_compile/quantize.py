@@ -25,7 +25,7 @@ from .weights.layers import Record, all_parameters, delete_records, record_of, t
 from .weights.quantized_weight import QuantizedWeight
 
 on_converted: list[Callable[[nn.Module, Fp8Options], None]] = []
-"""Called with each model that `quantize_` has converted, and all that it was asked: how integrations learn of it."""
+"""Called with each model that is converted, or loaded, in memory, and all that it was asked: how integrations learn."""
 
 adopters: list[Callable[[Tensor], QuantizedWeight | None]] = []
 """Asked of each weight: integrations turn quantized weights of other libraries into ours, in the same memory."""
@@ -68,11 +68,15 @@ def quantize_(
     if target is not None:
         check_device(target)
     choices = choose(model, options)
-    check_choices(choices, options, _prequantized(model))
-    if any(choice.reason is None for choice in choices):
-        for hook in on_converted:
-            hook(model, _all_asked(model, options))
-    convert(model, choices, options, target)
+    prequantized = _prequantized(model)
+    check_choices(choices, options, prequantized)
+    some = bool(prequantized) or any(choice.reason is None for choice in choices)
+    try:
+        convert(model, choices, options, target)
+    finally:  # with a broken weight, the others are converted
+        if some:
+            for hook in on_converted:
+                hook(model, _all_asked(model, options))
 
 
 def convert(

@@ -1,10 +1,18 @@
-"""FP8 weights in files: the layout that is written, and those of others that are read."""
+"""FP8 weights in files: the layout that is written, and those of others that are read.
+
+Whoever reads files, `load_fp8_checkpoint` or diffusers, asks the same two things of them: `Names` says what each tensor
+is, and `join` makes weights of the constants, or says what is wrong with them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
-import tempfile
+import secrets
+import shutil
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,31 +21,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import quantize
 from ..errors import CheckpointError, NothingConvertedWarning, QuantizedWeightError
-from ..numerics import FP8_DTYPE
 from ..options import Fp8Options
 from ..quantize import choose, remember
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
 from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 
+Where = Callable[[str], Sequence[Any]]
+"""Which files hold the tensor of a name, for errors."""
+
 METADATA = "fp8_compile"
 """Under which key a safetensors file's metadata names the schemes of its weights."""
 
+TIED = "fp8_compile_tied"
+"""Under which key it names the weights that are one parameter of the model."""
+
+# Under which names others store the scale of ``PATH.weight``: compressed-tensors and ModelOpt, ComfyUI.
+# https://github.com/vllm-project/compressed-tensors, https://github.com/NVIDIA/TensorRT-Model-Optimizer,
+# https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/ops.py
+_SCALES = {"weight_scale": "_scale", "scale_weight": "_scale"}
+
+# What such files hold besides: scales of activations, which are computed from their values here, and a mark.
+_UNUSED = ("input_scale", "scale_input", "scaled_fp8")
+
+# ComfyUI says so, as JSON, in a tensor beside each weight, or of all of them in the file's metadata.
+# https://github.com/comfyanonymous/ComfyUI/blob/master/QUANTIZATION.md
+_COMFY_ENTRY, _COMFY_METADATA, _COMFY_FORMATS = "comfy_quant", "_quantization_metadata", ("float8_e4m3fn",)
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+"""What ComfyUI's files put before the names of a model."""
+
 
 def split(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """``state_dict`` with plain tensors only: each constant under the weight's name and the suffix of its scheme."""
+    """``state_dict`` with plain tensors only: each constant under the weight's name and the suffix of its scheme.
+
+    A weight that is under several names gets constants of its own under each: any reader finds them.
+    """
     plain: dict[str, Any] = {}
+    repeated = {name for names in _tied(state_dict) for name in names[1:]}
     for name, value in state_dict.items():
         if isinstance(value, QuantizedWeight):
             for suffix, constant in zip(value.scheme.suffixes(), value.constants, strict=True):
-                plain[f"{name}{suffix}"] = constant
+                plain[f"{name}{suffix}"] = constant.clone() if name in repeated else constant
         else:
             plain[name] = value
     return plain
 
 
+def _tied(state_dict: Mapping[str, Any]) -> list[list[str]]:
+    """The names of each quantized weight that has several."""
+    names: dict[int, list[str]] = {}
+    for name, value in state_dict.items():
+        if isinstance(value, QuantizedWeight):
+            names.setdefault(id(value.identity), []).append(name)
+    return [found for found in names.values() if len(found) > 1]
+
+
 def metadata_of(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """What a file's metadata says of the schemes in ``state_dict``: methods, options, and the weights of each."""
+    """What a file's metadata says of ``state_dict``: methods, options and the weights of each, and which are tied."""
     schemes: dict[Scheme, list[str]] = {}
     for name, value in state_dict.items():
         if isinstance(value, QuantizedWeight):
@@ -45,103 +87,193 @@ def metadata_of(state_dict: Mapping[str, Any]) -> dict[str, str]:
     if not schemes:
         return {}
     rows = [{"method": s.method, "options": s.options, "weights": names} for s, names in schemes.items()]
-    return {METADATA: json.dumps(rows)}
+    tied = _tied(state_dict)
+    return {METADATA: json.dumps(rows), **({TIED: json.dumps(tied)} if tied else {})}
+
+
+def _metadata(files: Iterable[Any]) -> Iterator[tuple[Any, Mapping[str, str]]]:
+    """The metadata of each file that can be read; whoever reads its tensors says what is wrong with the others."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        with contextlib.suppress(SafetensorError, OSError, TypeError), safe_open(file, framework="pt") as opened:
+            yield file, opened.metadata() or {}
 
 
 def schemes_in(files: Iterable[Any]) -> dict[str, Scheme]:
     """The scheme of each weight that the metadata of ``files`` names.
 
     Raises:
-        CheckpointError: the metadata is not what `metadata_of` writes.
+        CheckpointError: the metadata is not what `metadata_of` writes, or ComfyUI's names another format.
         UnknownMethodError: a method is not registered.
     """
-    from safetensors import SafetensorError, safe_open
-
     found: dict[str, Scheme] = {}
-    for file in files:
+    for file, metadata in _metadata(files):
+        key = METADATA
         try:
-            with safe_open(file, framework="pt") as opened:
-                text = (opened.metadata() or {}).get(METADATA, "[]")
-        except (SafetensorError, OSError):
-            continue  # whoever reads its tensors says what is wrong with it
-        try:
-            rows = [(row["method"], row["options"], row["weights"]) for row in json.loads(text)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"metadata {METADATA!r} is damaged: {error!r}", [file]) from error
+            rows = [(row["method"], row["options"], row["weights"]) for row in json.loads(metadata.get(key, "[]"))]
+            key = _COMFY_METADATA
+            layers = dict(json.loads(metadata.get(key, "{}")).get("layers", {}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"metadata {key!r} is damaged: {error!r}", [file]) from error
         for method, options, weights in rows:
             found |= dict.fromkeys(weights, scheme_named(method, options))
+        for layer, entry in layers.items():
+            if not _readable(entry):
+                raise CheckpointError(f"metadata {key!r}, layer {layer!r}, says {_unreadable(entry)}", [file])
     return found
 
 
-def _other_constants(schemes: Mapping[str, Scheme]) -> dict[str, str]:
-    """The weight, by the names of its constants in files; of those that bear a name of their own."""
-    return {f"{weight}{suffix}": weight for weight, s in schemes.items() for suffix in s.suffixes()[1:]}
+def fp8_in(files: Iterable[Any]) -> Iterator[tuple[Any, str]]:
+    """The tensors in ``files`` that are 8-bit floating-point numbers, and their file, by the files' headers."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        with contextlib.suppress(SafetensorError, OSError, TypeError), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if opened.get_slice(name).get_dtype().startswith("F8_"):
+                    yield file, name
+
+
+def tied_in(files: Iterable[Any]) -> list[list[str]]:
+    """The names of each weight that was one parameter when ``files`` were written.
+
+    Raises:
+        CheckpointError: the metadata is not what `metadata_of` writes.
+    """
+    found: list[list[str]] = []
+    for file, metadata in _metadata(files):
+        try:
+            found += [[str(name) for name in names] for names in json.loads(metadata.get(TIED, "[]"))]
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"metadata {TIED!r} is damaged: {error!r}", [file]) from error
+    return found
+
+
+def _readable(entry: Any) -> bool:
+    """Whether ComfyUI's ``entry`` for a layer names a format that its tensors here are read in."""
+    return isinstance(entry, dict) and entry.get("format") in _COMFY_FORMATS
+
+
+def _unreadable(entry: Any) -> str:
+    return f"{entry!r}: only {', '.join(_COMFY_FORMATS)} can be read"
 
 
 class Names:
-    """Which tensors of files are constants, and of which weight.
+    """What the tensors of files are: values of quantized weights, other constants of these, marks, or plain tensors.
 
     Args:
         schemes: of the weights, by name, as the files' metadata has them.
-        default: for files that name none; there the dtype of the values tells a quantized weight.
+        default: of the others.
+        own: names that are the model's own, whatever they look like.
     """
 
-    def __init__(self, schemes: Mapping[str, Scheme], default: Scheme) -> None:
-        self.schemes, self.default = schemes, default
-        self._weights = _other_constants(schemes)
-        self._suffixes = () if schemes else default.suffixes()[1:]
-        self._dtype = None if schemes else next(iter(default.specs(1, 1).values())).dtype
+    def __init__(self, schemes: Mapping[str, Scheme], default: Scheme, own: Iterable[str] = ()) -> None:
+        self.schemes, self.default, self.own = schemes, default, frozenset(own)
+        self._constants = {f"{w}{suffix}": (w, suffix) for w, s in schemes.items() for suffix in s.suffixes()[1:]}
+        self._leaves = {f"weight{suffix}": suffix for suffix in default.suffixes()[1:]}
+        if default.method == DEFAULT_METHOD:
+            self._leaves |= _SCALES
 
-    def weight_of(self, name: str) -> str | None:
-        """The weight that the tensor ``name`` is another constant of, or None."""
-        for suffix in self._suffixes:
-            if name.endswith(f".weight{suffix}"):
-                return name.removesuffix(suffix)
-        return self._weights.get(name)
+    def constant(self, name: str) -> tuple[str, str] | None:
+        """Of which weight the tensor ``name`` is another constant, and the suffix of that; or None."""
+        if name in self._constants:
+            return self._constants[name]
+        for leaf, suffix in self._leaves.items():
+            if name not in self.own and f".{name}".endswith(f".{leaf}"):
+                return f"{name.removesuffix(leaf)}weight", suffix
+        return None
 
-    def scheme_of(self, name: str, value: Any) -> Scheme | None:
-        """The scheme of the weight whose values are ``value``, or None if it is no quantized weight."""
-        if self._dtype is not None and isinstance(value, Tensor) and value.dtype == self._dtype:
-            return self.default
-        return self.schemes.get(name)
+    def is_mark(self, name: str) -> bool:
+        """Whether nothing is made of the tensor ``name``."""
+        return name not in self.own and name.rpartition(".")[2] in (*_UNUSED, _COMFY_ENTRY)
+
+    def scheme(self, name: str, value: Tensor) -> Scheme | None:
+        """The scheme of the weight whose values are ``value``, or None if their dtype is not that of quantized ones."""
+        scheme = self.schemes.get(name, self.default)
+        return scheme if value.dtype == next(iter(scheme.specs(1, 1).values())).dtype else None
 
 
 def join(
-    state_dict: Mapping[str, Any], files: Sequence[Any], names: Names, dtype: torch.dtype = torch.bfloat16
+    state_dict: Mapping[str, Any], where: Where, names: Names, dtype_of: Callable[[str], torch.dtype]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `split` took apart.
+    """What `split`, or another tool, took apart.
 
     Args:
-        files: where the tensors come from, for errors.
-        dtype: that the weights stand for.
+        where: the files that hold the tensor of that name, for errors.
+        dtype_of: what the weight of that name stands for.
 
     Returns:
-        The state dict with `QuantizedWeight`s, and the tensors whose other parts are not in it.
+        The state dict with `QuantizedWeight`s and without marks, and the tensors whose other parts are not in it.
 
     Raises:
-        CheckpointError: a scale is not finite and positive, or has a shape that does not fit.
+        CheckpointError: values or scales are not what they should be, or do not fit together.
     """
     joined: dict[str, Any] = {}
-    parts: dict[str, Tensor] = {}
+    weights: dict[str, dict[str, str]] = {}  # the names of the constants of each, by suffix
     for name, value in state_dict.items():
-        weight, scheme = names.weight_of(name), names.scheme_of(name, value)
         if isinstance(value, QuantizedWeight) or not isinstance(value, Tensor):
             joined[name] = value
-        elif weight is not None:
-            if weight not in state_dict:
-                parts[name] = value
-            elif names.scheme_of(weight, state_dict[weight]) is None:
-                joined[name] = value
-        elif scheme is None:
-            joined[name] = value
+        elif names.is_mark(name):
+            if name.rpartition(".")[2] == _COMFY_ENTRY and not _readable(entry := _entry(value)):
+                raise CheckpointError(f"tensor {name!r} says {_unreadable(entry)}", where(name), name)
         else:
-            of_weight = {suffix: f"{name}{suffix}" for suffix in scheme.suffixes()}
-            there = {suffix: state_dict[part] for suffix, part in of_weight.items() if part in state_dict}
-            if len(there) == len(of_weight):
-                joined[name] = read_weight(scheme, there, dtype, files, of_weight)
-            else:
-                parts |= {of_weight[suffix]: tensor for suffix, tensor in there.items()}
+            constant = names.constant(name)
+            if constant is None and names.scheme(name, value) is None:
+                joined[name] = value
+                continue
+            weight, suffix = constant or (name, "")
+            others = weights.setdefault(weight, {})
+            if suffix in others:
+                problem = f"tensor {name!r} is a second scale of {weight!r}, beside {others[suffix]!r}"
+                raise CheckpointError(problem, where(name), name)
+            others[suffix] = name
+    parts: dict[str, Tensor] = {}
+    for weight, of_weight in weights.items():
+        tensors = {suffix: state_dict[name] for suffix, name in of_weight.items()}
+        if "" not in tensors and weight in state_dict:
+            name, given = next(iter(of_weight.values())), str(state_dict[weight].dtype).removeprefix("torch.")
+            problem = f"tensor {name!r} is a scale without FP8 values: {weight!r} holds {given}"
+            raise CheckpointError(problem, where(name), name)
+        scheme = names.scheme(weight, tensors[""]) if "" in tensors else None
+        if scheme is not None and tensors.keys() >= set(scheme.suffixes()):
+            joined[weight] = _weight(scheme, tensors, dtype_of(weight), where, of_weight)
+        else:
+            parts |= {of_weight[suffix]: tensor for suffix, tensor in tensors.items()}
     return joined, parts
+
+
+def check_complete(parts: Mapping[str, Tensor], where: Where, names: Names) -> None:
+    """Refuse ``parts``, which are all that `join` could make no weight of.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    for name in parts:
+        kind = "FP8 values without a scale" if names.constant(name) is None else "a scale without FP8 values"
+        raise CheckpointError(f"tensor {name!r} is {kind}", where(name), name)
+
+
+def check_plain(state_dict: Mapping[str, Any], expected: Mapping[str, Tensor], where: Where) -> None:
+    """Refuse tensors that are numbers without what they mean: integers, or another 8-bit format, for a weight.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    for name, value in state_dict.items():
+        if isinstance(value, QuantizedWeight) or name not in expected or not expected[name].is_floating_point():
+            continue
+        if not value.is_floating_point() or value.itemsize == 1:
+            given = str(value.dtype).removeprefix("torch.")
+            problem = f"tensor {name!r} is {given} without a scale that is known; expected a floating-point tensor"
+            raise CheckpointError(problem, where(name), name)
+
+
+def _entry(value: Tensor) -> Any:
+    try:
+        return json.loads(bytes(value.flatten().tolist()))
+    except (ValueError, TypeError):
+        return f"no JSON, but {value.numel()} numbers"
 
 
 def holding(tensor: str, files: Sequence[Any]) -> list[Any]:
@@ -159,16 +291,8 @@ def holding(tensor: str, files: Sequence[Any]) -> list[Any]:
     return found or list(files)
 
 
-def _is_fp8(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == FP8_DTYPE
-
-
-def read_weight(
-    scheme: Scheme,
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    files: Sequence[Any],
-    names: Mapping[str, str],
+def _weight(
+    scheme: Scheme, tensors: Mapping[str, Tensor], dtype: torch.dtype, where: Where, names: Mapping[str, str]
 ) -> QuantizedWeight:
     """The weight that ``tensors``, by the suffixes of ``scheme``, stand for.
 
@@ -180,42 +304,39 @@ def read_weight(
     """
     try:
         found, constants = scheme.read(tensors)
-        return QuantizedWeight(found, constants, dtype)
+        made = QuantizedWeight(found, constants, dtype if dtype in WEIGHT_DTYPES else torch.bfloat16)
+        # bfloat16 and float32 reach as far as the scales do.
+        if dtype == torch.float16 and not made.is_meta and not made.dequantize().isfinite().all():
+            raise QuantizedWeightError("stands for values beyond the range of float16")
+        return made
     except QuantizedWeightError as error:
         name = names[error.suffix]
-        raise CheckpointError(f"tensor {name!r} {error}", holding(name, files), name) from error
-
-
-# Under which names others store the scale of ``PATH.weight``: compressed-tensors and ModelOpt, ComfyUI.
-# https://github.com/vllm-project/compressed-tensors, https://github.com/NVIDIA/TensorRT-Model-Optimizer,
-# https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/ops.py
-_SCALES = ("weight_scale", "scale_weight")
-
-# What such files hold besides: scales of activations, which are computed from their values here, and a mark.
-_UNUSED = ("input_scale", "scale_input", "scaled_fp8")
+        raise CheckpointError(f"tensor {name!r} {error}", where(name), name) from error
 
 
 @torch.no_grad()
 def load_fp8_checkpoint(
     model: nn.Module,
     path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    rename: Callable[[str], str] | None = None,
+    rename: Callable[[str], str | None] | None = None,
 ) -> None:
     """Fill ``model`` from safetensors files whose linears are in FP8, in place; the FP8 bytes are taken as they are.
 
     These layouts are read, with one scale for each output channel or one in all:
 
     - compressed-tensors and ModelOpt: ``PATH.weight``, ``PATH.weight_scale``, ``PATH.input_scale``;
-    - ComfyUI's scaled FP8: ``PATH.weight``, ``PATH.scale_weight``, ``PATH.scale_input``, ``scaled_fp8``;
+    - ComfyUI's scaled FP8: ``PATH.weight``, ``PATH.scale_weight`` or ``PATH.weight_scale``, ``PATH.scale_input``,
+      ``PATH.comfy_quant``, ``scaled_fp8``; also with ``model.diffusion_model.`` before all names;
     - files that `save_fp8_checkpoint`, or diffusers' ``save_pretrained``, has written.
 
     Scales of activations are not used: activations are quantized by their own values. Everything else is copied into
-    the model's parameters and buffers, in their dtypes.
+    the model's parameters and buffers, in their dtypes. Parameters that are tied in the model, or were in the one that
+    a file was written from, are tied.
 
     Args:
         model: its parameters may be on the meta device; what they then get is on the CPU.
         path: a file, a directory of ``*.safetensors``, or several files.
-        rename: from a name in the files to one in the model, where they differ.
+        rename: from a name in the files to one in the model, where they differ; None drops the tensor.
 
     Warns:
         NothingConvertedWarning: the files hold no FP8 weight, so that none of the model's is in FP8.
@@ -226,17 +347,25 @@ def load_fp8_checkpoint(
             and tensor. The model is as it was.
     """
     files = _files(path)
+    model = _unwrapped(model)
+    expected = {
+        layer_name(name): value
+        for name, value in (*model.named_parameters(remove_duplicate=False), *_persistent_buffers(model).items())
+    }
     owner: dict[str, Path] = {}
     tensors: dict[str, Tensor] = {}
+    rename = _without_prefix(files, expected) if rename is None else rename
     for file in files:
-        for name, tensor in _read(file):
-            name = name if rename is None else rename(name)
+        for given, tensor in _read(file):
+            name = rename(given)
+            if name is None:
+                continue
             if name in tensors:
-                raise CheckpointError(f"tensor {name!r} is also in {owner[name]}", [file], name)
+                hint = "; of the files of several variants, give those of one" if owner[name] != file else ""
+                raise CheckpointError(f"tensor {name!r} is also in {owner[name]}{hint}", [file], given)
             tensors[name], owner[name] = tensor, file
-    schemes = {name if rename is None else rename(name): s for name, s in schemes_in(files).items()}
-    expected = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
-    found = _matched(tensors, expected, owner, schemes)
+    schemes = {new: s for name, s in schemes_in(files).items() if (new := rename(name)) is not None}
+    found = _matched(tensors, expected, owner, Names(schemes, scheme_named(DEFAULT_METHOD, {}), expected))
     for name in _left_on_meta(model, found):
         raise CheckpointError(
             f"tensor {name!r} of the model is on the meta device and in no checkpoint; put only parameters there, as "
@@ -245,10 +374,14 @@ def load_fp8_checkpoint(
             name,
         )
     _fill(model, found)
+    tie(model, [[new for name in names if (new := rename(name)) is not None] for names in tied_in(files)])
     choices = choose(model, Fp8Options(min_features=1))
     for choice in choices:
         choice.reason = "not in FP8 in the checkpoint"
-    if not any(isinstance(value, QuantizedWeight) for value in found.values()):
+    if any(isinstance(value, QuantizedWeight) for value in found.values()):
+        for hook in quantize.on_converted:
+            hook(model, Fp8Options())
+    else:
         warnings.warn(
             f"{', '.join(map(str, files))}: no weight is in FP8, so none of the model's will be, compiled or not; to "
             "convert it, read the files by load_state_dict and call quantize_",
@@ -261,21 +394,140 @@ def load_fp8_checkpoint(
 def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to one safetensors file, which `load_fp8_checkpoint` reads: the constants of quantized weights.
 
-    The file appears under its name when it is complete; one that was there is whole until then.
+    Names are the model's own, without those of ``torch.compile``, ``DataParallel`` or ``PeftModel`` around it; adapters
+    belong to the model that they are in. The file appears under its name when it is complete and on the disk; one that
+    was there is whole until then.
+
+    Warns:
+        NothingConvertedWarning: no weight is in FP8.
+
+    Raises:
+        CheckpointError: a tensor is on the meta device and has no values, ``path`` is no file, or cannot be written.
     """
+    target = Path(os.path.realpath(path))  # a link stays one
+    if target.exists() and not target.is_file():
+        raise CheckpointError("is no regular file, and is not replaced by one", [target])
+    state_dict = {layer_name(name): value for name, value in _unwrapped(model).state_dict().items()}
+    for name, value in state_dict.items():
+        if value.is_meta:
+            raise CheckpointError(
+                f"tensor {name!r} of the model is on the meta device: there is nothing to write", [target], name
+            )
+    metadata = metadata_of(state_dict)
+    if not metadata:
+        warnings.warn(
+            f"{target}: no weight of the model is in FP8, so none of the file's is; compiling alone leaves the weights "
+            "as they are, quantize_ converts them",
+            NothingConvertedWarning,
+            stacklevel=2,
+        )
+    plain = {name: t.contiguous() for name, t in split(state_dict).items()}
+    _write(_without_sharing(plain), target, {"format": "pt", **metadata})
+
+
+def _write(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str]) -> None:
+    """Write a file in a folder beside ``target``, then give it that name.
+
+    A folder, since safetensors makes a scratch file of its own beside the one that it writes.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    target = Path(path)
-    state_dict = model.state_dict()
-    plain = {name: t.contiguous() for name, t in split(state_dict).items()}
-    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    os.close(handle)
     try:
-        save_file(_without_sharing(plain), scratch, metadata={"format": "pt", **metadata_of(state_dict)})
-        os.replace(scratch, target)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+        with _scratch(target) as (folder, rights):
+            file = folder / target.name
+            save_file(dict(tensors), file, metadata=dict(metadata))
+            file.chmod(stat.S_IMODE(target.stat().st_mode if target.exists() else rights))
+            _to_disk(file)
+            os.replace(file, target)
+            with contextlib.suppress(OSError):  # the name; not every file system can
+                _to_disk(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be written: {error}", [target]) from error
+
+
+@contextlib.contextmanager
+def _scratch(target: Path) -> Iterator[tuple[Path, int]]:
+    """A new folder beside ``target``, and the rights that new files get.
+
+    A file in it is locked while its process lives. One that nobody locks is what a killed process left, and goes.
+    """
+    import fcntl  # not everywhere, where files can be read all the same
+
+    prefix = f".{target.name}-"
+    for lock in target.parent.glob(f"{glob.escape(prefix)}*/lock"):
+        with contextlib.suppress(OSError), open(lock, "r+b") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)
+    folder = target.with_name(f"{prefix}{secrets.token_hex(8)}")
+    folder.mkdir()
+    try:
+        with open(folder / "new", "wb") as handle:
+            with contextlib.suppress(OSError):  # not every file system can
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                os.rename(handle.name, folder / "lock")  # locked before it has the name
+            yield folder, os.fstat(handle.fileno()).st_mode
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers that put their own name before those of its tensors."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):  # a PeftModel, which adapters stay in
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+def layer_name(name: str) -> str:
+    """``name`` of a tensor without what ``torch.compile`` puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _without_prefix(files: Sequence[Path], expected: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """For names that all have one of ComfyUI's prefixes, where the model's have none."""
+    names = [name for file in files for name in _names(file)]
+    for prefix in _PREFIXES:
+        own = [name for name in names if name.rpartition(".")[2] not in _UNUSED]
+        if own and all(n.startswith(prefix) for n in own) and not any(n.startswith(prefix) for n in expected):
+            return lambda name: name.removeprefix(prefix)
+    return lambda name: name
+
+
+def tie(model: nn.Module, tied: Iterable[Sequence[str]]) -> None:
+    """Make those parameters of ``model`` one again that were one, if their values are still the same.
+
+    Args:
+        tied: names of each, as `tied_in` has them.
+    """
+    parameters = {layer_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    owners = {layer_name(path): module for path, module in model.named_modules()}
+    for names in tied:
+        there = [name for name in names if isinstance(parameters.get(name), QuantizedWeight)]
+        for name in there[1:]:
+            if _alike(parameters[name], parameters[there[0]]):
+                path, _, leaf = name.rpartition(".")
+                owners[path]._parameters[leaf] = parameters[there[0]]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, bit by bit."""
+    if isinstance(a, QuantizedWeight) and isinstance(b, QuantizedWeight):
+        return a.scheme == b.scheme and all(map(_alike, a.constants, b.constants))
+    if type(a) is not type(b) or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
 def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -313,6 +565,16 @@ def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"not a readable safetensors file: {error}", [file], name) from error
 
 
+def _names(file: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"not a readable safetensors file: {error}", [file]) from error
+
+
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     names = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in names}
@@ -322,83 +584,72 @@ def _matched(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     owner: Mapping[str, Path],
-    schemes: Mapping[str, Scheme],
+    names: Names,
 ) -> dict[str, Tensor]:
     """What each of ``expected`` is to become."""
-    found: dict[str, Tensor] = {}
-    constants = _other_constants(schemes)
+
+    def where(name: str) -> list[Path]:
+        return [owner[name]]
+
+    def check_shape(name: str, given: Tensor) -> None:
+        if given.shape != expected[name].shape:
+            problem = f"tensor {name!r} has shape {list(given.shape)}, and the model's has {list(expected[name].shape)}"
+            raise CheckpointError(problem, where(name), name)
+
     for name, tensor in tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        if name in constants:
-            continue
-        if leaf in _UNUSED or (leaf in _SCALES and name not in expected):
-            weight = f"{layer}.weight"
-            if leaf in _SCALES and (weight not in tensors or not _is_fp8(tensors[weight])):
-                raise CheckpointError(f"tensor {name!r} is a scale without FP8 values", [owner[name]], name)
+        if names.constant(name) is not None or names.is_mark(name):
             continue
         if name not in expected:
-            raise CheckpointError(f"tensor {name!r} is unknown to the model", [owner[name]], name)
-        made = tensor
-        if name in schemes:  # whose values may have another shape than the weight
-            made = _quantized(name, tensors, expected[name].dtype, owner, schemes[name])
-        if made.shape != expected[name].shape:
-            problem = f"tensor {name!r} has shape {list(made.shape)}, and the model's has {list(expected[name].shape)}"
-            raise CheckpointError(problem, [owner[name]], name)
-        if _is_fp8(made):
-            made = _quantized(name, tensors, expected[name].dtype, owner, None)
-        found[name] = made
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise CheckpointError(f"tensor {missing[0]!r} is missing", list(dict.fromkeys(owner.values())), missing[0])
+            problem = f"tensor {name!r} is unknown to the model (rename may return None to drop it)"
+            raise CheckpointError(problem, where(name), name)
+        if name not in names.schemes:  # whose values may have another shape than the weight
+            check_shape(name, tensor)
+    found, parts = join(tensors, where, names, lambda name: expected[name].dtype)
+    check_complete(parts, where, names)
+    check_plain(found, expected, where)
+    for name, made in found.items():
+        check_shape(name, made)
+    for name in expected:
+        if name not in found:
+            raise CheckpointError(f"tensor {name!r} is missing", list(dict.fromkeys(owner.values())), name)
     return found
-
-
-def _quantized(
-    name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, owner: Mapping[str, Path], scheme: Scheme | None
-) -> QuantizedWeight:
-    """The weight ``name``, of the scheme that the file names, or in one of the layouts of others."""
-    if scheme is not None:
-        names = {suffix: f"{name}{suffix}" for suffix in scheme.suffixes()}
-    else:
-        scheme = scheme_named(DEFAULT_METHOD, {})
-        layer = name.rpartition(".")[0]
-        scales = [f"{layer}.{leaf}" for leaf in _SCALES if f"{layer}.{leaf}" in tensors]
-        if not scales:
-            raise CheckpointError(f"tensor {name!r} is FP8 values without a scale", [owner[name]], name)
-        names = {"": name, "_scale": scales[0]}
-    for part in names.values():
-        if part not in tensors:
-            raise CheckpointError(f"tensor {part!r} is missing", [owner[name]], part)
-    parts = {suffix: tensors[part] for suffix, part in names.items()}
-    return read_weight(scheme, parts, dtype if dtype in WEIGHT_DTYPES else torch.bfloat16, [owner[name]], names)
 
 
 def _left_on_meta(model: nn.Module, found: Mapping[str, Tensor]) -> Iterator[str]:
     """What `_fill` leaves there: buffers that are not saved, and tensors that are plain attributes."""
     for path, module in model.named_modules():
         for name, value in [*module._buffers.items(), *vars(module).items()]:
-            full = f"{path}.{name}" if path else name
+            full = layer_name(f"{path}.{name}" if path else name)
             if isinstance(value, Tensor) and value.is_meta and full not in found:
                 yield full
 
 
 def _fill(model: nn.Module, found: Mapping[str, Tensor]) -> None:
+    made: dict[int, list[tuple[Tensor, nn.Parameter]]] = {}  # of what becomes of each parameter, by what is in files
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            value, device = found[prefix + name], parameter.device
-            value = value.to("cpu" if device.type == "meta" else device)
-            if not isinstance(value, QuantizedWeight):
-                value = value.to(parameter.dtype)
-            elif not isinstance(module, nn.Linear):
-                value = value.dequantize()
-            if isinstance(value, QuantizedWeight):
-                module._parameters[name] = QuantizedWeight(value)
-            else:
-                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+            given = found[layer_name(f"{path}.{name}" if path else name)]
+            others = made.setdefault(id(parameter), [])
+            new = next((new for other, new in others if _alike(other, given)), None)
+            if new is None:
+                device = torch.device("cpu") if parameter.is_meta else parameter.device
+                new = parameter_of(given.to(device), module, parameter.dtype)
+                new.requires_grad_(parameter.requires_grad and type(new) is nn.Parameter)
+                others.append((given, new))
+            module._parameters[name] = new
         for name, buffer in list(module._buffers.items()):
-            if buffer is not None and prefix + name in found:
-                device = torch.device("cpu") if buffer.device.type == "meta" else buffer.device
-                module._buffers[name] = found[prefix + name].to(device, buffer.dtype)
+            full = layer_name(f"{path}.{name}" if path else name)
+            if buffer is not None and full in found:
+                device = torch.device("cpu") if buffer.is_meta else buffer.device
+                module._buffers[name] = found[full].to(device, buffer.dtype)
+
+
+def parameter_of(value: Tensor, module: nn.Module, dtype: torch.dtype) -> nn.Parameter:
+    """The parameter of ``module`` that ``value`` becomes: a quantized weight only in a linear."""
+    if isinstance(value, QuantizedWeight):
+        if isinstance(module, nn.Linear):
+            return QuantizedWeight(value)  # type: ignore[return-value]
+        value = value.dequantize()
+    return nn.Parameter(value.to(dtype), requires_grad=False)

@@ -15,11 +15,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .. import quantize
+from ..errors import CheckpointError
 from ..options import Fp8Options
-from ..quantize import check_choices, choose, convert, quantized, scheme_at_load
+from ..quantize import check_choices, choose, quantized, scheme_at_load
 from ..schemes import Scheme
 from ..weights.eligible import QUANTIZABLE_DTYPES
-from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of
+from .checkpoints import fp8_in
+from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of, finish
 
 
 class Fp8TransformersQuantizer(HfQuantizer):
@@ -34,18 +36,39 @@ class Fp8TransformersQuantizer(HfQuantizer):
         self.options = quantization_config.options
         self._scheme = scheme_at_load(self.options)
         self._wanted: set[str] = set()
+        self._device_map: dict[str, Any] = {}
 
     def is_serializable(self) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[Any] | None = None, **_: Any
+    ) -> nn.Module:
+        for file, name in fp8_in(checkpoint_files or []):
+            raise CheckpointError(
+                f"tensor {name!r} is in FP8: from_pretrained would not use its scale; read a text encoder's FP8 file "
+                "by load_fp8_checkpoint",
+                [file],
+                name,
+            )
         choices = choose(model, self.options)
         check_choices(choices, self.options)
         self._wanted = {f"{path}.weight" for c in choices if c.reason is None for path in c.paths}
         return model
 
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Called again when ``device_map="auto"`` is decided."""
+        if isinstance(device_map, dict):
+            self._device_map = device_map
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        return param_name in self._wanted
+        """What goes to the disk is written there as plain arrays."""
+        return param_name in self._wanted and self._device(param_name) != "disk"
+
+    def _device(self, name: str) -> Any:
+        while name and name not in self._device_map:
+            name = name.rpartition(".")[0]
+        return self._device_map.get(name)
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
         quantize.dequantize(model)
@@ -55,16 +78,16 @@ class Fp8TransformersQuantizer(HfQuantizer):
         return _Quantize(self._scheme)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        convert(model, choose(model, self.options), self.options)
+        finish(model, choose(model, self.options), self.options)
         return model
 
 
-def attach(model: Any, options: Fp8Options) -> None:
-    """Let ``save_pretrained`` refuse a model that `quantize_` converted in the words that it has for one loaded so."""
+def attach(model: nn.Module, options: Fp8Options) -> None:
+    """Let ``save_pretrained`` refuse what was converted in memory in the words that it has for what was loaded so."""
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None or not isinstance(model, modeling.PreTrainedModel) or hasattr(model, "hf_quantizer"):
-        return
-    model.hf_quantizer = Fp8TransformersQuantizer(config_of(options), pre_quantized=False)
+    for module in model.modules() if modeling is not None else ():
+        if isinstance(module, modeling.PreTrainedModel) and not hasattr(module, "hf_quantizer"):  # type: ignore[union-attr]
+            module.hf_quantizer = Fp8TransformersQuantizer(config_of(options), pre_quantized=False)
 
 
 class _Quantize(ConversionOps):

@@ -18,6 +18,9 @@ from .scheme import Call, Scheme, Spec, chunk_rows, high_precision
 GRANULARITIES = ("row", "tensor")
 SMALL_M = ("weight-only", "keep")
 
+# That of the largest bfloat16; what a larger one stands for may be infinite.
+LARGEST_SCALE = torch.finfo(torch.bfloat16).max / numerics.FP8_MAX
+
 
 @dataclass(frozen=True)
 class Fp8(Scheme):
@@ -126,8 +129,18 @@ class Fp8(Scheme):
                 "_scale",
             )
         fitting = fitting.float()
-        if fitting.device.type != "meta" and not (fitting.isfinite() & (fitting > 0)).all():
-            raise QuantizedWeightError("holds a scale that is NaN, infinite, zero or negative", "_scale")
+        if fitting.device.type != "meta":
+            if not (fitting.isfinite() & (fitting > 0)).all():
+                raise QuantizedWeightError("holds a scale that is NaN, infinite, zero or negative", "_scale")
+            if not (fitting <= LARGEST_SCALE).all():
+                raise QuantizedWeightError(
+                    f"holds a scale above {LARGEST_SCALE:.4g}, whose values are infinite", "_scale"
+                )
+        if qdata.device.type != "meta" and qdata.dtype == numerics.FP8_DTYPE:
+            # NaN is 0x7F and 0xFF. A few rows at a time, as bytes: a mask of all would be as large as the values.
+            chunks = torch.split(qdata.view(torch.uint8), chunk_rows(qdata))
+            if any((chunk & 0x7F == 0x7F).any() for chunk in chunks):
+                raise QuantizedWeightError("holds NaN")
         return replace(self, granularity=granularity), (qdata.contiguous(), fitting.contiguous())
 
 

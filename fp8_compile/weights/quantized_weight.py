@@ -112,6 +112,23 @@ class QuantizedWeight(Tensor):
         """Where its values are; a wrapper subclass has no address, and accelerate finds tied weights by theirs."""
         return self.constants[0].data_ptr()
 
+    def element_size(self) -> int:
+        """Bytes that a value takes, scales aside: what diffusers' and transformers' ``get_memory_footprint`` counts."""
+        return self.constants[0].element_size()
+
+    def storage(self) -> Any:
+        """Asked for by safetensors, which cannot hold what has no storage of its own.
+
+        Raises:
+            QuantizedWeightError: always.
+        """
+        raise QuantizedWeightError(
+            f"{self!r} cannot be written by safetensors' save_file, which group offloading to the disk calls, too. "
+            "Write the model by fp8_compile.save_fp8_checkpoint(model, file); or, of diffusers, call "
+            "fp8_compile.quantize_(model) on the model itself, where only a part of it was converted, and "
+            "save_pretrained again. Offload to memory instead of the disk"
+        )
+
     def dequantize(self) -> Tensor:
         """The values that it stands for, in its dtype: ``[N, K]``."""
         return self.scheme.dequantize(self.constants, self.dtype)

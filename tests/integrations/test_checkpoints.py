@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -108,25 +108,70 @@ def test_saved_and_loaded_bit_by_bit(tmp_path: Path) -> None:
     assert {n: type(p) for n, p in m.named_parameters()} == {n: type(p) for n, p in other.named_parameters()}
 
 
-def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def entry(value: Any) -> Tensor:
+    """What ComfyUI puts beside a weight: JSON in bytes."""
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_comfyui_says_the_format_of_each_weight_or_of_all(prefix: str, tmp_path: Path) -> None:
+    tensors = _fp8(model(2).state_dict(), "weight_scale", lambda w: w.float().abs().amax() / 448)
+    weights = [name for name in tensors if f"{name}_scale" in tensors]
+    entries = {n.replace("weight", "comfy_quant"): entry({"format": "float8_e4m3fn"}) for n in weights}
+    mark = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    layers = {f"{prefix}{n.removesuffix('.weight')}": {"format": "float8_e4m3fn"} for n in weights}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    save_file({f"{prefix}{n}": t for n, t in {**tensors, **entries, **mark}.items()}, tmp_path / FILE, metadata)
+    m = model(2)
+    fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
+    assert {n for n, p in m.named_parameters() if isinstance(p, QuantizedWeight)} == set(weights)
+    assert torch.equal(m.get_parameter(NAME).scale, tensors[SCALE])
+
+
+@pytest.mark.parametrize("metadata", ['{"layers": {"blocks.0.to_q": {"format": "mxfp8"}}}', '{"layers": 3}', "no JSON"])
+def test_metadata_of_another_format_is_refused(metadata: str, tmp_path: Path) -> None:
+    save_file(compressed_tensors(model(1).state_dict()), tmp_path / FILE, {"_quantization_metadata": metadata})
+    with pytest.raises(fp8_compile.CheckpointError, match=r"_quantization_metadata.*(only float8_e4m3fn|is damaged)"):
+        fp8_compile.load_fp8_checkpoint(model(1), tmp_path / FILE)
+
+
+def test_rename_may_drop_a_tensor_and_what_is_unknown_is_an_error_that_says_so(tmp_path: Path) -> None:
+    tensors = {**comfyui(model(2).state_dict()), "__index_timestep_zero__": torch.zeros(())}
+    save_file(tensors, tmp_path / FILE)
+    m = model(2)
+    with pytest.raises(fp8_compile.CheckpointError, match=r"unknown to the model .rename may return None to drop it"):
+        fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE)
+    fp8_compile.load_fp8_checkpoint(m, tmp_path / FILE, rename=lambda n: None if n.startswith("__") else n)
+    assert sum(isinstance(p, QuantizedWeight) for p in m.parameters()) == 6
+
+
+def test_a_module_may_have_a_parameter_that_is_called_like_a_scale(tmp_path: Path) -> None:
+    def build() -> Model:
+        m = model(1)
+        m.blocks[0].to_k.scale_weight = torch.nn.Parameter(torch.full((3,), 2.0))
+        return m
+
+    fp8_compile.quantize_(m := build(), {"min_features": 64, "ignored_layers": ["to_k"]})
+    fp8_compile.save_fp8_checkpoint(m, tmp_path / FILE)
+    fp8_compile.load_fp8_checkpoint(other := build(), tmp_path / FILE)
+    assert torch.equal(other.blocks[0].to_k.scale_weight, torch.full((3,), 2.0))
+
+
+def test_values_beyond_float16_are_refused_where_the_weight_stands_for_float16(tmp_path: Path) -> None:
+    tensors = compressed_tensors(model(1).state_dict())
+    save_file({**tensors, SCALE: torch.tensor(1000.0)}, tmp_path / FILE)
+    with pytest.raises(fp8_compile.CheckpointError, match="beyond the range of float16"):
+        fp8_compile.load_fp8_checkpoint(model(1).half(), tmp_path / FILE)
+    fp8_compile.load_fp8_checkpoint(model(1), tmp_path / FILE)
+
+
+def test_the_largest_weight_is_written_and_read(tmp_path: Path) -> None:
     m = model(1)
+    m.blocks[0].to_q.weight[0, 0] = torch.finfo(torch.bfloat16).max
     fp8_compile.quantize_(m, {"min_features": 64})
     fp8_compile.save_fp8_checkpoint(m, tmp_path / FILE)
-    before = (tmp_path / FILE).read_bytes()
-    original = safetensors.torch.save_file
-
-    def interrupted(tensors: Any, path: str, **how: Any) -> None:
-        original(tensors, path, **how)
-        with open(path, "r+b") as file:
-            file.truncate(1000)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
-    m.blocks[0].to_q.weight.mul_(2)
-    with pytest.raises(KeyboardInterrupt):
-        fp8_compile.save_fp8_checkpoint(m, tmp_path / FILE)
-    assert (tmp_path / FILE).read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    fp8_compile.load_fp8_checkpoint(other := model(1), tmp_path / FILE)
+    assert torch.equal(other.get_parameter(NAME).scale, m.get_parameter(NAME).scale)
 
 
 NAME = "blocks.0.to_q.weight"
@@ -144,6 +189,25 @@ SCALE = "blocks.0.to_q.weight_scale"
         (lambda t: t.update({SCALE: torch.ones(7)}), SCALE, r"shape \[7\]"),
         (lambda t: t.update({SCALE: torch.full((64, 1), float("nan"))}), SCALE, "NaN"),
         (lambda t: t.update({SCALE: torch.zeros(())}), SCALE, "zero"),
+        (lambda t: t.update({SCALE: torch.full((64, 1), float("inf"))}), SCALE, "infinite"),
+        (lambda t: t.update({SCALE: torch.tensor(1e38)}), SCALE, "scale above .* infinite"),
+        (lambda t: t[NAME].view(torch.uint8)[3, 5].fill_(0x7F), NAME, "holds NaN"),
+        (lambda t: t[NAME].view(torch.uint8)[63, 63].fill_(0xFF), NAME, "holds NaN"),
+        (lambda t: t.update({NAME: t[NAME].view(torch.int8)}), SCALE, "a scale without FP8 values: .* holds int8"),
+        (lambda t: t.update({NAME: t[NAME].bfloat16()}), SCALE, "a scale without FP8 values: .* holds bfloat16"),
+        (lambda t: t.update({NAME: t[NAME].to(torch.float8_e5m2)}), SCALE, "holds float8_e5m2"),
+        (lambda t: t.update({"blocks.0.to_k.weight": t[NAME].to(torch.float8_e5m2)}), "blocks.0.to_k.weight", "e5m2"),
+        (lambda t: t.update({"blocks.0.to_k.weight": t[NAME].to(torch.int32)}), "blocks.0.to_k.weight", "is int32"),
+        (
+            lambda t: t.update({"blocks.0.to_q.scale_weight": t[SCALE] * 2}),
+            "blocks.0.to_q.weight_scale",
+            "second scale",
+        ),
+        (
+            lambda t: t.update({"blocks.0.to_q.comfy_quant": entry({"format": "nvfp4"})}),
+            "blocks.0.to_q.comfy_quant",
+            "only float8_e4m3fn can be read",
+        ),
     ],
 )
 def test_a_broken_file_is_named_with_the_tensor_and_changes_nothing(
@@ -186,7 +250,9 @@ def test_a_rotary_table_on_the_meta_device_is_named_and_init_empty_weights_leave
     accelerate = pytest.importorskip("accelerate", reason="accelerate is optional")
     from bench.tiny import build_transformer
 
-    fp8_compile.save_fp8_checkpoint(build_transformer().bfloat16(), tmp_path / FILE)
+    m = build_transformer().bfloat16()
+    fp8_compile.quantize_(m, {"min_features": 16})
+    fp8_compile.save_fp8_checkpoint(m, tmp_path / FILE)
     with torch.device("meta"):
         m = build_transformer().bfloat16()
     with pytest.raises(fp8_compile.CheckpointError, match=r"'pos_embed\.\w+_freqs' .* on the meta device"):

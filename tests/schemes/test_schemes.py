@@ -355,6 +355,22 @@ def test_plain_tensors_that_look_like_constants_stay_what_they_are(doubled: None
         assert torch.equal(a + 0, b + 0), name
 
 
+def test_plain_values_of_a_dtype_that_a_method_uses_are_converted_as_they_arrive(doubled: None, tmp_path: Path) -> None:
+    import diffusers
+
+    from bench.tiny import build_transformer
+
+    m: Any = build_transformer().to(torch.float16)  # as the values of the method are
+    m.save_pretrained(tmp_path / "saved")
+    fp8_compile.quantize_(m, METHOD)
+    kind: Any = diffusers.QwenImageTransformer2DModel
+    config = fp8_compile.Fp8DiffusionConfig(**METHOD)
+    again = kind.from_pretrained(tmp_path / "saved", torch_dtype=torch.float16, quantization_config=config)
+    for (name, a), (_, b) in zip(m.named_parameters(), again.named_parameters(), strict=True):
+        assert isinstance(a, QuantizedWeight) == isinstance(b, QuantizedWeight), name
+        assert torch.equal(a + 0, b + 0), name
+
+
 def test_damaged_metadata_is_an_error_of_the_file(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
