@@ -21,7 +21,7 @@ from .runtime.constants import forget_weights
 from .schemes import Scheme, finite
 from .weights import eligible, lora, marks
 from .weights.eligible import Candidate
-from .weights.layers import Record, all_parameters, delete_records, record_of, tree_of, write_record
+from .weights.layers import NO_RECORD, Record, all_parameters, delete_records, record_of, tree_of, write_record
 from .weights.quantized_weight import QuantizedWeight
 
 on_converted: list[Callable[[nn.Module, Fp8Options], None]] = []
@@ -174,6 +174,8 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
             choices[id(weight)].paths.append(path)
             continue
         layer = tree.layer(module, "weight")
+        if layer.recorded == NO_RECORD:  # here is what was to be kept
+            layer = replace(layer, recorded=None)
         pattern = eligible.pattern_of(layer, options)
         adopted = adopt(weight)
         if adopted is not None and pattern is None:
