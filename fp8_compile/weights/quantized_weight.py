@@ -174,6 +174,7 @@ class QuantizedWeight(Tensor):
         return QuantizedWeight(scheme, tuple(inner.values()), dtype)
 
     @classmethod
+    @torch._disable_dynamo  # in a frame that Dynamo skipped, it would compile this one, and guard on each weight's id
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
