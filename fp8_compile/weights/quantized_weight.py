@@ -15,11 +15,15 @@ reach the weight (``weight[0] = x`` does).
 from __future__ import annotations
 
 import copy
+import gc
+import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
@@ -174,7 +178,7 @@ class QuantizedWeight(Tensor):
         return QuantizedWeight(scheme, tuple(inner.values()), dtype)
 
     @classmethod
-    @torch._disable_dynamo  # in a frame that Dynamo skipped, it would compile this one, and guard on each weight's id
+    @_disable_dynamo  # in a frame that Dynamo skipped, it would compile this one, and guard on each weight's id
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -302,7 +306,29 @@ torch.serialization.add_safe_globals([QuantizedWeight, rebuild_quantized_weight]
 _aten = torch.ops.aten
 
 
+_collect_after = 0.0
+
+
+def _let_go(weight: QuantizedWeight) -> None:
+    """Free what compilations left behind and still refers weakly to ``weight``.
+
+    ``Module.to`` moves a wrapper subclass by `torch.utils.swap_tensors`, which refuses a tensor with weak references.
+    Dynamo leaves some in garbage, above all when a compilation fails.
+    """
+    global _collect_after
+    if not weakref.getweakrefs(weight) or torch._guards.CompileContext.current_compile_id() is not None:
+        return
+    start = time.monotonic()
+    if start < _collect_after:
+        return
+    gc.collect()
+    if weakref.getweakrefs(weight):  # somebody holds it: what comes next shall not pay for that again and again
+        end = time.monotonic()
+        _collect_after = end + 10 * (end - start)
+
+
 def _alias(weight: QuantizedWeight) -> QuantizedWeight:
+    _let_go(weight)  # `torch.nn.Parameter` asks for an alias before the swap, also of what is there already
     return _like(weight, weight.constants, identity=weight.identity)
 
 
@@ -320,6 +346,7 @@ def _move(
 ) -> QuantizedWeight | None:
     if dtype not in (None, *WEIGHT_DTYPES) or layout not in (None, torch.strided):
         return None
+    _let_go(weight)
     moved = (_aten._to_copy.default(constant, **where) for constant in weight.constants)
     return _like(weight, moved, dtype, weight.identity)
 
