@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..passes.context import Constants
 from ..weights.quantized_weight import QuantizedWeight
@@ -29,8 +31,8 @@ from .constants import (
     announce_memory,
     is_fake,
     make_constants,
-    stamp_of,
     state_for,
+    version_of,
 )
 
 Read = Callable[[tuple[Tensor, ...]], list[Any]]
@@ -155,13 +157,30 @@ def _forget(graph: weakref.ref[BoundGraph], key: tuple[int, ...], _: Any) -> Non
 
 
 _version = operator.attrgetter("_version")
+_died = torch.UntypedStorage._expired
 
 
 def _reader(weights: tuple[Tensor, ...]) -> Read:
+    """What reads the signature of ``weights``, and whether the storages that they have now have died."""
+    # The allocator may give the address of a storage that died to the next one. As long as there is a weak reference to
+    # a storage, another one does not get its number.
+    storages = [StorageWeakRef(w.untyped_storage()) for w in weights]  # type: ignore[no-untyped-call]
+    numbers = [storage.cdata for storage in storages]
     inference = [w.is_inference() for w in weights]
-    if not any(inference):
-        return _versions_and_addresses if STRIDES_ARE_GUARDED else _versions_addresses_and_strides
-    return _addresses if all(inference) and STRIDES_ARE_GUARDED else _stamps
+    version = version_of if any(inference) else _version
+
+    def versions_and_addresses(weights: tuple[Tensor, ...]) -> list[Any]:
+        return [*map(id, weights), *map(version, weights), *map(Tensor.data_ptr, weights), any(map(_died, numbers))]
+
+    def addresses(weights: tuple[Tensor, ...]) -> list[Any]:
+        return [*_addresses(weights), any(map(_died, numbers))]
+
+    def strides(weights: tuple[Tensor, ...]) -> list[Any]:
+        return [*versions_and_addresses(weights), *map(Tensor.stride, weights)]
+
+    read = strides if not STRIDES_ARE_GUARDED else addresses if all(inference) else versions_and_addresses
+    read.storages = storages  # type: ignore[attr-defined]  # as long as the numbers are in use
+    return read
 
 
 def _identities(weights: tuple[Tensor, ...]) -> list[Any]:
@@ -173,20 +192,8 @@ def _plain(weight: Tensor) -> Tensor:
     return weight.constants[0] if isinstance(weight, QuantizedWeight) else weight
 
 
-def _versions_and_addresses(weights: tuple[Tensor, ...]) -> list[Any]:
-    return [*map(id, weights), *map(_version, weights), *map(Tensor.data_ptr, weights)]
-
-
-def _versions_addresses_and_strides(weights: tuple[Tensor, ...]) -> list[Any]:
-    return [*_versions_and_addresses(weights), *map(Tensor.stride, weights)]
-
-
 def _addresses(weights: tuple[Tensor, ...]) -> list[Any]:
     return [*map(id, weights), *map(Tensor.data_ptr, weights)]
-
-
-def _stamps(weights: tuple[Tensor, ...]) -> list[Any]:
-    return [*map(id, weights), *map(stamp_of, weights)]
 
 
 def _getter(indices: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
