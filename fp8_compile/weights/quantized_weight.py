@@ -81,6 +81,7 @@ class QuantizedWeight(Tensor):
             made = Tensor._make_wrapper_subclass(
                 cls, shape, strides=(shape[1], 1), dtype=dtype, device=constants[0].device, requires_grad=requires_grad
             )
+        torch._C._set_throw_on_mutable_data_ptr(made)  # or else who reads its memory, which is none, reads address 0
         made._hold(scheme, constants)
         made.identity = Identity() if identity is None else identity
         return made
@@ -113,8 +114,23 @@ class QuantizedWeight(Tensor):
         return sum(constant.nbytes for constant in self.constants)
 
     def data_ptr(self) -> int:
-        """Where its values are; a wrapper subclass has no address, and accelerate finds tied weights by theirs."""
-        return self.constants[0].data_ptr()
+        """A number that tells weights apart, by which accelerate finds tied ones. It is negative, and no address.
+
+        At that of the constants are no values of its dtype: who reads there takes FP8 for BF16, and reads past the end.
+        """
+        return -self.constants[0].data_ptr()
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise QuantizedWeightError(f"{self!r} has no memory that holds values of its dtype; use weight.dequantize()")
+
+    def share_memory_(self) -> QuantizedWeight:
+        """Move the constants to shared memory, for other processes."""
+        for constant in self.constants:
+            constant.share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        return all(constant.is_shared() for constant in self.constants)  # type: ignore[no-untyped-call]
 
     def dequantize(self) -> Tensor:
         """The values that it stands for, in its dtype: ``[N, K]``."""
