@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import QuantizedWeightError
 from ..schemes import Scheme, scheme_named
+from .sharded import is_being_sharded, written_by_collective
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What a `QuantizedWeight` can stand for."""
@@ -403,6 +404,16 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for inner in args[0].constants:
             func(inner, *args[1:], **kwargs)
         return None
+    if any(isinstance(t, QuantizedWeight) for t in written_by_collective(func, args, kwargs)):
+        raise QuantizedWeightError(
+            f"{func} returns before it has written, and what was written has to be quantized: receive into a plain "
+            "tensor, wait, and copy that into the weight"
+        )
+    if is_being_sharded():
+        raise QuantizedWeightError(
+            "a quantized weight cannot be sharded: the shards would hold its values dequantized, with FP8's error and "
+            "twice its memory; shard the model and leave it in BF16, or convert it and do not shard it"
+        )
 
     plain: dict[int, tuple[QuantizedWeight, Tensor]] = {}
 
