@@ -237,9 +237,10 @@ def announce_memory() -> None:
 def refresh(model: torch.nn.Module) -> list[str]:
     """Compare every FP8 constant of ``model`` with its weight, and make anew those that no longer fit.
 
-    Needed after an edit that leaves no trace: writing through ``weight.data``, through a view of the storage, or in
-    place into a parameter that was made in inference mode, which has no version counter. Not needed after
-    ``load_state_dict``, an in-place operation on the parameter, PEFT's merging and unmerging, or moving the model.
+    Needed after an edit that leaves no trace: writing through ``weight.data``, as diffusers' ``EMAModel`` does, or
+    through a view of the storage, a collective operation that writes into a parameter, or writing in place into one
+    that was made in inference mode, which has no version counter. Not needed after ``load_state_dict``, an in-place
+    operation on the parameter, PEFT's merging and unmerging, or moving the model.
 
     Returns:
         The names of the parameters whose constants were made anew, as in ``model.named_parameters()``.

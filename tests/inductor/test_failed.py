@@ -19,6 +19,10 @@ def refuses(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
     raise ValueError("no")
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "invalidate_compile_context_weakrefs"),
+    reason="this torch keeps other weak references, too, until the exception dies",
+)
 @pytest.mark.parametrize("decorated", [False, True])
 def test_a_model_can_be_moved_while_the_exception_lives(decorated: bool) -> None:
     m = model(1)

@@ -101,6 +101,18 @@ def test_collectives_may_read_quantized_weights_and_copy_into_them() -> None:
     assert torch.equal(w.dequantize(), new)
 
 
+def test_a_collective_into_a_plain_weight_needs_refresh() -> None:
+    m, x = model(1), tokens()
+    m.compile_blocks()
+    for _ in range(2):
+        before = m(x)
+    weight = m.blocks[0].to_q.weight
+    dist.scatter(weight, [weight * -1.5])
+    assert torch.equal(m(x), before)  # nothing on the host tells: what refresh is for
+    assert fp8_compile.refresh(m) == ["blocks.0.to_q.weight"]
+    assert not torch.equal(m(x), before)
+
+
 def _refilled(candidate: Any, options: Any, scheme: Any) -> str | None:
     return sharded.refilled()
 
