@@ -18,9 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..passes.context import Constants
 from ..weights.quantized_weight import QuantizedWeight
@@ -157,29 +155,30 @@ def _forget(graph: weakref.ref[BoundGraph], key: tuple[int, ...], _: Any) -> Non
 
 
 _version = operator.attrgetter("_version")
-_died = torch.UntypedStorage._expired
 
 
 def _reader(weights: tuple[Tensor, ...]) -> Read:
-    """What reads the signature of ``weights``, and whether the storages that they have now have died."""
-    # The allocator may give the address of a storage that died to the next one. As long as there is a weak reference to
-    # a storage, another one does not get its number.
-    storages = [StorageWeakRef(w.untyped_storage()) for w in weights]  # type: ignore[no-untyped-call]
-    numbers = [storage.cdata for storage in storages]
+    """What reads the signature of ``weights``, and how many of the storages that they have now have died.
+
+    The allocator may give the address of a storage that died to the next one.
+    """
+    died: list[Any] = []
+    # A storage keeps its Python object, and with it these references, until it dies.
+    storages = [weakref.ref(w.untyped_storage(), died.append) for w in weights]
     inference = [w.is_inference() for w in weights]
     version = version_of if any(inference) else _version
 
     def versions_and_addresses(weights: tuple[Tensor, ...]) -> list[Any]:
-        return [*map(id, weights), *map(version, weights), *map(Tensor.data_ptr, weights), any(map(_died, numbers))]
+        return [*map(id, weights), *map(version, weights), *map(Tensor.data_ptr, weights), len(died)]
 
     def addresses(weights: tuple[Tensor, ...]) -> list[Any]:
-        return [*_addresses(weights), any(map(_died, numbers))]
+        return [*_addresses(weights), len(died)]
 
     def strides(weights: tuple[Tensor, ...]) -> list[Any]:
         return [*versions_and_addresses(weights), *map(Tensor.stride, weights)]
 
     read = strides if not STRIDES_ARE_GUARDED else addresses if all(inference) else versions_and_addresses
-    read.storages = storages  # type: ignore[attr-defined]  # as long as the numbers are in use
+    read.storages = storages  # type: ignore[attr-defined]
     return read
 
 
