@@ -19,6 +19,7 @@ from .checks import check_agreement, complain_of_nothing, parse_options, scheme_
 from .device import check_device, refusal
 from .errors import GradientError, PatternError, RecompileLimitWarning
 from .inductor import dynamo
+from .inductor.failed import forgets_guards
 from .inductor.inner import compile_inner
 from .options import Fp8Options
 from .passes.context import Context, Plan
@@ -35,6 +36,7 @@ from .weights.quantized_weight import QuantizedWeight
 logger = logging.getLogger(__name__)
 
 
+@forgets_guards
 def fp8_diffusion(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -135,7 +137,7 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
         [p for p in plan.unmatched_patterns if p not in matched],
         names or of_graph,
         "this model" if names else "this graph",
-        stacklevel=3,
+        stacklevel=4,
     )
     unnamed = [d.within or d.node for d in plan.decisions if d.reason.startswith(UNNAMED)]
     if unnamed and options.strict:
@@ -144,7 +146,7 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
         return
     # Of a model that was quantized at load time, `quantize_` has said it, of the whole model.
     if options.strict or not any(layer.recorded for layer in layers):
-        complain_of_nothing(plan.reasons(), "this graph", strict=options.strict, stacklevel=3)
+        complain_of_nothing(plan.reasons(), "this graph", strict=options.strict, stacklevel=4)
 
 
 def _others_convert(roots: Iterable[nn.Module], options: Fp8Options) -> bool:
@@ -167,7 +169,7 @@ def _warn_of_the_last(found: tuple[CodeType, int] | None) -> str:
         f"Dynamo has compiled {limit} graphs of {where}, and will compile no more: layers that none of them fits run "
         "in high precision. Raise torch._dynamo.config.recompile_limit",
         RecompileLimitWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return f"Dynamo's recompile_limit of {limit} was reached in {where}"
 

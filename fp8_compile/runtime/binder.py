@@ -37,8 +37,8 @@ from .constants import (
     announce_memory,
     is_fake,
     make_constants,
-    stamp_of,
     state_for,
+    version_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -243,10 +243,28 @@ _version = operator.attrgetter("_version")
 
 
 def _reader(weights: tuple[Tensor, ...]) -> Read:
+    """What reads the signature of ``weights``, and how many of the storages that they have now have died.
+
+    The allocator may give the address of a storage that died to the next one.
+    """
+    died: list[Any] = []
+    # A storage keeps its Python object, and with it these references, until it dies.
+    storages = [weakref.ref(w.untyped_storage(), died.append) for w in weights]
     inference = [w.is_inference() for w in weights]
-    if not any(inference):
-        return _versions_and_addresses if STRIDES_ARE_GUARDED else _versions_addresses_and_strides
-    return _addresses if all(inference) and STRIDES_ARE_GUARDED else _stamps
+    version = version_of if any(inference) else _version
+
+    def versions_and_addresses(weights: tuple[Tensor, ...]) -> list[Any]:
+        return [*map(id, weights), *map(version, weights), *map(Tensor.data_ptr, weights), len(died)]
+
+    def addresses(weights: tuple[Tensor, ...]) -> list[Any]:
+        return [*_addresses(weights), len(died)]
+
+    def strides(weights: tuple[Tensor, ...]) -> list[Any]:
+        return [*versions_and_addresses(weights), *map(Tensor.stride, weights)]
+
+    read = strides if not STRIDES_ARE_GUARDED else addresses if all(inference) else versions_and_addresses
+    read.storages = storages  # type: ignore[attr-defined]
+    return read
 
 
 def _identities(weights: tuple[Tensor, ...]) -> list[Any]:
@@ -258,20 +276,8 @@ def _plain(weight: Tensor) -> Tensor:
     return weight.constants[0] if isinstance(weight, QuantizedWeight) else weight
 
 
-def _versions_and_addresses(weights: tuple[Tensor, ...]) -> list[Any]:
-    return [*map(id, weights), *map(_version, weights), *map(Tensor.data_ptr, weights)]
-
-
-def _versions_addresses_and_strides(weights: tuple[Tensor, ...]) -> list[Any]:
-    return [*_versions_and_addresses(weights), *map(Tensor.stride, weights)]
-
-
 def _addresses(weights: tuple[Tensor, ...]) -> list[Any]:
     return [*map(id, weights), *map(Tensor.data_ptr, weights)]
-
-
-def _stamps(weights: tuple[Tensor, ...]) -> list[Any]:
-    return [*map(id, weights), *map(stamp_of, weights)]
 
 
 def _getter(indices: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -4,9 +4,9 @@ Constants belong to parameters and never to graphs. What is known of a parameter
 and dies with it.
 
 Whether constants still fit their parameter is asked from what the host knows without touching the device: the
-parameter's version counter and address. If either has changed, a fingerprint of the values decides, so that a weight
-that was offloaded and brought back is not quantized again. New values go into the same memory: a CUDA graph that has
-recorded the address reads them.
+parameter's version counter, address and storage. If one of them has changed, a fingerprint of the values decides, so
+that a weight that was offloaded and brought back is not quantized again. New values go into the same memory: a CUDA
+graph that has recorded the address reads them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import NonFiniteWeightError
@@ -36,8 +37,8 @@ LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):  # in a child, the thread that holds it is not there to let it go
     os.register_at_fork(after_in_child=LOCK._at_fork_reinit)  # type: ignore[attr-defined]
 
-Stamp = tuple[int, int, tuple[int, ...] | None]
-"""Version, address, and strides where no guard of Dynamo's tells of them."""
+Stamp = tuple[int, int, StorageWeakRef, tuple[int, ...] | None]
+"""Version, address, storage, and strides where no guard of Dynamo's tells of them."""
 
 
 @dataclass(eq=False)
@@ -119,11 +120,19 @@ def forget_weights(weights: Iterable[Tensor]) -> None:
             STATES.pop(_key(weight), None)
 
 
+def version_of(weight: Tensor) -> int:
+    """Its version counter; tensors made in inference mode have none."""
+    return -1 if weight.is_inference() else weight._version
+
+
 def stamp_of(weight: Tensor) -> Stamp:
-    """What tells of most changes of ``weight``."""
-    # Tensors made in inference mode have no version counter: there, only a new address tells of a change.
-    version = -1 if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), None if STRIDES_ARE_GUARDED else weight.stride()
+    """What tells of most changes of ``weight``.
+
+    Of those in which it got another storage twice, at the address of the first, only the storage tells. A weak
+    reference to it frees the memory, and keeps what it is compared by from being given to another one.
+    """
+    storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    return version_of(weight), weight.data_ptr(), storage, None if STRIDES_ARE_GUARDED else weight.stride()
 
 
 def is_fake(weight: Tensor) -> bool:
@@ -244,9 +253,10 @@ def announce_memory() -> None:
 def refresh(model: torch.nn.Module) -> list[str]:
     """Compare every FP8 constant of ``model`` with its weight, and make anew those that no longer fit.
 
-    Needed after an edit that leaves no trace: writing through ``weight.data``, through a view of the storage, or in
-    place into a parameter that was made in inference mode, which has no version counter. Not needed after
-    ``load_state_dict``, an in-place operation on the parameter, PEFT's merging and unmerging, or moving the model.
+    Needed after an edit that leaves no trace: writing through ``weight.data``, as diffusers' ``EMAModel`` does, or
+    through a view of the storage, a collective operation that writes into a parameter, or writing in place into one
+    that was made in inference mode, which has no version counter. Not needed after ``load_state_dict``, an in-place
+    operation on the parameter, PEFT's merging and unmerging, or moving the model.
 
     Returns:
         The names of the parameters whose constants were made anew, as in ``model.named_parameters()``.

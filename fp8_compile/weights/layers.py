@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from ..options import Fp8Options
 from ..patterns import first_match, is_adapter, layer_path, spellings
 from .quantized_weight import QuantizedWeight
+from .sharded import refilled
 
 NO_RECORD = "the model holds quantized weights, and no record of what was to be kept"
 NOT_A_LINEAR = "no nn.Linear's weight, which is all that quantize_ converts"
@@ -39,7 +40,8 @@ class Layer:
         paths: of these linears in the outermost module that is running, as `layer_path` gives them.
         regional: the same paths within the modules that were compiled, where those are parts of the outermost.
         adapter: it belongs to a low-rank adapter.
-        recorded: why an earlier conversion of the model left it as it is, or None.
+        recorded: why it stays because of what the modules around it are: an earlier conversion of the model left it as
+            it was, or FSDP refills it; None if nothing speaks against it.
     """
 
     paths: tuple[str, ...] = ()
@@ -150,6 +152,7 @@ class Tree:
     def __init__(self, root: nn.Module) -> None:
         self._places: weakref.WeakKeyDictionary[nn.Module, list[_Place]] = weakref.WeakKeyDictionary()
         owners: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
+        self._root = weakref.ref(root)
         self.marked: set[tuple[str, ...]] = set()
         unrecorded, linears = False, []
         places: dict[str, _Place] = {}
@@ -191,9 +194,16 @@ class Tree:
             _join(parent.recorded, name) if record is None else "",
         )
 
-    def holds(self, root: nn.Module, module: nn.Module) -> bool:
-        """Whether ``module`` is where it was when this tree was made of ``root``."""
-        return module in self._places and all(_at(root, place.raw) is module for place in self._places[module])
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` is where it was when this tree was made."""
+        return module in self._places and all(self._around(place)[-1] is module for place in self._places[module])
+
+    def _around(self, place: _Place) -> list[nn.Module | None]:
+        """The root, and the modules on the way to ``place``."""
+        modules = [self._root()]
+        for name in place.raw.split(".") if place.raw else ():
+            modules.append(None if modules[-1] is None else modules[-1]._modules.get(name))
+        return modules
 
     def layer(self, module: nn.Module, leaf: str) -> Layer:
         """The layer whose weight is the parameter ``leaf`` of ``module``, a module of this tree."""
@@ -205,6 +215,7 @@ class Tree:
                 adapter = adapter or is_adapter(place.raw)
                 paths.append(layer_path(_join(place.path, own)))
                 regional.append(layer_path(_join(place.regional, own)))
+                recorded = recorded or refilled(module for module in self._around(place) if module is not None)
                 if place.record is not None and recorded is None:
                     recorded = place.record.reason(owner, name, layer_path(_join(place.recorded, own)))
         if recorded is None and self._unrecorded and self._places[module][0].record is None:
@@ -246,13 +257,6 @@ def is_matrix(weight: nn.Parameter | None) -> bool:
     return weight is not None and not is_lazy(weight) and weight.dim() == 2
 
 
-def _at(root: nn.Module, path: str) -> nn.Module | None:
-    module: nn.Module | None = root
-    for name in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(name)
-    return module
-
-
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
@@ -263,7 +267,7 @@ _trees: weakref.WeakKeyDictionary[nn.Module, Tree] = weakref.WeakKeyDictionary()
 def tree_of(root: nn.Module, module: nn.Module | None = None) -> Tree:
     """The tree of ``root``; made anew unless it knows ``module``."""
     tree = _trees.get(root)
-    if tree is None or module is None or not tree.holds(root, module):
+    if tree is None or module is None or not tree.holds(module):
         tree = _trees[root] = Tree(root)
     return tree
 
@@ -329,7 +333,7 @@ class Namer:
             module, leaf, base = owners[id(weight)]
             for root in [*reversed(running), base]:
                 tree = tree_of(root, module)
-                if tree.holds(root, module):
+                if tree.holds(module):
                     layers[name], roots[id(root)] = tree.layer(module, leaf), root
                     break
         return layers, list(roots.values())

@@ -15,16 +15,21 @@ reach the weight (``weight[0] = x`` does).
 from __future__ import annotations
 
 import copy
+import gc
+import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from ..errors import QuantizedWeightError
 from ..schemes import Scheme, scheme_named
+from .sharded import is_being_sharded, written_by_collective
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What a `QuantizedWeight` can stand for."""
@@ -77,6 +82,7 @@ class QuantizedWeight(Tensor):
             made = Tensor._make_wrapper_subclass(
                 cls, shape, strides=(shape[1], 1), dtype=dtype, device=constants[0].device, requires_grad=requires_grad
             )
+        torch._C._set_throw_on_mutable_data_ptr(made)  # or else who reads its memory, which is none, reads address 0
         made._hold(scheme, constants)
         made.identity = Identity() if identity is None else identity
         return made
@@ -109,8 +115,23 @@ class QuantizedWeight(Tensor):
         return sum(constant.nbytes for constant in self.constants)
 
     def data_ptr(self) -> int:
-        """Where its values are; a wrapper subclass has no address, and accelerate finds tied weights by theirs."""
-        return self.constants[0].data_ptr()
+        """A number that tells weights apart, by which accelerate finds tied ones. It is negative, and no address.
+
+        At that of the constants are no values of its dtype: who reads there takes FP8 for BF16, and reads past the end.
+        """
+        return -self.constants[0].data_ptr()
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise QuantizedWeightError(f"{self!r} has no memory that holds values of its dtype; use weight.dequantize()")
+
+    def share_memory_(self) -> QuantizedWeight:
+        """Move the constants to shared memory, for other processes."""
+        for constant in self.constants:
+            constant.share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        return all(constant.is_shared() for constant in self.constants)  # type: ignore[no-untyped-call]
 
     def element_size(self) -> int:
         """Bytes that a value takes, scales aside: what diffusers' and transformers' ``get_memory_footprint`` counts."""
@@ -191,6 +212,7 @@ class QuantizedWeight(Tensor):
         return QuantizedWeight(scheme, tuple(inner.values()), dtype)
 
     @classmethod
+    @_disable_dynamo  # in a frame that Dynamo skipped, it would compile this one, and guard on each weight's id
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -291,7 +313,29 @@ torch.serialization.add_safe_globals([QuantizedWeight, rebuild_quantized_weight]
 _aten = torch.ops.aten
 
 
+_collect_after = 0.0
+
+
+def _let_go(weight: QuantizedWeight) -> None:
+    """Free what compilations left behind and still refers weakly to ``weight``.
+
+    ``Module.to`` moves a wrapper subclass by `torch.utils.swap_tensors`, which refuses a tensor with weak references.
+    Dynamo leaves some in garbage, above all when a compilation fails.
+    """
+    global _collect_after
+    if not weakref.getweakrefs(weight) or torch._guards.CompileContext.current_compile_id() is not None:
+        return
+    start = time.monotonic()
+    if start < _collect_after:
+        return
+    gc.collect()
+    if weakref.getweakrefs(weight):  # somebody holds it: what comes next shall not pay for that again and again
+        end = time.monotonic()
+        _collect_after = end + 10 * (end - start)
+
+
 def _alias(weight: QuantizedWeight) -> QuantizedWeight:
+    _let_go(weight)  # `torch.nn.Parameter` asks for an alias before the swap, also of what is there already
     return _like(weight, weight.constants, identity=weight.identity)
 
 
@@ -309,6 +353,7 @@ def _move(
 ) -> QuantizedWeight | None:
     if dtype not in (None, *WEIGHT_DTYPES) or layout not in (None, torch.strided):
         return None
+    _let_go(weight)
     moved = (_aten._to_copy.default(constant, **where) for constant in weight.constants)
     return _like(weight, moved, dtype, weight.identity)
 
@@ -349,6 +394,16 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for inner in args[0].constants:
             func(inner, *args[1:], **kwargs)
         return None
+    if any(isinstance(t, QuantizedWeight) for t in written_by_collective(func, args, kwargs)):
+        raise QuantizedWeightError(
+            f"{func} returns before it has written, and what was written has to be quantized: receive into a plain "
+            "tensor, wait, and copy that into the weight"
+        )
+    if is_being_sharded():
+        raise QuantizedWeightError(
+            "a quantized weight cannot be sharded: the shards would hold its values dequantized, with FP8's error and "
+            "twice its memory; shard the model and leave it in BF16, or convert it and do not shard it"
+        )
 
     plain: dict[int, tuple[QuantizedWeight, Tensor]] = {}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fp8_compile
 from fp8_compile import QuantizedWeight
+from tests.support.sqnr import sqnr
 from tests.support.zoo import MODELS
 
 pytestmark = pytest.mark.pipeline
@@ -86,6 +87,19 @@ def test_compiled(offload: Callable[[Any], None], before: bool) -> None:
         "quantized",
         "",
     )
+
+
+@pytest.mark.parametrize("name", ["QwenImage", "Flux"])
+def test_group_offloading_by_blocks_of_a_model_compiled_whole(name: str) -> None:
+    """The hooks break the graph, and Dynamo gives frames up around them."""
+    tiny = MODELS[name]
+    m: Any = tiny.build()
+    fp8_compile.quantize_(m, {"min_features": 64})
+    expected = tiny.output(m(**tiny.inputs(0)))
+    by_blocks(m)
+    m.compile(backend="fp8_diffusion", options={"inner_backend": "aot_eager"})
+    for _ in range(3):
+        assert sqnr(expected, tiny.output(m(**tiny.inputs(0)))) > 40
 
 
 def test_bytes_that_are_new_at_each_call_are_read_and_cost_one_collection_in_all(

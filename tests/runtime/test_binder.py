@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fp8_compile
 from fp8_compile.runtime import constants
@@ -190,13 +191,71 @@ def test_offloaded_and_returned_parameters_are_not_quantized_again(quantized: Ca
     assert quantized() == 0
 
 
-def test_a_hidden_edit_needs_refresh_and_refresh_says_what_changed(quantized: Callable[[], int]) -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_another_storage_at_the_first_address_is_seen(inference: bool) -> None:
+    """As where ``.data`` is replaced twice between two calls: neither version nor address tells."""
+    with torch.inference_mode() if inference else torch.no_grad():
+        m = model(1)
+        weight = m.blocks[0].to_q.weight
+        memory = bytearray(weight.nbytes)
+
+        def assign(values: Tensor) -> None:
+            data = torch.frombuffer(memory, dtype=torch.bfloat16).view(WIDTH, WIDTH)
+            weight.data = data.copy_(values)
+
+        values = weight.clone()
+        assign(values)
+        m.compile_blocks()
+        short, long = tokens(32), tokens(48)
+        for _ in range(2):
+            before = m(short), m(long)
+        address = weight.data_ptr()
+        weight.data = values * 3
+        assign(values * -1.5)
+        assert weight.data_ptr() == address
+        after = m(short), m(long)  # of two graphs
+        for old, new, x in zip(before, after, (short, long), strict=True):
+            assert not torch.equal(old, new)
+            assert torch.equal(new, fresh(m, x))
+
+
+def test_a_storage_that_was_freed_is_not_kept() -> None:
+    m = model(1)
+    m.compile_blocks()
+    m(tokens()), m(tokens())
+    weight = m.blocks[0].to_q.weight
+    held = weakref.ref(weight.untyped_storage())
+    known = StorageWeakRef(weight.untyped_storage())
+    weight.data = weight.data.clone()
+    assert held() is None
+    assert known.expired()
+
+
+def _through_data(m: Model) -> None:
+    m.blocks[2].to_k.weight.data.mul_(3)
+
+
+def _through_the_storage(m: Model) -> None:
+    weight = m.blocks[2].to_k.weight
+    weight.untyped_storage().copy_((weight * 3).untyped_storage())
+
+
+def _averaged(m: Model) -> None:
+    from diffusers.training_utils import EMAModel
+
+    average = EMAModel(m.parameters())
+    m.blocks[2].to_k.weight.mul_(3)
+    m(tokens())
+    average.copy_to(m.parameters())
+
+
+@pytest.mark.parametrize("edit", [_through_data, _through_the_storage, _averaged])
+def test_a_hidden_edit_needs_refresh_and_refresh_says_what_changed(edit: Callable[[Model], None]) -> None:
     m, x = model(), tokens()
     m.compile_blocks()
-    for _ in range(2):
-        before = m(x)
-    m.blocks[2].to_k.weight.data.mul_(3)
-    assert torch.equal(m(x), before)  # nothing on the host tells: what refresh is for
+    m(x), m(x)
+    edit(m)
+    assert not torch.equal(m(x), fresh(m, x))  # nothing on the host tells: what refresh is for
     assert fp8_compile.refresh(m) == ["blocks.2.to_k.weight"]
     assert torch.equal(m(x), fresh(m, x))
     assert fp8_compile.refresh(m) == []
