@@ -69,7 +69,7 @@ def fp8_diffusion(
     namer = Namer(dynamo.sources(gm), dynamo.bases(gm))
     parameters = {name: value for name, value in given.items() if isinstance(value, torch.nn.Parameter)}
     with LOCK:
-        layers, roots = namer.find({name: value for name, value in parameters.items() if value.dim() == 2})
+        layers, roots = namer.find({name: value for name, value in parameters.items() if value.dim() == 2}, anew=True)
     context = Context(gm, opts, scheme_for(opts), refusal if asked else None, layers)
     rewritten = rewrite(context, partial(tracing.trace_graph, options=opts))
     plan = context.plan
@@ -152,10 +152,10 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
 def _others_convert(roots: Iterable[nn.Module], options: Fp8Options) -> bool:
     """Whether a graph that leaves everything as it is, as it was asked to, is but a part of what is running."""
     return any(
-        eligible.kept_by_name(tree_of(root).layer(module, "weight"), options) is None
-        for root in roots
-        for module in root.modules()
-        if isinstance(module, nn.Linear) and module._parameters.get("weight") is not None
+        eligible.kept_by_name(tree.layer(module, leaf), options) is None
+        for tree in map(tree_of, roots)
+        for module, leaf in tree.matrices()
+        if isinstance(module, nn.Linear)
     )
 
 

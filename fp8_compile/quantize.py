@@ -21,7 +21,7 @@ from .runtime.constants import forget_weights
 from .schemes import Scheme, finite
 from .weights import eligible, lora, marks
 from .weights.eligible import Candidate
-from .weights.layers import NO_RECORD, Record, all_parameters, delete_records, record_of, tree_of, write_record
+from .weights.layers import NO_RECORD, Record, Tree, all_parameters, delete_records, record_of, write_record
 from .weights.quantized_weight import QuantizedWeight
 
 on_converted: list[Callable[[nn.Module, Fp8Options], None]] = []
@@ -162,7 +162,7 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     owners: dict[int, list[str]] = {}
     for path, _, leaf, parameter in all_parameters(model):
         owners.setdefault(id(parameter), []).append(f"{path}.{leaf}".lstrip("."))
-    tree, handed_over = tree_of(model), eligible.handed_over(model)
+    tree, handed_over = Tree(model), eligible.handed_over(model)
     choices: dict[int, Choice] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from .passes.context import Decision, PassResult
 from .patterns import layer_path, matching
 from .runtime.constants import GraphRecord, WeightState, state_of
-from .weights.layers import Layer, all_parameters, record_of, tree_of
+from .weights.layers import Layer, Tree, all_parameters, record_of
 from .weights.quantized_weight import QuantizedWeight
 
 NOT_COMPILED = "in no graph that the backend compiled"
@@ -121,7 +121,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     rows: list[LayerReport] = []
     records: dict[GraphRecord, None] = {}
     extra = 0
-    tree = tree_of(model)
+    tree = Tree(model)
     seen: set[int] = set()
     for path, module, leaf, parameter in all_parameters(model):
         state = state_of(parameter)

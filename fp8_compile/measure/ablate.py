@@ -23,7 +23,7 @@ import torch
 from ..errors import NothingConvertedError
 from ..patterns import check_unmatched, first_match
 from ..recipes import Groups
-from ..weights.layers import tree_of
+from ..weights.layers import Tree
 from .ablation import BASELINE, Ablation, AblationError, AblationRow
 from .quality import Sample, compare, prompt_adherence, require_lpips
 from .results import check_writable, environment, to_jsonable, write_whole
@@ -169,8 +169,8 @@ def _check(
         raise AblationError(ONE_STEP)
     if BASELINE in groups:
         raise AblationError(f"{BASELINE!r} is the name of the unquantized row; give the group another name")
-    trees = [tree_of(model) for model in variants.denoisers.values()]
-    within = [name for region in variants.regions for name in tree_of(region.module).names]
+    trees = [Tree(model) for model in variants.denoisers.values()]
+    within = [name for region in variants.regions for name in Tree(region.module).names]
     known = list(dict.fromkeys([*within, *(name for tree in trees for name in tree.names)]))
     for name, patterns in groups.items():
         for pattern in patterns:

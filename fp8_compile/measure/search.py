@@ -26,7 +26,7 @@ from ..errors import NothingConvertedError
 from ..patterns import Pattern, layer_path
 from ..weights import eligible
 from ..weights.eligible import Candidate
-from ..weights.layers import tree_of
+from ..weights.layers import Tree
 from .bound import Bound, SearchError
 from .quality import Sample, compare, require_lpips
 from .results import check_writable, number_text, quality_to_dict
@@ -275,7 +275,7 @@ class Search:
         scheme = scheme_for(options)
         found = {}
         for denoiser, model in self.variants.denoisers.items():
-            linears = linears_of(model)
+            linears, tree = linears_of(model), Tree(model)
             measured = {layer.full for layer in self.layers if layer.denoiser == denoiser}
             blocks = [region.path for region in self.variants.regions if region.denoiser == denoiser]
             chosen: dict[str, None] = {}
@@ -284,7 +284,7 @@ class Search:
                 if not isinstance(module, nn.Linear) or path in measured:
                     continue
                 candidate = Candidate(
-                    module.weight, tree_of(model).layer(module, "weight"), (module.in_features, module.out_features)
+                    module.weight, tree.layer(module, "weight"), (module.in_features, module.out_features)
                 )
                 if eligible.reason(candidate, options, scheme) is not None:
                     continue  # stays in BF16 in any case

@@ -23,12 +23,19 @@ from .graphs import example, row_count, size_hint, storages, written_storages
 from .linears import Linear, find_linears, module_path, other_readers, parameter_path_of, running_path
 
 
+COMPUTED = "weight is computed at each call, so it cannot be quantized once"
+
+
 def plan_linears(graph: Graph, context: Context) -> int:
     """Decide on every linear of ``graph``, a copy of Dynamo's; sets ``context.plan``."""
     modified = set().union(*map(written_storages, graph.nodes))
     decisions = []
     for linear in find_linears(graph):
-        written = linear.unusual if _is_parameter(linear) else "weight is not a parameter"
+        written = (
+            linear.unusual
+            if _is_parameter(linear)
+            else "weight is computed at each call, so it cannot be quantized once"
+        )
         if written is None and storages(linear.weight) & modified:
             written = "weight is modified in the graph"
         decisions.append(_decide(linear, written or _other_dtype(linear), context))

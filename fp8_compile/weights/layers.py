@@ -205,6 +205,11 @@ class Tree:
             modules.append(None if modules[-1] is None else modules[-1]._modules.get(name))
         return modules
 
+    def matrices(self) -> Iterator[tuple[nn.Module, str]]:
+        """What may be a linear's weight: each module, and the parameter's name in it."""
+        for module in list(self._places):
+            yield from ((module, leaf) for leaf, weight in module._parameters.items() if is_matrix(weight))
+
     def layer(self, module: nn.Module, leaf: str) -> Layer:
         """The layer whose weight is the parameter ``leaf`` of ``module``, a module of this tree."""
         quantized = isinstance(module._parameters[leaf], QuantizedWeight)
@@ -265,9 +270,9 @@ _trees: weakref.WeakKeyDictionary[nn.Module, Tree] = weakref.WeakKeyDictionary()
 
 
 def tree_of(root: nn.Module, module: nn.Module | None = None) -> Tree:
-    """The tree of ``root``; made anew unless it knows ``module``."""
+    """The tree of ``root``, as it was when it was last asked for; made anew if it does not know ``module``."""
     tree = _trees.get(root)
-    if tree is None or module is None or not tree.holds(module):
+    if tree is None or not tree.holds(root if module is None else module):
         tree = _trees[root] = Tree(root)
     return tree
 
@@ -313,16 +318,21 @@ class Namer:
         self._sources = sources
         self._bases = [weakref.ref(module) for module in bases]
 
-    def find(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Layer], list[nn.Module]]:
+    def find(self, weights: Mapping[str, Tensor], *, anew: bool = False) -> tuple[dict[str, Layer], list[nn.Module]]:
         """The layer of each of ``weights``, and the modules by which they were named.
 
         Asks the stack, so it must be called while the graph's caller is on it.
+
+        Args:
+            anew: look at these modules again even where nothing has moved: parameters may have been tied since.
         """
         running = _running()
-        bases = [module for ref in self._bases if (module := ref()) is not None]
         owners = _owners(weights.values(), running)
         if len(owners) < len({id(weight) for weight in weights.values()}):  # a function was compiled
+            bases = [module for ref in self._bases if (module := ref()) is not None]
             owners = {**_owners(weights.values(), [*_local(), *bases]), **owners}
+        for known in [*running, *(base for _, _, base in owners.values())] if anew else ():
+            _trees.pop(known, None)
         layers: dict[str, Layer] = {}
         roots: dict[int, nn.Module] = {}
         for name, weight in weights.items():

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..options import Fp8Options
 from . import eligible
-from .layers import is_matrix, tree_of
+from .layers import tree_of
 
 _PREFIX = "_fp8_mark_"
 
@@ -30,16 +30,14 @@ def name_of(options: Fp8Options, leaf: str, *, stays: bool) -> str:
 
 def mark(root: nn.Module, options: Fp8Options, *, anew: bool = False) -> None:
     """Mark all modules of ``root``, unless that has been done; ``anew`` does it in any case."""
-    tree = tree_of(root, root)
+    tree = tree_of(root)
     if options.ignored_layers in tree.marked and not anew:
         return
     tree.marked.add(options.ignored_layers)
-    for module in root.modules():
-        for leaf, weight in module._parameters.items():
-            if is_matrix(weight):
-                stays = eligible.kept_by_name(tree.layer(module, leaf), options) is not None
-                module.__dict__.pop(name_of(options, leaf, stays=not stays), None)
-                module.__dict__[name_of(options, leaf, stays=stays)] = True
+    for module, leaf in tree.matrices():
+        stays = eligible.kept_by_name(tree.layer(module, leaf), options) is not None
+        module.__dict__.pop(name_of(options, leaf, stays=not stays), None)
+        module.__dict__[name_of(options, leaf, stays=stays)] = True
 
 
 def remove(model: nn.Module) -> None:

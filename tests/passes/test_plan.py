@@ -116,7 +116,7 @@ def test_weight_is_no_parameter(function: Function) -> None:
     module = Call(function, w=(64, 64), wide=(128, 64))
     module.register_buffer("buffer", rand(64, 64))
     (decision,) = decide(module, rand(8, 64))
-    assert decision.reason == "weight is not a parameter"
+    assert decision.reason == "weight is computed at each call, so it cannot be quantized once"
     assert decision.weight is None
     assert (decision.in_features, decision.out_features) == (64, 64)
 
@@ -133,7 +133,7 @@ def test_features_of_a_transposed_weight_that_is_no_parameter(function: Function
     module = Call(function, w=(64, 32))
     module.register_buffer("buffer", rand(64, 32))
     (decision,) = decide(module, rand(8, 64))
-    assert decision.reason == "weight is not a parameter"
+    assert decision.reason == "weight is computed at each call, so it cannot be quantized once"
     assert (decision.in_features, decision.out_features) == (64, 32)
 
 
