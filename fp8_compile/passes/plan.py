@@ -22,7 +22,6 @@ from .context import DEQUANTIZED, Context, Decision, Plan
 from .graphs import example, row_count, size_hint, storages, written_storages
 from .linears import Linear, find_linears, module_path, other_readers, parameter_path_of, running_path
 
-
 COMPUTED = "weight is computed at each call, so it cannot be quantized once"
 
 
