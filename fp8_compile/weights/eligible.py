@@ -89,7 +89,7 @@ def handed_over(model: nn.Module) -> dict[int, str]:
     """
     found: dict[int, str] = {}
     for module in model.modules():
-        code = getattr(type(module).forward, "__code__", None)
+        code = getattr(getattr(type(module), "forward", None), "__code__", None)  # a ScriptModule's class has none
         name = next((name for name in _TAKES_WEIGHTS if code is not None and name in code.co_names), None)
         if name is not None:
             found |= {id(part): name for part in module.children() if isinstance(part, nn.Linear)}

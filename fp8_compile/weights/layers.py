@@ -151,7 +151,7 @@ class Tree:
 
     def __init__(self, root: nn.Module) -> None:
         self._places: weakref.WeakKeyDictionary[nn.Module, list[_Place]] = weakref.WeakKeyDictionary()
-        owners: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
+        owners: dict[int, dict[tuple[int, str], tuple[weakref.ref[nn.Module], str]]] = {}
         self._root = weakref.ref(root)
         self.marked: set[tuple[str, ...]] = set()
         unrecorded, linears = False, []
@@ -162,11 +162,12 @@ class Tree:
             self._places.setdefault(module, []).append(place)
             for leaf, weight in module._parameters.items():
                 if is_matrix(weight):
-                    owners.setdefault(id(weight), {})[id(module), leaf] = module, leaf
+                    owners.setdefault(id(weight), {})[id(module), leaf] = weakref.ref(module), leaf
                     unrecorded |= isinstance(weight, QuantizedWeight) and place.record is None
             if isinstance(module, nn.Linear) and not is_adapter(raw):
                 linears += [place.path, place.regional]
-        # By the module that has one of the names, because parameters may be replaced.
+        # By the module that has one of the names, because parameters may be replaced. Weakly, because these modules may
+        # be the root, or know it.
         self._ties = {key: list(all_of.values()) for all_of in owners.values() if len(all_of) > 1 for key in all_of}
         self._unrecorded = unrecorded
         self.names = tuple(dict.fromkeys(s for path in linears for s in spellings(layer_path(path))))
@@ -178,10 +179,14 @@ class Tree:
             return _Place("", "", "", record, "")
         parent_raw, _, name = raw.rpartition(".")
         parent, holder = places[parent_raw], around[-2]
-        if isinstance(module, nn.ModuleList) and any(
-            part is m for part in holder._modules.values() for m in around[:-2]
+        alone = len(around) > 3 and isinstance(around[-3], nn.ModuleList) and len(around[-3]) == 1
+        if (
+            alone
+            and isinstance(module, nn.ModuleList)
+            and any(part is m for part in holder._modules.values() for m in around[:-2])
         ):
-            # cache-dit puts a module that knows the whole model in place of a list of blocks, and the list into it.
+            # cache-dit puts a list of one module that knows the whole model in place of a list of blocks, and that list
+            # into it.
             return replace(places[parent_raw.rpartition(".")[0]], raw=raw)
         # DataParallel and its like hold the model as their only part.
         wrapper = name == "module" and not parent.path and len(holder._modules) == 1
@@ -202,7 +207,8 @@ class Tree:
         """The root, and the modules on the way to ``place``."""
         modules = [self._root()]
         for name in place.raw.split(".") if place.raw else ():
-            modules.append(None if modules[-1] is None else modules[-1]._modules.get(name))
+            parts = {} if modules[-1] is None else modules[-1]._modules
+            modules.append(parts[name] if name in parts else None)  # of a ScriptModule, they have no ``get``
         return modules
 
     def matrices(self) -> Iterator[tuple[nn.Module, str]]:
@@ -214,7 +220,10 @@ class Tree:
         """The layer whose weight is the parameter ``leaf`` of ``module``, a module of this tree."""
         quantized = isinstance(module._parameters[leaf], QuantizedWeight)
         paths, regional, adapter, recorded = [], [], False, None
-        for owner, name in self._ties.get((id(module), leaf), [(module, leaf)]):
+        for ref, name in self._ties.get((id(module), leaf), [(weakref.ref(module), leaf)]):
+            owner = ref()
+            if owner is None:
+                continue
             own = "" if name == "weight" else name
             for place in self._places[owner]:
                 adapter = adapter or is_adapter(place.raw)
@@ -228,10 +237,6 @@ class Tree:
         distinct = tuple(dict.fromkeys(paths))
         others = tuple(path for path in dict.fromkeys(regional) if path and path not in distinct)
         return Layer(distinct, others, adapter, None if quantized else recorded)
-
-
-def _knows_one_of(modules: tuple[nn.Module, ...], holder: nn.Module) -> bool:
-    return any(part is module for part in holder._modules.values() for module in modules)
 
 
 def walk(root: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
@@ -270,9 +275,11 @@ _trees: weakref.WeakKeyDictionary[nn.Module, Tree] = weakref.WeakKeyDictionary()
 
 
 def tree_of(root: nn.Module, module: nn.Module | None = None) -> Tree:
-    """The tree of ``root``, as it was when it was last asked for; made anew if it does not know ``module``."""
+    """The tree of ``root``, as it was when it was last asked for; made anew if ``module`` is in it and it does not know."""
     tree = _trees.get(root)
-    if tree is None or not tree.holds(root if module is None else module):
+    if tree is None or (
+        module is not None and not tree.holds(module) and any(part is module for part in root.modules())
+    ):
         tree = _trees[root] = Tree(root)
     return tree
 
@@ -300,8 +307,12 @@ def _running() -> list[nn.Module]:
 
 
 def _local() -> Iterator[nn.Module]:
-    """Modules in the variables of the functions that are being executed, the innermost first."""
-    for frame in _frames():
+    """Modules in the variables of the functions that are being executed, the outermost first.
+
+    The function that is compiled is on the stack when its graph is called, and is not while it is compiled. Were its
+    variables the first, a layer would have two names.
+    """
+    for frame in reversed(list(_frames())):
         if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             yield from (value for value in list(frame.f_locals.values()) if isinstance(value, nn.Module))
 

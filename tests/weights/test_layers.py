@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,8 @@ def function(m: Model) -> Callable[..., Any]:
     return torch.compile(lambda x: m(x), **BACKEND, options=options("img_mlp"))
 
 
-def function_of_a_block(m: Model) -> Callable[..., Any]:
-    step = torch.compile(lambda block, x: block(x), **BACKEND, options=options("img_mlp"))
+def function_of_a_block(m: Model, pattern: str = "img_mlp") -> Callable[..., Any]:
+    step = torch.compile(lambda block, x: block(x), **BACKEND, options=options(pattern))
 
     def run(x: Tensor) -> Tensor:
         for block in m.blocks:
@@ -126,16 +128,19 @@ def test_results_are_those_of_the_whole_model_in_one_graph(way: Callable[[Model]
 
 
 @pytest.mark.parametrize("pattern", ["blocks.1.*", r"re:^blocks\.1\.", "blocks.1", "re:1"])
-@pytest.mark.parametrize("way", ["whole", "regional", "leaves"])
+@pytest.mark.parametrize("way", ["whole", "regional", "leaves", "function"])
 def test_an_index_names_its_block(pattern: str, way: str) -> None:
     m, x = model(3), tokens()
+    run: Callable[..., Any] = m
     if way == "regional":
         m.compile_blocks(ignored_layers=[pattern])
+    elif way == "function":
+        run = function_of_a_block(m, pattern)
     else:
         (opaque(m) if way == "leaves" else m).compile(**BACKEND, options=options(pattern))
     with torch._dynamo.config.patch(recompile_limit=64):
-        m(x)
-        m(x)
+        run(x)
+        run(x)
     assert {path.split(".")[1] for path in unquantized(m)} == {"1"}
     assert len(unquantized(m)) == 4
 
@@ -185,6 +190,97 @@ def test_a_model_that_holds_itself() -> None:
     assert list(unquantized(m)) == ["blocks.0.to_q"]
     fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_q"]})
     assert sum(isinstance(p, fp8_compile.QuantizedWeight) for p in m.parameters()) == 3
+
+
+class Listed(nn.Module):
+    """A block with a list of layers, which knows its model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+
+def test_a_list_in_a_block_that_knows_its_model_keeps_its_name() -> None:
+    m = nn.Module()
+    m.blocks = nn.ModuleList(Listed() for _ in range(2)).bfloat16()
+    for block in m.blocks:
+        block.parent = m
+    assert Tree(m).names == tuple(f"blocks.{i}.layers.{j}" for i in range(2) for j in range(2))
+
+
+class Scripted(nn.Module):
+    """A part of it is TorchScript, whose containers are no dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.script = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.to_k(self.to_q(x))
+        torch._dynamo.graph_break()
+        return self.script(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("at_load", [False, True])
+def test_a_part_that_is_torchscript(at_load: bool) -> None:
+    m, x = Scripted().bfloat16(), tokens()
+    if at_load:
+        fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_q"]})
+    m.compile(**BACKEND, options=OPTIONS if at_load else options("to_q"))
+    assert torch.equal(m(x), m(x))
+    assert unquantized(m) == {"to_q": "ignored_layers: to_q"}
+
+
+class TiedToItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_a_model_whose_own_parameter_is_tied_is_freed() -> None:
+    m = TiedToItself()
+    tree = Tree(m)
+    assert tree.layer(m.head, "weight").paths == ("head", "") or tree.layer(m.head, "weight").paths == ("", "head")
+    m.compile(**BACKEND, options=options())
+    m.bfloat16()(tokens())
+    gone = weakref.ref(m)
+    del m, tree
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+
+
+class Outer(nn.Module):
+    """Runs a model that is no part of it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.own, self.inner = nn.Linear(WIDTH, WIDTH), [inner]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[0](x)  # type: ignore[no-any-return]
+
+
+def test_the_tree_of_a_module_that_runs_and_owns_nothing_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, made = model(3), []
+    init = Tree.__init__
+
+    def counted(self: Tree, root: nn.Module) -> None:
+        made.append(type(root))
+        init(self, root)
+
+    monkeypatch.setattr(Tree, "__init__", counted)
+    m.compile(**BACKEND, options=options("to_q"))
+    outer = Outer(m)
+    outer(tokens())
+    assert made.count(Outer) <= 2
+    assert len(unquantized(m)) == 3
 
 
 ODD = ["a-b", "a b", "é", "é✨", "it's", 'a"b', "x]y", "1a", "a:b", "a/b", "\n", "a\\b", "weight", "up-blocks", "a[0]"]
