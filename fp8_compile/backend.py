@@ -131,12 +131,14 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
     if not plan.decisions:
         return
     names = [name for root in roots for name in tree_of(root).names]
+    others = [name for root in roots for name in tree_of(root).others]
     of_graph = [name for d in plan.decisions for name in (d.path, d.within)]
-    matched = matching(plan.ignored_layers, [*names, *of_graph])
+    matched = matching(plan.ignored_layers, [*names, *others] or of_graph)
     warn_of_unmatched(
         [p for p in plan.unmatched_patterns if p not in matched],
         names or of_graph,
         "this model" if names else "this graph",
+        count=sum(tree_of(root).count for root in roots) if names else len(plan.decisions),
         stacklevel=4,
     )
     unnamed = [d.within or d.node for d in plan.decisions if d.reason.startswith(UNNAMED)]

@@ -107,11 +107,12 @@ def check_agreement(options: Fp8Options, scheme: Scheme) -> None:
             raise OptionError(f"{name}={value!r}: the weights were quantized with {name}={own!r}; {remedy}")
 
 
-def warn_of_unmatched(patterns: Sequence[str], paths: Sequence[str], what: str, *, stacklevel: int) -> None:
+def warn_of_unmatched(patterns: Sequence[str], paths: Sequence[str], what: str, *, count: int, stacklevel: int) -> None:
     """Complain of ``patterns`` that named none of the linears at ``paths``.
 
     Args:
         what: where those are, for the message: "this model".
+        count: how many linears these are; one may have several paths.
 
     Raises:
         PatternError: see `check_unmatched`.
@@ -119,7 +120,7 @@ def warn_of_unmatched(patterns: Sequence[str], paths: Sequence[str], what: str, 
     for pattern in patterns:
         check_unmatched(pattern, paths)
         warnings.warn(
-            f"ignored_layers: {pattern!r} matched none of the {len(paths)} linears of {what}",
+            f"ignored_layers: {pattern!r} matched none of the {count} linears of {what}",
             UnmatchedPatternWarning,
             stacklevel=stacklevel + 1,
         )

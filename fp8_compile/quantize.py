@@ -126,6 +126,7 @@ class Choice:
         paths: of these linears, as `layer_path` gives them.
         reason: why it is kept; None if it becomes FP8.
         pattern: the entry of ``ignored_layers`` that names it.
+        names: all that an entry may match.
     """
 
     weight: Tensor
@@ -133,6 +134,7 @@ class Choice:
     paths: list[str]
     reason: str | None
     pattern: str | None
+    names: tuple[str, ...]
 
     def put(self, parameter: Tensor) -> None:
         """Make ``parameter`` the weight of these linears. The old one is free then, before the next is quantized."""
@@ -159,9 +161,9 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         OptionError: see `scheme_at_load`.
     """
     scheme = scheme_at_load(options)
-    owners: dict[int, list[str]] = {}
-    for path, _, leaf, parameter in all_parameters(model):
-        owners.setdefault(id(parameter), []).append(f"{path}.{leaf}".lstrip("."))
+    owners: dict[int, dict[tuple[int, str], str]] = {}  # a module that has two paths is one
+    for path, module, leaf, parameter in all_parameters(model):
+        owners.setdefault(id(parameter), {}).setdefault((id(module), leaf), f"{path}.{leaf}".lstrip("."))
     tree, handed_over = Tree(model), eligible.handed_over(model)
     choices: dict[int, Choice] = {}
     for name, module in model.named_modules():
@@ -184,10 +186,10 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         features = module.in_features, module.out_features
         candidate = Candidate(weight if adopted is None else adopted, layer, features, written=written)
         reason = eligible.reason(candidate, options, scheme if adopted is None else adopted.scheme)
-        choices[id(weight)] = Choice(weight, [module], [path], reason, pattern)
+        choices[id(weight)] = Choice(weight, [module], [path], reason, pattern, layer.names)
     for key, choice in choices.items():
         if choice.reason is None and len(choice.modules) < len(owners[key]):
-            others = [n for n in owners[key] if layer_path(n.rpartition(".")[0]) not in choice.paths]
+            others = [n for n in owners[key].values() if layer_path(n.rpartition(".")[0]) not in choice.paths]
             choice.reason = f"weight is shared with {', '.join(others)}"
     return list(choices.values())
 
@@ -216,7 +218,8 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
         if late:
             message = f"ignored_layers: {pattern!r} names {late[0]} too, which is in FP8 already and stays so"
             warnings.warn(message, UnmatchedPatternWarning, stacklevel=4)
-    warn_of_unmatched(unmatched, [*paths, *prequantized], "this model", stacklevel=4)
+    linears = [*paths, *prequantized]
+    warn_of_unmatched(unmatched, linears, "this model", count=len(linears), stacklevel=4)
     if prequantized and not choices:
         message = f"all {len(prequantized)} linears of this model are in FP8 already; these options changed nothing"
         warnings.warn(message, NothingConvertedWarning, stacklevel=4)
@@ -231,7 +234,7 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
 
 
 def _unmatched_of(choices: Sequence[Choice], options: Fp8Options) -> tuple[str, ...]:
-    matched = matching(options.ignored_layers, (path for choice in choices for path in choice.paths))
+    matched = matching(options.ignored_layers, (name for choice in choices for name in choice.names))
     return tuple(pattern for pattern in options.ignored_layers if pattern not in matched)
 
 

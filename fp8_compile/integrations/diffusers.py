@@ -316,6 +316,8 @@ def attach(model: nn.Module, options: Fp8Options) -> None:
     for module in model.modules() if modeling is not None else ():
         if not isinstance(module, modeling.ModelMixin):  # type: ignore[union-attr]
             continue
+        if not any(isinstance(parameter, QuantizedWeight) for parameter in module.parameters()):
+            continue  # such as the VAE of what was converted as a whole
         if isinstance(getattr(module, "hf_quantizer", None), (Fp8DiffusionQuantizer, NoneType)):
             module.hf_quantizer = Fp8DiffusionQuantizer(config_of(options), pre_quantized=False)
             module.quantization_method = QuantMethod.FP8_DIFFUSION
@@ -334,7 +336,7 @@ def _mark(model: Any) -> None:
     paths = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and isinstance(module.weight, QuantizedWeight)
+        if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), QuantizedWeight)
     ]
     model._skip_layerwise_casting_patterns = (
         *(type(model)._skip_layerwise_casting_patterns or ()),

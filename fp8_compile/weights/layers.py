@@ -146,7 +146,9 @@ class Tree:
 
     Attributes:
         marked: for which patterns its modules bear marks (`fp8_compile.weights.marks`).
-        names: all that a pattern may match: the paths of the root's linears that are no adapters.
+        count: of the root's linears that are no adapters.
+        names: all that a pattern may match: their paths.
+        others: the same of its other matrices, which a graph may find to be those of linears.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -154,23 +156,29 @@ class Tree:
         owners: dict[int, dict[tuple[int, str], tuple[weakref.ref[nn.Module], str]]] = {}
         self._root = weakref.ref(root)
         self.marked: set[tuple[str, ...]] = set()
-        unrecorded, linears = False, []
+        self.count = 0
+        unrecorded, linears, others = False, [], []
         places: dict[str, _Place] = {}
         for raw, around in walk(root):
             module = around[-1]
             place = places[raw] = self._place(raw, around, places)
             self._places.setdefault(module, []).append(place)
+            linear = isinstance(module, nn.Linear)
+            if linear and not is_adapter(raw):
+                self.count += len(self._places[module]) == 1
+                linears += [place.path, place.regional]
             for leaf, weight in module._parameters.items():
                 if is_matrix(weight):
+                    if not (linear or is_adapter(raw)):
+                        own = "" if leaf == "weight" else leaf
+                        others += [_join(place.path, own), _join(place.regional, own)]
                     owners.setdefault(id(weight), {})[id(module), leaf] = weakref.ref(module), leaf
                     unrecorded |= isinstance(weight, QuantizedWeight) and place.record is None
-            if isinstance(module, nn.Linear) and not is_adapter(raw):
-                linears += [place.path, place.regional]
         # By the module that has one of the names, because parameters may be replaced. Weakly, because these modules may
         # be the root, or know it.
         self._ties = {key: list(all_of.values()) for all_of in owners.values() if len(all_of) > 1 for key in all_of}
         self._unrecorded = unrecorded
-        self.names = tuple(dict.fromkeys(s for path in linears for s in spellings(layer_path(path))))
+        self.names, self.others = _all_names(linears), _all_names(others)
 
     @staticmethod
     def _place(raw: str, around: tuple[nn.Module, ...], places: Mapping[str, _Place]) -> _Place:
@@ -207,8 +215,9 @@ class Tree:
         """The root, and the modules on the way to ``place``."""
         modules = [self._root()]
         for name in place.raw.split(".") if place.raw else ():
-            parts = {} if modules[-1] is None else modules[-1]._modules
-            modules.append(parts[name] if name in parts else None)  # of a ScriptModule, they have no ``get``
+            # No ``get``, which those of a ScriptModule do not have.
+            known = modules[-1] is not None and name in modules[-1]._modules
+            modules.append(modules[-1]._modules[name] if known else None)  # type: ignore[union-attr]
         return modules
 
     def matrices(self) -> Iterator[tuple[nn.Module, str]]:
@@ -237,6 +246,10 @@ class Tree:
         distinct = tuple(dict.fromkeys(paths))
         others = tuple(path for path in dict.fromkeys(regional) if path and path not in distinct)
         return Layer(distinct, others, adapter, None if quantized else recorded)
+
+
+def _all_names(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(s for path in paths for s in spellings(layer_path(path))))
 
 
 def walk(root: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
@@ -275,7 +288,7 @@ _trees: weakref.WeakKeyDictionary[nn.Module, Tree] = weakref.WeakKeyDictionary()
 
 
 def tree_of(root: nn.Module, module: nn.Module | None = None) -> Tree:
-    """The tree of ``root``, as it was when it was last asked for; made anew if ``module`` is in it and it does not know."""
+    """The tree of ``root``, as it was when last asked for; made anew if ``module`` is in ``root`` and not in that."""
     tree = _trees.get(root)
     if tree is None or (
         module is not None and not tree.holds(module) and any(part is module for part in root.modules())

@@ -116,6 +116,15 @@ def test_a_model_converted_by_hand_is_saved_alike(saved: Path, tmp_path: Path) -
     assert_same(m, load(tmp_path / "fp8"))
 
 
+def test_a_model_without_fp8_beside_one_that_was_converted_is_saved_as_it_was(saved: Path, tmp_path: Path) -> None:
+    both = nn.ModuleDict({"one": load(saved), "other": load(saved)})
+    fp8_compile.quantize_(both, {"min_features": 64, "ignored_layers": ["other"]})
+    for name, part in both.items():
+        part.save_pretrained(tmp_path / name)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in both]
+    assert ["quantization_config" in config for config in configs] == [True, False]
+
+
 def test_layers_that_diffusers_keeps_in_float32_are_kept(tmp_path: Path) -> None:
     tiny = MODELS["Wan"]
     tiny.build().save_pretrained(tmp_path)  # type: ignore[operator]

@@ -192,6 +192,73 @@ def test_a_model_that_holds_itself() -> None:
     assert sum(isinstance(p, fp8_compile.QuantizedWeight) for p in m.parameters()) == 3
 
 
+class Wrapping(nn.Module):
+    """Has a part that is called as that of ``DataParallel`` is, or any other way."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, model(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, self.name)(x)  # type: ignore[no-any-return]
+
+
+def test_a_pattern_that_the_conversion_does_not_follow_is_no_silence() -> None:
+    with pytest.warns(fp8_compile.UnmatchedPatternWarning, match="'module.blocks.0' matched none"):
+        fp8_compile.quantize_(Wrapping("module"), {**LOAD, "ignored_layers": ["module.blocks.0"]})
+
+
+def test_the_linears_that_a_pattern_does_not_match_are_counted_once() -> None:
+    with pytest.warns(fp8_compile.UnmatchedPatternWarning, match="matched none of the 8 linears of this model"):
+        model(2).compile_blocks(ignored_layers=["zzz"])(tokens())
+    with pytest.warns(fp8_compile.UnmatchedPatternWarning, match="matched none of the 1 linears of this graph"):
+        torch.compile(Holder().product, **BACKEND, options=options("zzz"))(tokens())
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("module", "module.blocks.0"), ("part", r"re:^blocks\.0")])
+def test_a_pattern_that_means_no_path_but_one_in_the_graph_is_no_silence(name: str, pattern: str) -> None:
+    m = Wrapping(name)
+    part = getattr(m, name)
+    part.forward = torch.compile(part.forward, **BACKEND, options=options(pattern))
+    with pytest.warns(fp8_compile.UnmatchedPatternWarning, match="matched none of the 8 linears"):
+        m(tokens())
+    assert unquantized(m) == {}
+
+
+@pytest.mark.parametrize(("pattern", "kept"), [((), set()), (("second",), {"first", "second"})])
+def test_a_module_with_two_paths_is_no_shared_weight(
+    pattern: tuple[str, ...], kept: set[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    m, shared = nn.Sequential(), nn.Linear(WIDTH, WIDTH)
+    for name, part in {"first": shared, "between": nn.Linear(WIDTH, WIDTH), "second": shared}.items():
+        m.add_module(name, part)
+    fp8_compile.quantize_(m.bfloat16(), {**LOAD, "ignored_layers": list(pattern)})
+    assert set(unquantized(m)) == kept
+    assert not [w for w in recwarn if issubclass(w.category, fp8_compile.UnmatchedPatternWarning)]
+
+
+class Own(nn.Module):
+    """A linear that is no nn.Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_a_pattern_for_what_is_no_nn_linear_is_not_misspelt(recwarn: pytest.WarningsRecorder) -> None:
+    parts = nn.Sequential(nn.ModuleDict({"q_proj": nn.Linear(WIDTH, WIDTH)}), nn.ModuleDict({"k_proj": Own()}))
+    m, x = parts.bfloat16(), tokens()
+    for part, name in zip(m, ("q_proj", "k_proj"), strict=True):
+        part.forward = torch.compile(lambda x, p=part[name]: p(x), **BACKEND, options=options("k_proj"))
+    m(x)
+    assert unquantized(m) == {"1.k_proj": "ignored_layers: k_proj"}
+    assert not [w for w in recwarn if issubclass(w.category, fp8_compile.UnmatchedPatternWarning)]
+
+
 class Listed(nn.Module):
     """A block with a list of layers, which knows its model."""
 
