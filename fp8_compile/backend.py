@@ -104,6 +104,11 @@ def _guard(gm: GraphModule, plan: Plan, options: Fp8Options) -> None:
     nodes = {node.name: node for node in _placeholders(gm)}
     for d in plan.decisions:
         if d.weight is not None and d.stays_by_name is not None:
+            found = dynamo.holder(nodes[d.weight])
+            if found is not None:  # it may bear the other mark: from another root that owns it, or if none does
+                module, leaf = found
+                with LOCK:
+                    marks.put(module, options, leaf, stays=d.stays_by_name)
             dynamo.guard_absence(nodes[d.weight], partial(marks.name_of, options, stays=not d.stays_by_name))
 
 

@@ -61,11 +61,35 @@ def guard_absence(placeholder: Node, attribute: Callable[[str], str]) -> None:
     """
     from torch._dynamo.guards import GuardBuilder, install_guard
 
+    found = _holder(placeholder)
+    if found is not None:
+        source, leaf = found
+        install_guard(
+            source.make_guard(functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=attribute(leaf)))
+        )
+
+
+def holder(placeholder: Node) -> tuple[nn.Module, str] | None:
+    """The module that `guard_absence` asks of, and the parameter's name in it; None if it asks of none."""
+    found, translator = _holder(placeholder), _translator()
+    if found is None or translator is None:
+        return None
+    source, leaf = found
+    root = translator.output.root_tx
+    try:
+        module = eval(source.name, {"L": root.f_locals, "G": root.f_globals})  # as Dynamo's guards do
+    except Exception:  # a name that only those know
+        return None
+    return (module, leaf) if isinstance(module, nn.Module) else None
+
+
+def _holder(placeholder: Node) -> tuple[Any, str] | None:
+    """Dynamo's source of the module that holds a parameter, and the parameter's name in it."""
     source: Any = getattr(placeholder, "_dynamo_source", None)
-    holder = getattr(getattr(source, "base", None), "base", None)
-    if holder is not None and getattr(source.base, "member", None) == "_parameters":
-        name = attribute(source.index)
-        install_guard(holder.make_guard(functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name)))
+    module = getattr(getattr(source, "base", None), "base", None)
+    if module is None or getattr(source.base, "member", None) != "_parameters":
+        return None
+    return module, source.index
 
 
 def last_graph() -> tuple[CodeType, int] | None:

@@ -35,9 +35,13 @@ def mark(root: nn.Module, options: Fp8Options, *, anew: bool = False) -> None:
         return
     tree.marked.add(options.ignored_layers)
     for module, leaf in tree.matrices():
-        stays = eligible.kept_by_name(tree.layer(module, leaf), options) is not None
-        module.__dict__.pop(name_of(options, leaf, stays=not stays), None)
-        module.__dict__[name_of(options, leaf, stays=stays)] = True
+        put(module, options, leaf, stays=eligible.kept_by_name(tree.layer(module, leaf), options) is not None)
+
+
+def put(module: nn.Module, options: Fp8Options, leaf: str, *, stays: bool) -> None:
+    """Mark ``module`` in view of its parameter ``leaf``."""
+    module.__dict__.pop(name_of(options, leaf, stays=not stays), None)
+    module.__dict__[name_of(options, leaf, stays=stays)] = True
 
 
 def remove(model: nn.Module) -> None:

@@ -350,6 +350,47 @@ def test_the_tree_of_a_module_that_runs_and_owns_nothing_is_made_once(monkeypatc
     assert len(unquantized(m)) == 3
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_k(self.to_q(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("pattern", ["own", "re:^to_q$"])
+def test_two_modules_on_the_stack_that_own_a_layer_by_different_paths(pattern: str) -> None:
+    m = Pair().bfloat16()
+    outer = Outer(m)
+    outer.own = m.to_q
+    m.compile(**BACKEND, options=options(pattern))
+    before, x = graphs(), tokens()
+    first = outer(x)
+    assert torch.equal(outer(x), first)
+    assert (graphs() - before, set(unquantized(m))) == (1, {"to_q"} if pattern == "own" else set())
+
+
+class Unregistered(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = list(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_part_that_ran_by_itself_before_it_ran_in_a_list_that_is_no_module() -> None:
+    blocks, x = [Pair().bfloat16() for _ in range(2)], tokens()
+    torch.compile(blocks[0], **BACKEND, options=options("blocks.0"))(x)
+    run = torch.compile(Unregistered(*blocks), **BACKEND, options=options("blocks.0"))
+    before, expected = graphs(), run(x)
+    assert torch.equal(run(x), expected)
+    assert graphs() - before == 1
+
+
 ODD = ["a-b", "a b", "é", "é✨", "it's", 'a"b', "x]y", "1a", "a:b", "a/b", "\n", "a\\b", "weight", "up-blocks", "a[0]"]
 
 
