@@ -74,7 +74,8 @@ def fp8_diffusion(
     rewritten = rewrite(context, partial(tracing.trace_graph, options=opts))
     plan = context.plan
     tracing.trace_plan(plan, opts)
-    _complain(plan, layers.values(), roots, opts)
+    with LOCK:
+        _complain(plan, layers.values(), roots, opts)
     if plan.quantized:
         _check_inputs(gm, plan, example_inputs)
 
@@ -85,7 +86,7 @@ def fp8_diffusion(
     with LOCK:
         for root in roots:
             marks.mark(root, opts, anew=True)
-    _guard(gm, plan, opts)
+    _guard(gm, plan, given, opts)
     compile_id = str(torch._guards.CompileContext.current_compile_id())
     return BoundGraph(
         compiled,
@@ -99,16 +100,15 @@ def fp8_diffusion(
     )
 
 
-def _guard(gm: GraphModule, plan: Plan, options: Fp8Options) -> None:
+def _guard(gm: GraphModule, plan: Plan, given: Mapping[str, Any], options: Fp8Options) -> None:
     """Keep the graph from modules whose layers are marked otherwise."""
     nodes = {node.name: node for node in _placeholders(gm)}
     for d in plan.decisions:
         if d.weight is not None and d.stays_by_name is not None:
-            found = dynamo.holder(nodes[d.weight])
-            if found is not None:  # it may bear the other mark: from another root that owns it, or if none does
-                module, leaf = found
-                with LOCK:
-                    marks.put(module, options, leaf, stays=d.stays_by_name)
+            # It may bear the other mark: from another root that owns it, or if none does.
+            holder, leaf = dynamo.holder(nodes[d.weight]) or (given[d.weight], "")
+            with LOCK:
+                marks.put(holder, options, leaf, stays=d.stays_by_name)
             dynamo.guard_absence(nodes[d.weight], partial(marks.name_of, options, stays=not d.stays_by_name))
 
 

@@ -21,7 +21,17 @@ from .runtime.constants import forget_weights
 from .schemes import Scheme, finite
 from .weights import eligible, lora, marks
 from .weights.eligible import Candidate
-from .weights.layers import NO_RECORD, Record, Tree, all_parameters, delete_records, record_of, write_record
+from .weights.layers import (
+    NOT_A_LINEAR,
+    Record,
+    Tree,
+    all_parameters,
+    delete_records,
+    is_matrix,
+    note_kept,
+    record_of,
+    write_record,
+)
 from .weights.quantized_weight import QuantizedWeight
 
 on_converted: list[Callable[[nn.Module, Fp8Options], None]] = []
@@ -143,6 +153,10 @@ class Choice:
             module._parameters["weight"] = parameter  # type: ignore[assignment]
 
 
+LASTING = ("ignored_layers: ", "refilled by ")
+"""How reasons begin that hold against a second conversion, which otherwise decides on what the first has left."""
+
+
 def scheme_at_load(options: Fp8Options) -> Scheme:
     """The scheme whose constants parameters shall hold.
 
@@ -176,8 +190,8 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
             choices[id(weight)].paths.append(path)
             continue
         layer = tree.layer(module, "weight")
-        if layer.recorded == NO_RECORD:  # here is what was to be kept
-            layer = replace(layer, recorded=None)
+        if layer.recorded is not None and not layer.recorded.startswith(LASTING):
+            layer = replace(layer, recorded=None)  # it is decided on anew
         pattern = eligible.pattern_of(layer, options)
         adopted = adopt(weight)
         if adopted is not None and pattern is None:
@@ -241,6 +255,8 @@ def _unmatched_of(choices: Sequence[Choice], options: Fp8Options) -> tuple[str, 
 def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -> None:
     """Let ``model`` keep what it was asked and what stayed, so that the backend leaves it too; watch PEFT's merging."""
     lora.watch_merges()
+    while model._modules.keys() == {"_orig_mod"}:  # torch.compile's, which the model, called by itself, does not know
+        model = model.get_submodule("_orig_mod")
     earlier = record_of(model)
     kept = {} if earlier is None else dict(earlier.kept)
     unmatched = () if earlier is None else earlier.unmatched
@@ -250,6 +266,11 @@ def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -
                 kept.pop(path, None)
             else:
                 kept[path] = choice.reason
+        for module in choice.modules:
+            note_kept(module, "weight", choice.reason)
+    for path, module, leaf, parameter in all_parameters(model):
+        if is_matrix(parameter) and not (isinstance(module, nn.Linear) and leaf == "weight") and not is_adapter(path):
+            note_kept(module, leaf, NOT_A_LINEAR)
     unmatched = tuple(dict.fromkeys((*unmatched, *_unmatched_of(choices, options))))
     write_record(model, Record(_all_asked(model, options).of_weights(), kept, unmatched))
     _decide_anew(model)

@@ -54,19 +54,17 @@ def _translator() -> Any:
 def guard_absence(placeholder: Node, attribute: Callable[[str], str]) -> None:
     """Let Dynamo use the graph only while the module that holds a parameter has no ``attribute`` of its own.
 
-    Args:
-        attribute: its name, from the parameter's in the module.
+    A parameter that the function does not take out of a module is asked itself.
 
-    Does nothing for a parameter that the function does not take out of a module.
+    Args:
+        attribute: its name, from the parameter's in the module, or from "".
     """
     from torch._dynamo.guards import GuardBuilder, install_guard
 
-    found = _holder(placeholder)
-    if found is not None:
-        source, leaf = found
-        install_guard(
-            source.make_guard(functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=attribute(leaf)))
-        )
+    source, leaf = _holder(placeholder) or (getattr(placeholder, "_dynamo_source", None), "")
+    if source is not None:
+        guard = functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=attribute(leaf))
+        install_guard(source.make_guard(guard))
 
 
 def holder(placeholder: Node) -> tuple[nn.Module, str] | None:
@@ -78,7 +76,7 @@ def holder(placeholder: Node) -> tuple[nn.Module, str] | None:
     root = translator.output.root_tx
     try:
         module = eval(source.name, {"L": root.f_locals, "G": root.f_globals})  # as Dynamo's guards do
-    except Exception:  # a name that only those know
+    except (NameError, AttributeError, LookupError, TypeError, SyntaxError):  # a name that only those know
         return None
     return (module, leaf) if isinstance(module, nn.Module) else None
 

@@ -30,11 +30,7 @@ def plan_linears(graph: Graph, context: Context) -> int:
     modified = set().union(*map(written_storages, graph.nodes))
     decisions = []
     for linear in find_linears(graph):
-        written = (
-            linear.unusual
-            if _is_parameter(linear)
-            else "weight is computed at each call, so it cannot be quantized once"
-        )
+        written = linear.unusual if _is_parameter(linear) else COMPUTED
         if written is None and storages(linear.weight) & modified:
             written = "weight is modified in the graph"
         decisions.append(_decide(linear, written or _other_dtype(linear), context))

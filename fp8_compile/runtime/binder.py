@@ -176,6 +176,10 @@ class BoundGraph:
             marks.mark(root, self._options, anew=not fits)
         if fits:
             return [d for d in decisions if d is not None]
+        for _, d in self._decided:
+            if d.weight is not None:
+                stays = eligible.kept_by_name(layers[d.weight], self._options) is not None
+                marks.put(of_args[d.weight], self._options, "", stays=stays)
         logger.info(
             "%s: run once as written, because the graph that Dynamo chose was made for other layers",
             ", ".join(path for layer in layers.values() for path in layer.paths),

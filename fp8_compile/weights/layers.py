@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from ..options import Fp8Options
 from ..patterns import first_match, is_adapter, layer_path, spellings
 from .quantized_weight import QuantizedWeight
-from .sharded import refilled
+from .sharded import refilled, stack
 
 NO_RECORD = "the model holds quantized weights, and no record of what was to be kept"
 NOT_A_LINEAR = "no nn.Linear's weight, which is all that quantize_ converts"
@@ -62,7 +61,7 @@ class Layer:
 
 # --- what a model remembers ---
 
-_RECORD = "_fp8_quantized"
+_RECORD, _KEPT = "_fp8_quantized", "_fp8_kept"
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,21 @@ def write_record(module: nn.Module, record: Record) -> None:
     _trees.clear()
 
 
+def note_kept(module: nn.Module, leaf: str, reason: str | None) -> None:
+    """Let ``module`` itself say why its parameter ``leaf`` stays, for when it runs without what has the record."""
+    kept = {name: text for name, text in module.__dict__.get(_KEPT, {}).items() if name != leaf}
+    if reason is not None:
+        kept[leaf] = reason
+    module.__dict__.pop(_KEPT, None)
+    if kept:
+        module.__dict__[_KEPT] = kept
+
+
 def delete_records(model: nn.Module) -> None:
     """Let ``model`` and all its parts forget what they were asked."""
     for module in model.modules():
         module.__dict__.pop(_RECORD, None)
+        module.__dict__.pop(_KEPT, None)
     _trees.clear()
 
 
@@ -241,6 +251,7 @@ class Tree:
                 recorded = recorded or refilled(module for module in self._around(place) if module is not None)
                 if place.record is not None and recorded is None:
                     recorded = place.record.reason(owner, name, layer_path(_join(place.recorded, own)))
+        recorded = recorded or module.__dict__.get(_KEPT, {}).get(leaf)
         if recorded is None and self._unrecorded and self._places[module][0].record is None:
             recorded = NO_RECORD
         distinct = tuple(dict.fromkeys(paths))
@@ -300,23 +311,35 @@ def tree_of(root: nn.Module, module: nn.Module | None = None) -> Tree:
 # --- who is running ---
 
 
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+_CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
 
 
 def _running() -> list[nn.Module]:
     """The modules whose methods are being executed, the innermost first."""
     found: dict[int, nn.Module] = {}
-    for frame in _frames():
-        code = frame.f_code
-        if "self" in code.co_varnames or "self" in code.co_cellvars:
+    for frame in stack():
+        if _may_be_a_module(frame):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
                 found[id(module)] = module
     return list(found.values())
+
+
+def _may_be_a_module(frame: FrameType) -> bool:
+    """Whether ``frame`` must be asked for its ``self``.
+
+    As few as possible are: before Python 3.13, who reads a frame's variables keeps all of them alive, activations of a
+    pipeline among them, until the frame returns.
+    """
+    code, caller = frame.f_code, frame.f_back
+    if code in _CALLS:
+        return True
+    if "self" not in code.co_varnames and "self" not in code.co_cellvars:
+        return False
+    if caller is not None and caller.f_code in _CALLS:  # which has the same self, and no more than the arguments
+        return False
+    owner = frame.f_globals.get(code.co_qualname.partition(".")[0])
+    return not isinstance(owner, type) or issubclass(owner, nn.Module)
 
 
 def _local() -> Iterator[nn.Module]:
@@ -325,7 +348,7 @@ def _local() -> Iterator[nn.Module]:
     The function that is compiled is on the stack when its graph is called, and is not while it is compiled. Were its
     variables the first, a layer would have two names.
     """
-    for frame in reversed(list(_frames())):
+    for frame in reversed(list(stack())):
         if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             yield from (value for value in list(frame.f_locals.values()) if isinstance(value, nn.Module))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..options import Fp8Options
 from . import eligible
@@ -38,14 +38,14 @@ def mark(root: nn.Module, options: Fp8Options, *, anew: bool = False) -> None:
         put(module, options, leaf, stays=eligible.kept_by_name(tree.layer(module, leaf), options) is not None)
 
 
-def put(module: nn.Module, options: Fp8Options, leaf: str, *, stays: bool) -> None:
-    """Mark ``module`` in view of its parameter ``leaf``."""
-    module.__dict__.pop(name_of(options, leaf, stays=not stays), None)
-    module.__dict__[name_of(options, leaf, stays=stays)] = True
+def put(holder: nn.Module | Tensor, options: Fp8Options, leaf: str, *, stays: bool) -> None:
+    """Mark a module in view of its parameter ``leaf``; or, as "", a parameter that the graph takes from elsewhere."""
+    holder.__dict__.pop(name_of(options, leaf, stays=not stays), None)
+    holder.__dict__[name_of(options, leaf, stays=stays)] = True
 
 
 def remove(model: nn.Module) -> None:
     """Take the marks of all options off ``model``, whose layers will be decided on anew."""
-    for module in model.modules():
-        for name in [name for name in module.__dict__ if name.startswith(_PREFIX)]:
-            del module.__dict__[name]
+    for holder in (*model.modules(), *model.parameters()):
+        for name in [name for name in holder.__dict__ if name.startswith(_PREFIX)]:
+            del holder.__dict__[name]

@@ -46,7 +46,7 @@ def refilled(around: Iterable[nn.Module]) -> str | None:
 def is_being_sharded() -> bool:
     """Whether torch is making shards of a parameter right now."""
     return any(name in sys.modules for name in _SHARDING) and any(
-        frame.f_globals.get("__name__") in _SHARDING for frame in _stack()
+        frame.f_globals.get("__name__") in _SHARDING for frame in stack()
     )
 
 
@@ -70,7 +70,8 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _stack() -> Iterator[FrameType]:
+def stack() -> Iterator[FrameType]:
+    """The frames that are being executed, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame

@@ -742,3 +742,80 @@ def test_the_strict_option_asks_of_the_model_and_not_of_each_piece() -> None:
     m.compile(**BACKEND, options=options("*", strict=True))
     with pytest.raises(BackendCompilerFailed, match="none of the 1 linears of this graph became FP8"):
         m(tokens())
+
+
+@pytest.mark.filterwarnings("ignore::fp8_compile.NothingConvertedWarning")
+def test_a_part_that_runs_by_itself_still_knows_what_stays() -> None:
+    m, x = model(2), tokens()
+    fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["blocks.0"]})
+    for part in (m.blocks[0], copy.deepcopy(m.blocks[0])):
+        expected = part(x)
+        part.compile(**BACKEND, options=OPTIONS)
+        assert torch.equal(part(x), expected)
+        assert set(unquantized(part).values()) == {"ignored_layers: blocks.0"}
+
+
+def test_a_compiled_model_is_converted_for_itself() -> None:
+    m = model(1)
+    fp8_compile.quantize_(torch.compile(m, backend="eager"), {**LOAD, "ignored_layers": ["to_q"]})
+    record = record_of(m)
+    assert record is not None
+    assert record.kept == {"blocks.0.to_q": "ignored_layers: to_q"}
+
+
+class Taking(nn.Module):
+    """Hands its weights to a compiled function, which takes them out of no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.product = torch.compile(lambda x, w: nn.functional.linear(x, w), **BACKEND, options=options("a"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(self.product(x, self.a.weight), self.b.weight)  # type: ignore[no-any-return]
+
+
+def test_parameters_that_a_function_is_given_find_their_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    m, x = Taking().bfloat16(), tokens()
+    for _ in range(3):
+        m(x)
+    rows = {row.path: row.decision for row in fp8_compile.report(m).layers}
+    assert rows == {"a": "unquantized", "b": "quantized"}
+    caplog.set_level("INFO", logger="fp8_compile")
+    m(x)
+    assert "run once as written" not in caplog.text
+
+
+class Pipe:
+    """As a pipeline: no module, though it calls one."""
+
+    def __init__(self, m: Model) -> None:
+        self.model = m
+
+    def __call__(self) -> bool:
+        latents = tokens()
+        alive = weakref.ref(latents)
+        self.model(tokens())
+        del latents
+        return alive() is not None
+
+
+def test_the_variables_of_callers_are_not_kept_alive() -> None:
+    assert not Pipe(model(1).compile_whole())()
+
+
+def test_a_second_conversion_decides_on_what_could_not_be_converted() -> None:
+    m = model(1)
+    to_q = m.blocks[0].to_q
+    kept = to_q.weight[0, 0].clone()
+    to_q.weight[0, 0] = float("nan")
+    with pytest.raises(fp8_compile.NonFiniteWeightError):
+        fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_k"]})
+    to_q.weight[0, 0] = kept
+    fp8_compile.quantize_(m, LOAD)
+    assert unquantized(m) == {"blocks.0.to_k": "ignored_layers: to_k"}
+    m = model(1)
+    with pytest.warns(fp8_compile.NothingConvertedWarning):
+        fp8_compile.quantize_(m, {"min_features": 512})
+    fp8_compile.quantize_(m, LOAD)
+    assert unquantized(m) == {}
