@@ -54,8 +54,32 @@ _UNITS: dict[str, tuple[int, frozenset[str]]] = {
     "logic": (
         2,
         frozenset(
-            "FSETP FSEL SEL LOP3 PRMT IADD3 SHF ISETP FMNMX VIADD LEA PLOP3 IMNMX VIMNMX VIADDMNMX P2R R2P MOV FSET "
-            "FCHK BREV IABS SGXT VOTE".split()
+            [
+                "FSETP",
+                "FSEL",
+                "SEL",
+                "LOP3",
+                "PRMT",
+                "IADD3",
+                "SHF",
+                "ISETP",
+                "FMNMX",
+                "VIADD",
+                "LEA",
+                "PLOP3",
+                "IMNMX",
+                "VIMNMX",
+                "VIADDMNMX",
+                "P2R",
+                "R2P",
+                "MOV",
+                "FSET",
+                "FCHK",
+                "BREV",
+                "IABS",
+                "SGXT",
+                "VOTE",
+            ]
         ),
     ),
     "conversion": (2, frozenset({"F2FP", "I2FP", "F2F", "I2F", "F2I"})),
@@ -178,7 +202,7 @@ def compile_block(lowered: Lowered) -> Block:
 def _no_driver() -> Iterator[None]:
     import torch._inductor.runtime.triton_helpers as helpers
 
-    with mock.patch.object(helpers, "set_driver_to_gpu", lambda: None):
+    with mock.patch.object(helpers, "set_driver_to_gpu", return_value=None):
         yield
 
 
@@ -198,9 +222,7 @@ def _load(name: str, source: str, folder: Path) -> Any:
     return getattr(module, name)
 
 
-def _compile(
-    tuner: Any, config: Any, sizes: tuple[int, ...], gpu: Gpu, device: str, folder: Path
-) -> Configuration:
+def _compile(tuner: Any, config: Any, sizes: tuple[int, ...], gpu: Gpu, device: str, folder: Path) -> Configuration:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -292,10 +314,12 @@ def _executed(code: str, trips: int, ptx: str) -> Counter[str]:
     ]
     if trips > 1:
         written = _loads_in_loops(ptx)
-        inside = {loop: sum(instructions[i][0].startswith("LDG") for i in range(loop[0], loop[1] + 1)) for loop in loops}
+        inside = {
+            loop: sum(instructions[i][0].startswith("LDG") for i in range(loop[0], loop[1] + 1)) for loop in loops
+        }
         # ptxas makes of one loop a long one, unrolled, and a short one for what is left; the long one does the work.
         for (first, last), loads in sorted(inside.items(), key=lambda item: -item[1])[: len(written)]:
-            unrolled = max(1.0, loads / max(1, min(written, key=lambda count: abs(count - loads) % max(1, count))))
+            unrolled = max(1.0, loads / max(1, min(written, key=lambda count: loads % max(1, count))))
             for i in range(first, last + 1):
                 times[i] = max(1.0, trips / unrolled)
     executed: Counter[str] = Counter()
