@@ -68,6 +68,20 @@ class Gpu:
 
 
 GPUS = {
+    "h100": Gpu(
+        name="NVIDIA H100",
+        capability=(9, 0),
+        processors=132,
+        threads=2048,
+        shared=232448,
+        l2=50 << 20,
+        memory=80 * 10**9,
+        bf16_flops=790e12,
+        fp8_flops=1580e12,
+        bandwidth=3.0e12,
+        source="https://www.nvidia.com/en-us/data-center/h100/: 1979 TFLOP/s BF16 and 3958 FP8, both sparse (dense is "
+        "half), 3.35 TB/s, of the SXM card",
+    ),
     "h200": Gpu(
         name="NVIDIA H200",
         capability=(9, 0),

@@ -31,17 +31,56 @@ Quantized = tuple[Tensor, Tensor]
 """FP8 values and the float32 scale that multiplies them."""
 
 
-def quantize_with(x: Tensor, amax: Tensor) -> Quantized:
-    """Quantize ``x`` with the scale that ``amax``, broadcastable to it, calls for."""
-    scale = (amax.float() / FP8_MAX).clamp(min=SCALE_FLOOR)
+def _scale(amax: Tensor) -> Tensor:
+    return (amax.float() / FP8_MAX).clamp(min=SCALE_FLOOR)
+
+
+def quantize_weight_with(weight: Tensor, amax: Tensor) -> Quantized:
+    """Quantize ``weight`` with the scale that ``amax``, broadcastable to it, calls for."""
+    scale = _scale(amax)
     # clamp passes NaN on, and e4m3fn keeps it; a value beyond 448 x scale saturates instead of becoming NaN.
-    values = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX)
-    # The kernels read rows; the layout of x, which a cast would otherwise keep, may be another.
+    values = (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX)
+    # The kernels read rows; the layout of the weight, which a cast would otherwise keep, may be another.
     return values.to(FP8_DTYPE, memory_format=torch.contiguous_format), scale
 
 
+def quantize_weight_rowwise(weight: Tensor) -> Quantized:
+    """Quantize ``weight``, ``[N, K]``, with a scale per output channel, ``[N, 1]`` float32."""
+    return quantize_weight_with(weight, weight.abs().amax(dim=-1, keepdim=True))
+
+
+def quantize_weight_tensorwise(weight: Tensor) -> Quantized:
+    """Quantize ``weight``, ``[N, K]``, with one float32 scale without dimensions."""
+    if statically_known_true(weight.numel() == 0):
+        return weight.to(FP8_DTYPE), weight.new_ones((), dtype=torch.float32)
+    return quantize_weight_with(weight, weight.abs().amax())
+
+
+def _quantize_with(x: Tensor, amax: Tensor) -> Quantized:
+    """Quantize an activation whose own amax is given.
+
+    With fewer instructions than a weight, since it is done at every step: times the reciprocal instead of a division,
+    and without a clamp. No product exceeds 448 by more than a few roundings, and all that is below 464 is cast to 448.
+    Against a division, 2 in 10,000 values take the neighbouring code.
+    """
+    scale = _scale(amax)
+    reciprocal = 1 / scale  # finite, because of the scale's floor
+    return (x.float() * reciprocal).to(FP8_DTYPE, memory_format=torch.contiguous_format), scale
+
+
+def _amax(x: Tensor, dim: tuple[int, ...], by_bits: bool | None = None) -> Tensor:
+    """The largest ``|x|`` over ``dim``, which stay as 1, in float32; NaN if there is one.
+
+    On a GPU it is found by the bits of a float32 without the sign, as integers, which order as magnitudes do: NaN are
+    the largest of all, and pass without the instructions that a maximum of floats needs for them.
+    """
+    if by_bits if by_bits is not None else x.device.type == "cuda":
+        return (x.float().view(torch.int32) & 0x7FFFFFFF).amax(dim=dim, keepdim=True).view(torch.float32)
+    return x.abs().amax(dim=dim, keepdim=True).float()
+
+
 def quantize_rowwise(x: Tensor) -> Quantized:
-    """Quantize with one scale per row (per token of an activation, per output channel of a weight).
+    """Quantize an activation with one scale per row (per token).
 
     Args:
         x: ``[..., K]``, floating point.
@@ -49,11 +88,11 @@ def quantize_rowwise(x: Tensor) -> Quantized:
     Returns:
         ``[..., K]`` float8_e4m3fn, contiguous, and ``[..., 1]`` float32.
     """
-    return quantize_with(x, x.abs().amax(dim=-1, keepdim=True))
+    return _quantize_with(x, _amax(x, (-1,)))
 
 
 def quantize_tensorwise(x: Tensor) -> Quantized:
-    """Quantize with a single scale for the whole tensor.
+    """Quantize an activation with a single scale for the whole tensor.
 
     Args:
         x: ``[..., K]``, floating point.
@@ -63,7 +102,7 @@ def quantize_tensorwise(x: Tensor) -> Quantized:
     """
     if statically_known_true(x.numel() == 0):
         return x.to(FP8_DTYPE), x.new_ones((), dtype=torch.float32)
-    return quantize_with(x, x.abs().amax())
+    return _quantize_with(x, _amax(x, tuple(range(x.dim()))).reshape(()))
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

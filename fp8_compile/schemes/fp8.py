@@ -72,8 +72,9 @@ class Fp8(Scheme):
         }
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
-        quantize = numerics.quantize_rowwise if self.granularity == "row" else numerics.quantize_tensorwise
-        return quantize(weight)
+        if self.granularity == "row":
+            return numerics.quantize_weight_rowwise(weight)
+        return numerics.quantize_weight_tensorwise(weight)
 
     def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
         if self.granularity == "row" or weight.numel() == 0:
@@ -81,11 +82,11 @@ class Fp8(Scheme):
         chunks = torch.split(weight, chunk_rows(weight))
         device = weight.device if device is None else device
         amax = torch.stack([chunk.to(device).abs().amax() for chunk in chunks]).amax()
-        parts = (numerics.quantize_with(chunk.to(device), amax)[0] for chunk in chunks)
+        parts = (numerics.quantize_weight_with(chunk.to(device), amax)[0] for chunk in chunks)
         qdata = torch.empty(weight.shape, dtype=numerics.FP8_DTYPE, device=device)
         for whole, part in zip(torch.split(qdata, chunk_rows(weight)), parts, strict=True):
             whole.copy_(part)
-        return qdata, numerics.quantize_with(amax, amax)[1]
+        return qdata, numerics.quantize_weight_with(amax, amax)[1]
 
     def dequantize(self, constants: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         qdata, scale = constants

@@ -68,7 +68,8 @@ BOUNDS = {
     # The joint attention concatenates the values of text and image: 26 MB.
     "qwen-image": Bounds(12, 8, launches=18, megabytes=1390, copied=27, eager=VIEW),
     "z-image": Bounds(7, 4, launches=8, megabytes=1451, eager=VIEW),
-    "flux": Bounds(12, 8, launches=19, megabytes=1541, copied=29),
+    # More bytes than with a higher threshold for what is computed again, and by the model of bench.kernels less time.
+    "flux": Bounds(12, 8, launches=21, megabytes=1661, copied=29),
     "flux-single": Bounds(5, 2, launches=6, megabytes=1070),
     "wan": Bounds(10, 7, launches=11, megabytes=2340),
 }
@@ -93,7 +94,7 @@ def test_blocks_on_an_h200(tmp_path: Path) -> None:
         assert sum(copy["bytes"] for copy in found["copies"]) <= bounds.copied * 1e6, name
 
 
-STOCK = {"realize_reads_threshold": 4, "realize_opcount_threshold": 30, "realize_acc_reads_threshold": 8}
+STOCK = {"realize_opcount_threshold": 30, "realize_acc_reads_threshold": 8}
 # What each piece is good for: a block, the options without the piece and with it, and by how much the former are worse.
 PIECES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, float]] = {
     "real_rotary": ("z-image", {"disabled_passes": ["real_rotary"]}, {}, "bytes", 500e6),

@@ -94,7 +94,7 @@ def test_heuristics_and_thresholds_hold_for_our_graphs_alone() -> None:
     choices, reads, operators = during_a_compilation()
     assert type(choices) is not InductorChoices
     assert isinstance(choices, InductorChoices)
-    assert (reads, operators) == (16, 200)
+    assert (reads, operators) == (outside[1], 200)  # computing again what many read is not cheap
     assert (V.choices, config.realize_reads_threshold, config.realize_opcount_threshold) == outside
 
 
