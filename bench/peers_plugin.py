@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,16 @@ def cast(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: cast(item) for key, item in value.items()}
     return type(value)(map(cast, value)) if isinstance(value, (list, tuple)) else value
+
+
+def widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With more heads where the model would be too narrow: sizes of FP8 matrices are multiples of 16."""
+    heads, size = arguments.get("num_attention_heads"), arguments.get("attention_head_dim")
+    return (
+        arguments
+        if heads is None or size is None
+        else {**arguments, "num_attention_heads": math.lcm(heads * size, 16) // size}
+    )
 
 
 def to_bf16(model: nn.Module) -> None:
@@ -125,7 +136,7 @@ def _in_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     test, kind = request.instance, request.instance.model_class
     part = peers_mixins.part(request.cls)
-    made, initialise, inputs = [], kind.__init__, test.get_dummy_inputs
+    made, initialise, inputs, arguments = [], kind.__init__, test.get_dummy_inputs, test.get_init_dict
 
     @functools.wraps(initialise)
     def init(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -139,6 +150,7 @@ def _in_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         made.append(model)
 
     monkeypatch.setattr(kind, "__init__", init)
+    monkeypatch.setattr(test, "get_init_dict", lambda: widened(arguments()))
     monkeypatch.setattr(test, "get_dummy_inputs", lambda *args, **kwargs: cast(inputs(*args, **kwargs)))
     request.node.stash[MADE] = made
     yield
