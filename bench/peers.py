@@ -43,6 +43,7 @@ def run(checkout: Path, model: str, kind: str, inner: str, keyword: str) -> list
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "DIFFUSERS_TEST_DEVICE": "cpu",
+            "DIFFUSERS_VERBOSITY": "warning",  # some tests read the log
             "PEERS_RUN": kind,
             "PEERS_INNER": inner,
             "PEERS_OUTPUT": str(output),
