@@ -54,7 +54,8 @@ def run(checkout: Path, model: str, kind: str, inner: str, keyword: str) -> list
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):  # 1: some tests failed
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-        return [{"run": kind, "model": model, **json.loads(line)} for line in output.read_text().splitlines()]
+        lines = output.read_text().replace(str(checkout), "CHECKOUT").splitlines()
+        return [{"run": kind, "model": model, **json.loads(line)} for line in lines]
 
 
 def summary(tests: list[dict[str, Any]]) -> str:
@@ -88,6 +89,8 @@ def main() -> None:
     checkout = arguments.checkout.resolve()
     if not (checkout / FOLDER).is_dir():
         parser.error(f"{checkout} is no checkout of diffusers: it has no {FOLDER}")
+    # The results name no folder of this machine.
+    sys.argv = ["CHECKOUT" if argument == str(arguments.checkout) else argument for argument in sys.argv]
     tests: list[dict[str, Any]] = []
     version = (checkout / "src/diffusers/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
     for model in arguments.models:
