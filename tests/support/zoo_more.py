@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -567,7 +566,13 @@ _FLUX: dict[str, Any] = {
     "axes_dims_rope": _ROPE,
 }
 _WAN: dict[str, Any] = {**_HEADS, "num_layers": 2, "text_dim": WIDTH, "ffn_dim": 128, "rope_max_seq_len": 32}
-_COGVIEW: dict[str, Any] = {**_HEADS, "num_layers": 2, "text_embed_dim": WIDTH, "time_embed_dim": 64, "condition_dim": 32}
+_COGVIEW: dict[str, Any] = {
+    **_HEADS,
+    "num_layers": 2,
+    "text_embed_dim": WIDTH,
+    "time_embed_dim": 64,
+    "condition_dim": 32,
+}
 _HUNYUAN: dict[str, Any] = {**_HEADS, "num_layers": 2, "num_refiner_layers": 2, "text_embed_dim": WIDTH}
 _LTX_2: dict[str, Any] = {
     **_HEADS,
@@ -877,7 +882,13 @@ SAMPLES: dict[str, Sample] = {
         _minimax_h3,
     ),
     "MiniMaxMusic3RVQDepthDecoder": Sample(
-        {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "audio_vocab_size": 64},
+        {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+            "audio_vocab_size": 64,
+        },
         _depth_decoder,
     ),
     "MiniMaxMusic3Transformer1DModel": Sample(
@@ -935,7 +946,14 @@ SAMPLES: dict[str, Sample] = {
     ),
     "OvisImageTransformer2DModel": Sample(_FLUX, _packed_image),
     "PRXTransformer2DModel": Sample(
-        {"context_in_dim": WIDTH, "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "axes_dim": [16, 16]},
+        {
+            "context_in_dim": WIDTH,
+            "hidden_size": 64,
+            "mlp_ratio": 2.0,
+            "num_heads": 2,
+            "depth": 2,
+            "axes_dim": [16, 16],
+        },
         _prx,
     ),
     "PriorTransformer": Sample({**_HEADS, "num_layers": 2, "embedding_dim": WIDTH, "num_embeddings": 16}, _prior),
@@ -1026,7 +1044,15 @@ SAMPLES: dict[str, Sample] = {
     ),
     "TransformerTemporalModel": Sample(_UNPATCHED, _frames_of_images),
     "WanAnimate2Transformer3DModel": Sample(
-        {"text_len": TEXT, "dim": 64, "ffn_dim": 128, "freq_dim": 64, "text_dim": WIDTH, "num_heads": 2, "num_layers": 2},
+        {
+            "text_len": TEXT,
+            "dim": 64,
+            "ffn_dim": 128,
+            "freq_dim": 64,
+            "text_dim": WIDTH,
+            "num_heads": 2,
+            "num_layers": 2,
+        },
         _wan_animate_2,
     ),
     "WanAnimateTransformer3DModel": Sample(
