@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,16 @@ from tests.support.zoo import MODELS, Inputs
 from tests.support.zoo_more import SAMPLES, Sample
 
 
-def _walk() -> Iterator[tuple[str, type[nn.Module]]]:
-    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        for name, member in vars(importlib.import_module(found.name)).items():
-            if inspect.isclass(member) and issubclass(member, diffusers.ModelMixin) and member.__module__ == found.name:
-                yield name, member
+@functools.cache
+def classes() -> dict[str, type[nn.Module]]:
+    """All models in `diffusers.models.transformers`, by name. Imports all of it."""
+    return {
+        name: member
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        for name, member in vars(importlib.import_module(found.name)).items()
+        if inspect.isclass(member) and issubclass(member, diffusers.ModelMixin) and member.__module__ == found.name
+    }
 
-
-CLASSES = dict(sorted(_walk()))
 
 _OF_OLD = {
     tiny.class_name: Sample(tiny.config, lambda tiny=tiny: tiny.inputs(0), tiny.blocks) for tiny in MODELS.values()
@@ -39,7 +41,7 @@ ZOO: dict[str, Sample] = {**_OF_OLD, **SAMPLES}
 def build(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = CLASSES[name](**ZOO[name].config)
+        model = classes()[name](**ZOO[name].config)
         for parameter in model.parameters():
             # Zero-initialised layers would hide everything computed before them.
             if not parameter.any() or not parameter.isfinite().all():
@@ -56,7 +58,7 @@ def inputs(name: str) -> Inputs:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         made = ZOO[name].make_inputs()
-    dict_asked = "return_dict" in inspect.signature(CLASSES[name].forward).parameters
+    dict_asked = "return_dict" in inspect.signature(classes()[name].forward).parameters
     return {**made, "return_dict": False} if dict_asked else made
 
 
@@ -77,6 +79,7 @@ class Measured:
         fullgraph: stock compiles it in one graph per call.
         stock_graphs: how many graphs stock makes with "aot_eager".
         graphs: how many this backend makes of the same.
+        linears: how many the class has.
         sqnr: in dB, against the model without compilation; of the worst of its outputs.
         same_bits: converting before compiling gives the same bits as converting by it.
         report: of the model that was converted by compiling.
@@ -85,6 +88,7 @@ class Measured:
     fullgraph: bool
     stock_graphs: int
     graphs: int
+    linears: int
     sqnr: float
     same_bits: bool
     report: fp8_compile.Report
@@ -138,6 +142,7 @@ def measure(name: str, by_blocks: bool) -> Measured:
         fullgraph,
         stock.frame_count,
         graphs,
+        sum(isinstance(module, nn.Linear) for module in model.modules()),
         min(map(sqnr, expected, computed)),
         all(map(torch.equal, computed, others)),
         report,
