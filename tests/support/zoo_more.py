@@ -23,11 +23,14 @@ class Sample:
     Attributes:
         blocks: class names of the blocks that are compiled one by one where the class has no ``_repeated_blocks``;
             empty: those in the model's lists of modules.
+        apart: patterns of layers that both entrances are asked to keep before their bits are compared, since one of
+            them cannot convert there what the other does.
     """
 
     config: Mapping[str, Any]
     make_inputs: Callable[[], Inputs]
     blocks: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 32}
@@ -690,6 +693,7 @@ SAMPLES: dict[str, Sample] = {
         },
         _consisid,
         blocks=("CogVideoXBlock", "ConsisIDBlock"),
+        apart=("local_facial_extractor.proj_out",),  # a bare parameter, which only a graph shows to be a matrix
     ),
     "Cosmos3OmniTransformer": Sample(
         {
@@ -707,7 +711,11 @@ SAMPLES: dict[str, Sample] = {
         },
         _cosmos_3,
     ),
-    "DiTTransformer2DModel": Sample({**_PIXEL, "in_channels": 4, "sample_size": 16, "num_embeds_ada_norm": 8}, _dit),
+    "DiTTransformer2DModel": Sample(
+        {**_PIXEL, "in_channels": 4, "sample_size": 16, "num_embeds_ada_norm": 8},
+        _dit,
+        apart=("norm1.emb",),  # of the first block, which the model calls by itself once more
+    ),
     "DreamLiteTransformer2DModel": Sample({**_UNPATCHED, "cross_attention_dim": WIDTH}, _unpatched),
     "EasyAnimateTransformer3DModel": Sample(
         {
