@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class _ZooTable:
-    """Gathers what the tests of the zoo recorded, in the process that reports them, and writes it at the end."""
+    """Gathers what the tests of the zoo recorded, in the process that reports them, and writes the page anew."""
 
     def __init__(self, page: Path) -> None:
         self._page = page
@@ -56,8 +56,6 @@ class _ZooTable:
             class_name, _, way = name.rstrip("]").partition("-")
             self._found[class_name, way == "blocks"] = recorded.get("zoo")
         self._missing = recorded.get("zoo_missing", self._missing)
-
-    def pytest_sessionfinish(self) -> None:
         from tests.support.zoo_all import ZOO
 
         zoo_table.write(self._page, self._found, ZOO, self._missing)
