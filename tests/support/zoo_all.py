@@ -44,8 +44,8 @@ def build(name: str) -> nn.Module:
         torch.manual_seed(0)
         model = classes()[name](**ZOO[name].config)
         for parameter in model.parameters():
-            # Zero-initialised layers would hide everything computed before them.
-            if not parameter.any() or not parameter.isfinite().all():
+            # Zero-initialised layers would hide everything computed before them, and experts hold what the memory held.
+            if parameter.dim() == 3 or not parameter.any() or not parameter.isfinite().all():
                 nn.init.normal_(parameter, std=0.02)
     model.bfloat16()
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()

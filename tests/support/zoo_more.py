@@ -768,7 +768,9 @@ SAMPLES: dict[str, Sample] = {
         _hunyuan_dit,
     ),
     "HunyuanImageTransformer2DModel": Sample(
-        {**_HUNYUAN, "num_single_layers": 2, "text_embed_2_dim": WIDTH, "rope_axes_dim": (16, 16)}, _hunyuan_image
+        {**_HUNYUAN, "num_single_layers": 2, "text_embed_2_dim": WIDTH, "rope_axes_dim": (16, 16)},
+        _hunyuan_image,
+        apart=("proj_out",),  # runs between two breaks of stock's, where no graph converts it
     ),
     "HunyuanVideo15Transformer3DModel": Sample(
         {
@@ -793,6 +795,17 @@ SAMPLES: dict[str, Sample] = {
             "has_clean_x_embedder": True,
         },
         _framepack,
+        # The model cuts the text by its mask, so that graphs do not know its length and keep what reads it.
+        apart=(
+            "add_k_proj",
+            "add_v_proj",
+            "add_q_proj",
+            "to_out.0",
+            "to_add_out",
+            "ff_context",
+            "single_transformer_blocks",
+            "proj_out",
+        ),
     ),
     "Ideogram4Transformer2DModel": Sample(
         {

@@ -72,5 +72,6 @@ def write(
     for name, by_blocks in found:
         if by_blocks and (name, False) in found:
             lines[name] = _line(name, found[name, False], found[name, True])
+    lines |= {name: f"| `{name}` | | | not measured | | | | |" for name in known if name not in lines}
     title = TITLE.format(diffusers=diffusers.__version__, torch=torch.__version__.partition("+")[0])
     page.write_text(title + "".join(f"{lines[name]}\n" for name in sorted(lines)))
