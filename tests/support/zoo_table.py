@@ -13,7 +13,7 @@ CPU: by stock with `backend="aot_eager"`, and by this backend around the same in
 (`pytest -m slow tests/test_zoo.py`) hold that
 
 - this backend makes as many graphs as stock does,
-- converting before compiling gives the same bits as converting by compiling; four classes have layers that one of both
+- converting before compiling gives the same bits as converting by compiling; some classes have layers that one of both
   cannot convert (`apart` in `tests/support/zoo_more.py` says why), which are kept for this comparison,
 - the result is at least 20 dB from that of eager BF16. The weights are random and the layers few: this figure is there
   to find mistakes, and says nothing of pictures.
