@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .options import Fp8Options
 from .passes.context import Decision, PassResult
 from .patterns import layer_path, matching
 from .runtime.constants import GraphRecord, WeightState, state_of
@@ -19,11 +20,12 @@ from .weights.layers import Layer, Tree, all_parameters, record_of
 from .weights.quantized_weight import QuantizedWeight
 
 NOT_COMPILED = "in no graph that the backend compiled"
+EXPERTS = "experts: a parameter of three dimensions"
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear.
+    """One linear, or one stack of the matrices of a mixture of experts.
 
     Attributes:
         path: as in ``model.named_modules()``; relative to the compiled region where the weight is no parameter.
@@ -53,7 +55,7 @@ class Report:
     """What `report` found; prints as a table.
 
     Attributes:
-        layers: a row per linear of the model.
+        layers: a row per linear of the model, and one per stack of experts.
         unmatched_patterns: entries of ``ignored_layers`` that named no linear in any graph of the model.
         graphs: identifiers of the compilations that ran with the model's weights, in their order.
         passes: what each pass did to each of these graphs, by its identifier.
@@ -123,6 +125,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     extra = 0
     tree = Tree(model)
     seen: set[int] = set()
+    stacks: list[tuple[int, str, torch.nn.Parameter]] = []
     for path, module, leaf, parameter in all_parameters(model):
         state = state_of(parameter)
         decisions: dict[GraphRecord, list[Decision]] = {}
@@ -137,12 +140,23 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
             rows.append(_row(layer_path(name), parameter, state, list(decisions.values())))
         elif isinstance(module, torch.nn.Linear) and leaf == "weight":
             rows.append(_uncompiled(path, parameter, tree.layer(module, leaf)))
+        elif _stacks_matrices(parameter):
+            stacks.append((len(rows), f"{path}.{leaf}".lstrip("."), parameter))
     ordered = sorted(records, key=lambda record: record.serial)
+    asked = [found for module in model.modules() if (found := record_of(module))]
+    least = min(
+        [record.plan.min_features for record in ordered]
+        + [found.options.get("min_features", Fp8Options.min_features) for found in asked],
+        default=Fp8Options.min_features,
+    )
+    for i, path, parameter in reversed(stacks):
+        if min(parameter.shape[-2:]) >= least:
+            rows.insert(i, _experts(path, parameter))
     for row in _without_parameter(ordered):
         _put(rows, row)
     limits = ", ".join(dict.fromkeys(record.last for record in ordered if record.last))
     rows = [replace(r, reason=f"{r.reason}; {limits}") if limits and r.reason == NOT_COMPILED else r for r in rows]
-    at_load = [p for module in model.modules() if (found := record_of(module)) for p in found.unmatched]
+    at_load = [pattern for found in asked for pattern in found.unmatched]
     unmatched = tuple(dict.fromkeys([*at_load, *_unmatched(ordered, tree.names)]))
     return Report(
         tuple(rows),
@@ -172,6 +186,19 @@ def _uncompiled(path: str, weight: Tensor, layer: Layer) -> LayerReport:
         rows=(),
         bytes_before=_original_bytes(weight),
         bytes_after=weight.nbytes,
+    )
+
+
+def _stacks_matrices(parameter: Tensor) -> bool:
+    """Whether ``parameter`` may hold a matrix per expert. A stack of one is a table of positions or queries."""
+    return not is_lazy(parameter) and parameter.dim() == 3 and len(parameter) > 1 and parameter.is_floating_point()
+
+
+def _experts(path: str, weights: Tensor) -> LayerReport:
+    """Matrices in one parameter, which no linear reads; most of the bytes of a model that has them."""
+    out_features, in_features = weights.shape[-2:]
+    return LayerReport(
+        layer_path(path), in_features, out_features, "unquantized", EXPERTS, "", (), weights.nbytes, weights.nbytes
     )
 
 

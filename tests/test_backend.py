@@ -342,6 +342,43 @@ def test_a_module_whose_weights_are_handed_to_a_function(at_load: bool) -> None:
     }
 
 
+@pytest.mark.parametrize("at_load", [False, True])
+def test_report_tells_of_experts(at_load: bool) -> None:
+    """Stacked in one parameter they are no linears, and the report would be silent about most of a model's bytes."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, WIDTH, 2 * WIDTH))
+            self.small = nn.Parameter(torch.randn(4, WIDTH, 8))
+            self.positions = nn.Parameter(torch.randn(1, 2 * WIDTH, WIDTH))
+            self.proj = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.proj(x + self.positions[:, : x.shape[1]]).expand(4, -1, -1)
+            return torch.bmm(hidden, self.up), torch.bmm(hidden, self.small)
+
+    m = nn.Sequential(Experts()).bfloat16().eval().requires_grad_(False)
+    if at_load:
+        fp8_compile.quantize_(m, {"min_features": WIDTH})
+    else:
+        assert [row.path for row in fp8_compile.report(m).layers] == ["0.proj"]  # of 256 features, by default
+        m.compile(backend="fp8_diffusion", fullgraph=True, options=OPTIONS)
+        with torch.no_grad():
+            m(tokens())
+    report = fp8_compile.report(m)
+    experts, proj = report.layers
+    assert (experts.path, experts.decision, experts.reason) == (
+        "0.up",
+        "unquantized",
+        "experts: a parameter of three dimensions",
+    )
+    assert (experts.in_features, experts.out_features) == (2 * WIDTH, WIDTH)
+    assert experts.bytes_before == experts.bytes_after == 4 * WIDTH * 2 * WIDTH * 2
+    assert (proj.path, proj.decision) == ("0.proj", "quantized")
+    assert report.totals["bytes_before"] == experts.bytes_before + proj.bytes_before
+
+
 def test_report_tells_what_each_pass_did() -> None:
     compiled(m := model(2), tokens(), disabled_passes=["real_rotary"])
     report = fp8_compile.report(m)

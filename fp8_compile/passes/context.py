@@ -65,6 +65,7 @@ class Plan:
 
     decisions: tuple[Decision, ...]
     ignored_layers: tuple[str, ...]
+    min_features: int = Fp8Options.min_features
 
     @property
     def quantized(self) -> tuple[Decision, ...]:

@@ -39,7 +39,7 @@ def plan_linears(graph: Graph, context: Context) -> int:
     for name, linear in _inside_higher_order_operators(context.module):
         decision = _decide(linear, "inside a higher-order operator", context)
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
-    context.plan = Plan(tuple(decisions), context.options.ignored_layers)
+    context.plan = Plan(tuple(decisions), context.options.ignored_layers, context.options.min_features)
     return len(context.plan.quantized)
 
 
