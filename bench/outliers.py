@@ -41,13 +41,13 @@ CHOICES: dict[str, dict[str, Any]] = {
 def quantize_blocks(weight: Tensor) -> numerics.Quantized:
     """``[N, K]`` to ``[N / 128, 128, K / 128, 128]`` float8_e4m3fn and ``[N / 128, 1, K / 128, 1]`` float32."""
     blocks = weight.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    return numerics.quantize_with(blocks, blocks.abs().amax(dim=(1, 3), keepdim=True))
+    return numerics.quantize_weight_with(blocks, blocks.abs().amax(dim=(1, 3), keepdim=True))
 
 
 def quantize(x: Tensor) -> numerics.Quantized:
     """``[..., K]`` to ``[..., K / 128, 128]`` float8_e4m3fn and ``[..., K / 128, 1]`` float32."""
     groups = x.unflatten(-1, (-1, BLOCK))
-    return numerics.quantize_with(groups, groups.abs().amax(dim=-1, keepdim=True))
+    return numerics.quantize_weight_with(groups, groups.abs().amax(dim=-1, keepdim=True))
 
 
 def quantize_groups(weight: Tensor) -> numerics.Quantized:

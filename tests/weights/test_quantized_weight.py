@@ -68,7 +68,7 @@ def test_eager_use_dequantizes(kind: Fp8, dtype: torch.dtype) -> None:
     weight, x = torch.randn(N, K, dtype=dtype), torch.randn(3, K, dtype=dtype)
     m = nn.Linear(K, N, dtype=dtype)
     m.weight = nn.Parameter(QuantizedWeight.quantize(weight, kind), requires_grad=False)
-    quantize = numerics.quantize_rowwise if kind is ROW else numerics.quantize_tensorwise
+    quantize = numerics.quantize_weight_rowwise if kind is ROW else numerics.quantize_weight_tensorwise
     expected = nn.functional.linear(x, numerics.dequantize(*quantize(weight), dtype), m.bias)
     assert torch.equal(m(x), expected)
     assert sqnr(expected, x @ m.weight.t() + m.bias) > 45
@@ -84,7 +84,7 @@ def test_chunks_change_no_bit(kind: Fp8, monkeypatch: pytest.MonkeyPatch) -> Non
     weight = plain()
     weight[5] = 0
     monkeypatch.setattr(scheme, "CHUNK", 7 * K)
-    quantize = numerics.quantize_rowwise if kind is ROW else numerics.quantize_tensorwise
+    quantize = numerics.quantize_weight_rowwise if kind is ROW else numerics.quantize_weight_tensorwise
     for made, expected in zip(kind.quantize_in_chunks(weight), quantize(weight), strict=True):
         assert torch.equal(made.float(), expected.float())
     assert kind.quantize_in_chunks(weight[:0])[0].shape == (0, K)
