@@ -138,8 +138,9 @@ def measure(name: str, by_blocks: bool) -> Measured:
     graphs = ours.frame_count
     report = fp8_compile.report(model)
     one = computed
-    if ZOO[name].apart:
-        options["ignored_layers"] = list(ZOO[name].apart)
+    apart = ZOO[name].apart_in_blocks if by_blocks else ZOO[name].apart
+    if apart:
+        options["ignored_layers"] = list(apart)
         _, one = _compiled(name, by_blocks, fullgraph, backend="fp8_diffusion", options=options)
     _, other = _compiled(name, by_blocks, fullgraph, options, backend="fp8_diffusion", options=options)
     torch.compiler.reset()

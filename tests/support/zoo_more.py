@@ -24,13 +24,15 @@ class Sample:
         blocks: class names of the blocks that are compiled one by one where the class has no ``_repeated_blocks``;
             empty: those in the model's lists of modules.
         apart: patterns of layers that both entrances are asked to keep before their bits are compared, since one of
-            them cannot convert there what the other does.
+            them cannot convert there what the other does; of the whole model.
+        apart_in_blocks: the same, block by block.
     """
 
     config: Mapping[str, Any]
     make_inputs: Callable[[], Inputs]
     blocks: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    apart_in_blocks: tuple[str, ...] = ()
 
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 32}
@@ -714,7 +716,7 @@ SAMPLES: dict[str, Sample] = {
     "DiTTransformer2DModel": Sample(
         {**_PIXEL, "in_channels": 4, "sample_size": 16, "num_embeds_ada_norm": 8},
         _dit,
-        apart=("norm1.emb",),  # of the first block, which the model calls by itself once more
+        apart_in_blocks=("norm1.emb",),  # of the first block, which the model calls by itself once more
     ),
     "DreamLiteTransformer2DModel": Sample({**_UNPATCHED, "cross_attention_dim": WIDTH}, _unpatched),
     "EasyAnimateTransformer3DModel": Sample(
