@@ -16,8 +16,9 @@ whose weights were made in inference mode, which have no version counters. For s
 backend that does nothing (Dynamo's guards and calling code, and the module around them), and by ``fp8_diffusion`` over
 that backend; with BF16 weights, and with weights converted at load time, whose schemes Dynamo's guards compare.
 
-And the price of a block's first call, in which the graph is told which layers it has got: ``--blocks`` converted blocks
-in one module, so that there are no constants to make; the first calls of all blocks but the first, less later calls.
+And the time that a block's first call takes to find out which layers its weights belong to. ``--blocks`` converted
+blocks are in one module, so that there are no constants to make. Of all blocks but the first: the first call, less a
+later one.
 """
 
 from __future__ import annotations

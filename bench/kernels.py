@@ -28,7 +28,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -270,11 +270,11 @@ def _assemble(ptx: str, gpu: Gpu, folder: Path) -> tuple[int, int, int, str]:
     cubin = folder / "kernel.cubin"
     arguments = ["-v", f"--gpu-name={ARCHITECTURE[gpu.capability]}", str(folder / "kernel.ptx"), "-o", str(cubin)]
     done = subprocess.run([ptxas, *arguments], capture_output=True, text=True, check=True)
-    told = done.stdout + done.stderr
-    used = re.search(r"Used (\d+) registers", told)
+    output = done.stdout + done.stderr
+    used = re.search(r"Used (\d+) registers", output)
     if used is None:
-        raise FakeGpuError(f"ptxas does not tell the registers: {told}")
-    spilled, shared = re.search(r"(\d+) bytes spill stores", told), re.search(r"(\d+) bytes smem", told)
+        raise FakeGpuError(f"ptxas does not tell the registers: {output}")
+    spilled, shared = re.search(r"(\d+) bytes spill stores", output), re.search(r"(\d+) bytes smem", output)
     code = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     return int(used[1]), int(spilled[1]) if spilled else 0, int(shared[1]) if shared else 0, code
 
@@ -287,7 +287,7 @@ def _accesses(ptx: str) -> tuple[Counter[int], Counter[int]]:
     return widths["ld"], widths["st"]
 
 
-def _executed(code: str, trips: int, ptx: str) -> Counter[str]:
+def _executed(code: str, trips: int, ptx: str) -> dict[str, float]:
     """How often a thread executes each instruction.
 
     Args:
@@ -322,9 +322,9 @@ def _executed(code: str, trips: int, ptx: str) -> Counter[str]:
             unrolled = max(1.0, loads / max(1, min(written, key=lambda count: loads % max(1, count))))
             for i in range(first, last + 1):
                 times[i] = max(1.0, trips / unrolled)
-    executed: Counter[str] = Counter()
+    executed: defaultdict[str, float] = defaultdict(float)
     for (name, _), count in zip(instructions, times, strict=True):
-        executed[name.split(".")[0]] += count  # type: ignore[assignment]
+        executed[name.split(".")[0]] += count
     return executed
 
 

@@ -30,7 +30,7 @@ from .runtime.binder import BoundGraph
 from .runtime.constants import LOCK, GraphRecord, forget_all
 from .weights import eligible, lora, marks
 from .weights.eligible import UNNAMED
-from .weights.layers import Layer, Namer, tree_of
+from .weights.layers import Layer, Namer, Tree, is_matrix, tree_of
 from .weights.quantized_weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -67,9 +67,9 @@ def fp8_diffusion(
     for scheme in dict.fromkeys(value.scheme for value in given.values() if isinstance(value, QuantizedWeight)):
         check_agreement(opts, scheme)
     namer = Namer(dynamo.sources(gm), dynamo.bases(gm))
-    parameters = {name: value for name, value in given.items() if isinstance(value, torch.nn.Parameter)}
+    matrices = {name: value for name, value in given.items() if isinstance(value, nn.Parameter) and is_matrix(value)}
     with LOCK:
-        layers, roots = namer.find({name: value for name, value in parameters.items() if value.dim() == 2}, anew=True)
+        layers, roots = namer.find(matrices, anew=True)
     context = Context(gm, opts, scheme_for(opts), refusal if asked else None, layers)
     rewritten = rewrite(context, partial(tracing.trace_graph, options=opts))
     plan = context.plan
@@ -86,7 +86,7 @@ def fp8_diffusion(
     with LOCK:
         for root in roots:
             marks.mark(root, opts, anew=True)
-    _guard(gm, plan, given, opts)
+        _guard(gm, plan, given, opts)
     compile_id = str(torch._guards.CompileContext.current_compile_id())
     return BoundGraph(
         compiled,
@@ -107,8 +107,7 @@ def _guard(gm: GraphModule, plan: Plan, given: Mapping[str, Any], options: Fp8Op
         if d.weight is not None and d.stays_by_name is not None:
             # It may bear the other mark: from another root that owns it, or if none does.
             holder, leaf = dynamo.holder(nodes[d.weight]) or (given[d.weight], "")
-            with LOCK:
-                marks.put(holder, options, leaf, stays=d.stays_by_name)
+            marks.put(holder, options, leaf, stays=d.stays_by_name)
             dynamo.guard_absence(nodes[d.weight], partial(marks.name_of, options, stays=not d.stays_by_name))
 
 
@@ -135,32 +134,33 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
     """
     if not plan.decisions:
         return
-    names = [name for root in roots for name in tree_of(root).names]
-    others = [name for root in roots for name in tree_of(root).others]
+    trees = [tree_of(root) for root in roots]
+    names = [name for tree in trees for name in tree.names]
+    others = [name for tree in trees for name in tree.others]
     of_graph = [name for d in plan.decisions for name in (d.path, d.within)]
     matched = matching(plan.ignored_layers, [*names, *others] or of_graph)
     warn_of_unmatched(
         [p for p in plan.unmatched_patterns if p not in matched],
         names or of_graph,
         "this model" if names else "this graph",
-        count=sum(tree_of(root).count for root in roots) if names else len(plan.decisions),
+        count=sum(tree.count for tree in trees) if names else len(plan.decisions),
         stacklevel=4,
     )
     unnamed = [d.within or d.node for d in plan.decisions if d.reason.startswith(UNNAMED)]
     if unnamed and options.strict:
         raise PatternError(plan.ignored_layers[0], f"nothing names the layers of {', '.join(unnamed)}")
-    if plan.quantized or (any(d.stays_by_name for d in plan.decisions) and _others_convert(roots, options)):
+    if plan.quantized or (any(d.stays_by_name for d in plan.decisions) and _others_convert(trees, options)):
         return
     # Of a model that was quantized at load time, `quantize_` has said it, of the whole model.
     if options.strict or not any(layer.recorded for layer in layers):
         complain_of_nothing(plan.reasons(), "this graph", strict=options.strict, stacklevel=4)
 
 
-def _others_convert(roots: Iterable[nn.Module], options: Fp8Options) -> bool:
+def _others_convert(trees: Iterable[Tree], options: Fp8Options) -> bool:
     """Whether a graph that leaves everything as it is, as it was asked to, is but a part of what is running."""
     return any(
         eligible.kept_by_name(tree.layer(module, leaf), options) is None
-        for tree in map(tree_of, roots)
+        for tree in trees
         for module, leaf in tree.matrices()
         if isinstance(module, nn.Linear)
     )

@@ -50,6 +50,16 @@ def layer_path(path: str) -> str:
     return ".".join(s for s in path.split(".") if s not in ("base_layer", "_orig_mod"))
 
 
+def join(path: str, name: str) -> str:
+    """The path of ``name`` below ``path``; either may be empty."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def parameter_layer(path: str, leaf: str) -> str:
+    """The path of the layer whose weight is the parameter ``leaf`` of the module at ``path``."""
+    return join(path, "" if leaf == "weight" else leaf)
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def spellings(path: str) -> tuple[str, ...]:
     """``path``, and those of the layers that a layer of a fused name took the place of."""
@@ -128,6 +138,11 @@ def _characters(part: str) -> str:
 def first_match(patterns: Iterable[str], path: str) -> str | None:
     """The first of ``patterns`` that names ``path``."""
     return _first_match(tuple(patterns), path)
+
+
+def first_match_of(patterns: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first of ``patterns`` that names the first of ``names`` that any does."""
+    return next((p for name in names if (p := first_match(patterns, name)) is not None), None)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -15,7 +15,7 @@ from .checks import check_agreement, complain_of_nothing, parse_options, scheme_
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
 from .options import Fp8Options
-from .patterns import Pattern, is_adapter, layer_path, matching
+from .patterns import Pattern, is_adapter, join, layer_path, matching
 from .runtime.binder import forget_bindings
 from .runtime.constants import forget_weights
 from .schemes import Scheme, finite
@@ -27,6 +27,7 @@ from .weights.layers import (
     Tree,
     all_parameters,
     delete_records,
+    ignored_by,
     is_matrix,
     note_kept,
     record_of,
@@ -153,7 +154,7 @@ class Choice:
             module._parameters["weight"] = parameter  # type: ignore[assignment]
 
 
-LASTING = ("ignored_layers: ", "refilled by ")
+LASTING = (ignored_by(""), "refilled by ")
 """How reasons begin that hold against a second conversion, which otherwise decides on what the first has left."""
 
 
@@ -177,7 +178,7 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     scheme = scheme_at_load(options)
     owners: dict[int, dict[tuple[int, str], str]] = {}  # a module that has two paths is one
     for path, module, leaf, parameter in all_parameters(model):
-        owners.setdefault(id(parameter), {}).setdefault((id(module), leaf), f"{path}.{leaf}".lstrip("."))
+        owners.setdefault(id(parameter), {}).setdefault((id(module), leaf), join(path, leaf))
     tree, handed_over = Tree(model), eligible.handed_over(model)
     choices: dict[int, Choice] = {}
     for name, module in model.named_modules():

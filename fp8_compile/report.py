@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .options import Fp8Options
 from .passes.context import Decision, PassResult
-from .patterns import layer_path, matching
+from .patterns import join, layer_path, matching, parameter_layer
 from .runtime.constants import GraphRecord, WeightState, state_of
 from .weights.layers import Layer, Tree, all_parameters, record_of
 from .weights.quantized_weight import QuantizedWeight
@@ -136,12 +136,11 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
                 extra += state.nbytes
             seen.add(id(parameter))
         if state is not None and decisions:
-            name = path if leaf == "weight" else f"{path}.{leaf}".lstrip(".")
-            rows.append(_row(layer_path(name), parameter, state, list(decisions.values())))
+            rows.append(_row(layer_path(parameter_layer(path, leaf)), parameter, state, list(decisions.values())))
         elif isinstance(module, torch.nn.Linear) and leaf == "weight":
             rows.append(_uncompiled(path, parameter, tree.layer(module, leaf)))
         elif _stacks_matrices(parameter):
-            stacks.append((len(rows), f"{path}.{leaf}".lstrip("."), parameter))
+            stacks.append((len(rows), join(path, leaf), parameter))
     ordered = sorted(records, key=lambda record: record.serial)
     asked = [found for module in model.modules() if (found := record_of(module))]
     least = min(

@@ -97,5 +97,5 @@ def last_graph() -> tuple[CodeType, int] | None:
         return None
     earlier = len(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(translator.f_code))
     limit = torch._dynamo.config.recompile_limit
-    # Whoever sets a limit of 1 wants to be told by Dynamo.
+    # Not of the only graph that a limit of 1 allows: such a limit is there to forbid a second one.
     return (translator.f_code, limit) if earlier > 0 and earlier + 1 >= limit else None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import quantize
 from ..errors import CheckpointError, NothingConvertedWarning, QuantizedWeightError
 from ..options import Fp8Options
+from ..patterns import join as join_path
 from ..quantize import choose, remember
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
 from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
@@ -93,11 +94,17 @@ def metadata_of(state_dict: Mapping[str, Any]) -> dict[str, str]:
 
 def _metadata(files: Iterable[Any]) -> Iterator[tuple[Any, Mapping[str, str]]]:
     """The metadata of each file that can be read; whoever reads its tensors says what is wrong with the others."""
+    for file, opened in _opened(files):
+        yield file, opened.metadata() or {}
+
+
+def _opened(files: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Each file that can be read, and what safetensors makes of it."""
     from safetensors import SafetensorError, safe_open
 
     for file in files:
         with contextlib.suppress(SafetensorError, OSError, TypeError), safe_open(file, framework="pt") as opened:
-            yield file, opened.metadata() or {}
+            yield file, opened
 
 
 def schemes_in(files: Iterable[Any]) -> dict[str, Scheme]:
@@ -126,13 +133,10 @@ def schemes_in(files: Iterable[Any]) -> dict[str, Scheme]:
 
 def fp8_in(files: Iterable[Any]) -> Iterator[tuple[Any, str]]:
     """The tensors in ``files`` that are 8-bit floating-point numbers, and their file, by the files' headers."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in files:
-        with contextlib.suppress(SafetensorError, OSError, TypeError), safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if opened.get_slice(name).get_dtype().startswith("F8_"):
-                    yield file, name
+    for file, opened in _opened(files):
+        for name in opened.keys():  # noqa: SIM118
+            if opened.get_slice(name).get_dtype().startswith("F8_"):
+                yield file, name
 
 
 def tied_in(files: Iterable[Any]) -> list[list[str]]:
@@ -278,16 +282,7 @@ def _entry(value: Tensor) -> Any:
 
 def holding(tensor: str, files: Sequence[Any]) -> list[Any]:
     """Those of ``files`` that hold ``tensor``; all of them if none does, or they cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    found = []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                if tensor in opened.keys():  # noqa: SIM118
-                    found.append(file)
-        except (SafetensorError, OSError, TypeError):
-            continue
+    found = [file for file, opened in _opened(files) if tensor in opened.keys()]  # noqa: SIM118
     return found or list(files)
 
 
@@ -619,7 +614,7 @@ def _left_on_meta(model: nn.Module, found: Mapping[str, Tensor]) -> Iterator[str
     """What `_fill` leaves there: buffers that are not saved, and tensors that are plain attributes."""
     for path, module in model.named_modules():
         for name, value in [*module._buffers.items(), *vars(module).items()]:
-            full = layer_name(f"{path}.{name}" if path else name)
+            full = layer_name(join_path(path, name))
             if isinstance(value, Tensor) and value.is_meta and full not in found:
                 yield full
 
@@ -630,7 +625,7 @@ def _fill(model: nn.Module, found: Mapping[str, Tensor]) -> None:
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            given = found[layer_name(f"{path}.{name}" if path else name)]
+            given = found[layer_name(join_path(path, name))]
             others = made.setdefault(id(parameter), [])
             new = next((new for other, new in others if _alike(other, given)), None)
             if new is None:
@@ -640,7 +635,7 @@ def _fill(model: nn.Module, found: Mapping[str, Tensor]) -> None:
                 others.append((given, new))
             module._parameters[name] = new
         for name, buffer in list(module._buffers.items()):
-            full = layer_name(f"{path}.{name}" if path else name)
+            full = layer_name(join_path(path, name))
             if buffer is not None and full in found:
                 device = torch.device("cpu") if buffer.is_meta else buffer.device
                 module._buffers[name] = found[full].to(device, buffer.dtype)

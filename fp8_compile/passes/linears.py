@@ -38,11 +38,8 @@ class Linear:
     @property
     def features(self) -> tuple[int, int]:
         """Input and output features; (0, 0) if the weight is no matrix."""
-        shape = getattr(example(self.weight), "shape", ())
-        if len(shape) != 2:
-            return 0, 0
-        out_features, in_features = (int(size_hint(size)) for size in shape)
-        return (out_features, in_features) if self.transposed else (in_features, out_features)
+        features = features_of(self.weight)
+        return features[::-1] if self.transposed else features
 
     @property
     def unusual(self) -> str | None:
@@ -61,6 +58,15 @@ class Linear:
     @property
     def _is_function(self) -> bool:
         return is_call(self.node, torch.nn.functional.linear, "linear")
+
+
+def features_of(weight: Node) -> tuple[int, int]:
+    """Input and output features of ``weight``, ``[N, K]``; (0, 0) if it is no matrix."""
+    shape = getattr(example(weight), "shape", ())
+    if len(shape) != 2:
+        return 0, 0
+    out_features, in_features = (int(size_hint(size)) for size in shape)
+    return in_features, out_features
 
 
 def find_linears(graph: Graph) -> Iterator[Linear]:

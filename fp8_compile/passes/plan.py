@@ -19,8 +19,8 @@ from ..weights.eligible import Candidate
 from ..weights.layers import Layer
 from ..weights.quantized_weight import QuantizedWeight
 from .context import DEQUANTIZED, Context, Decision, Plan
-from .graphs import example, row_count, size_hint, storages, written_storages
-from .linears import Linear, find_linears, module_path, other_readers, parameter_path_of, running_path
+from .graphs import example, row_count, storages, written_storages
+from .linears import Linear, features_of, find_linears, module_path, other_readers, parameter_path_of, running_path
 
 COMPUTED = "weight is computed at each call, so it cannot be quantized once"
 
@@ -48,8 +48,7 @@ def _is_eligible(node: Node, context: Context) -> bool:
     weight, layer = example(node), context.layers.get(node.name)
     if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 2:
         return False
-    out_features, in_features = (int(size_hint(size)) for size in weight.shape)
-    candidate = Candidate(weight, layer or Layer(), (in_features, out_features))
+    candidate = Candidate(weight, layer or Layer(), features_of(node))
     return eligible.unfit(candidate, context.options, context.scheme) is None
 
 
@@ -58,7 +57,7 @@ def _unrecognized(weight: Node, reader: Node, context: Context) -> Decision:
     within = layer_path(parameter_path_of(weight))
     layer = context.layers.get(weight.name, Layer((within,)))
     name = getattr(reader.target, "__name__", str(reader.target))
-    out_features, in_features = (int(size_hint(size)) for size in example(weight).shape)
+    in_features, out_features = features_of(weight)
     return Decision(
         node=reader.name,
         path=layer.path(within) or within,

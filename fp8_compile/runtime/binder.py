@@ -88,20 +88,19 @@ class BoundGraph:
             kept_arguments: those of them that the rewritten graph still takes, in order.
         """
         place = {name: i for i, name in enumerate(arguments)}
-        decided = [d for d in record.plan.decisions if d.weight is not None]
-        tracked = [d for d in decided if d.tracked]
         self._compiled = compiled
         self._as_written = as_written
         self._record = record
         self._constants = tuple(c for c in constants if not c.prequantized)
         self._prequantized = _getter([place[c.weight] for c in constants if c.prequantized])
-        self._decided = [(place[d.weight], d) for d in decided if d.weight is not None]
+        # Each with its weight's name and place among the arguments.
+        self._decided = [(d.weight, place[d.weight], d) for d in record.plan.decisions if d.weight is not None]
         self._options = options
         self._namer = namer
         if self._constants:
             self._weights = _getter([place[c.weight] for c in self._constants])
         else:
-            weights = _getter(sorted({place[d.weight] for d in tracked if d.weight is not None}))
+            weights = _getter(sorted({index for _, index, d in self._decided if d.tracked}))
             self._weights = lambda args: tuple(map(_plain, weights(args)))
         self._kept = _getter([place[name] for name in kept_arguments])
         self._instances: dict[tuple[int, ...], _Instance] = {}
@@ -131,7 +130,7 @@ class BoundGraph:
         key = tuple(map(id, weights))
         instance = self._instances.get(key)
         fake = any(is_fake(w) for w in weights)
-        planned = [d for _, d in self._decided]
+        planned = [d for _, _, d in self._decided]
         decisions = planned if fake or instance is not None else self._decide(args)
         if decisions is None:
             return None
@@ -168,18 +167,17 @@ class BoundGraph:
 
     def _decide(self, args: tuple[Any, ...]) -> list[Decision] | None:
         """The graph's decisions for the layers that ``args`` are the weights of; None if they differ from its plan."""
-        of_args = {d.weight: args[index] for index, d in self._decided if d.weight is not None}
+        of_args = {name: args[index] for name, index, _ in self._decided}
         layers, roots = self._namer.find(of_args)
-        decisions = [_of_layer(d, layers[d.weight], self._options) for _, d in self._decided if d.weight is not None]
+        decisions = [_of_layer(d, layers[name], self._options) for name, _, d in self._decided]
         fits = None not in decisions
         for root in roots:
             marks.mark(root, self._options, anew=not fits)
         if fits:
             return [d for d in decisions if d is not None]
-        for _, d in self._decided:
-            if d.weight is not None:
-                stays = eligible.kept_by_name(layers[d.weight], self._options) is not None
-                marks.put(of_args[d.weight], self._options, "", stays=stays)
+        for name, weight in of_args.items():
+            stays = eligible.kept_by_name(layers[name], self._options) is not None
+            marks.put(weight, self._options, "", stays=stays)
         logger.info(
             "%s: run once as written, because the graph that Dynamo chose was made for other layers",
             ", ".join(path for layer in layers.values() for path in layer.paths),
@@ -187,7 +185,7 @@ class BoundGraph:
         return None
 
     def _remember(self, args: tuple[Any, ...], weights: tuple[Tensor, ...], made: Sequence[Decision]) -> None:
-        for (index, _), decision in zip(self._decided, made, strict=True):
+        for (_, index, _), decision in zip(self._decided, made, strict=True):
             if decision.tracked:
                 decisions = state_for(args[index]).decisions.setdefault(self._record, [])
                 if decision not in decisions:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..options import Fp8Options
-from ..patterns import first_match
+from ..patterns import first_match_of
 from ..schemes import Scheme
-from .layers import Layer
+from .layers import Layer, ignored_by, narrower
 from .quantized_weight import QuantizedWeight
 
 QUANTIZABLE_DTYPES = (torch.bfloat16, torch.float16)
@@ -55,7 +55,7 @@ def pattern_of(layer: Layer, options: Fp8Options) -> str | None:
     """The entry of ``ignored_layers`` that names ``layer``; none names an adapter's."""
     if layer.adapter:
         return None
-    return next((p for name in layer.names if (p := first_match(options.ignored_layers, name)) is not None), None)
+    return first_match_of(options.ignored_layers, layer.names)
 
 
 def kept_by_name(layer: Layer, options: Fp8Options) -> str | None:
@@ -64,7 +64,7 @@ def kept_by_name(layer: Layer, options: Fp8Options) -> str | None:
         return "low-rank adapter"
     pattern = pattern_of(layer, options)
     if pattern is not None:
-        return f"ignored_layers: {pattern}"
+        return ignored_by(pattern)
     if not layer.paths and options.ignored_layers:
         return UNNAMED
     return layer.recorded
@@ -126,8 +126,8 @@ def _dtype(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | N
 
 
 def _narrow(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
-    narrow = min(candidate.features) < options.min_features and not isinstance(candidate.weight, QuantizedWeight)
-    return f"narrower than min_features {options.min_features}" if narrow else None
+    quantized = isinstance(candidate.weight, QuantizedWeight)
+    return None if quantized else narrower(candidate.features, options.min_features)
 
 
 def _scheme(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:

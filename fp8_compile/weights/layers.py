@@ -23,12 +23,22 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..options import Fp8Options
-from ..patterns import first_match, is_adapter, layer_path, spellings
+from ..patterns import first_match_of, is_adapter, join, layer_path, parameter_layer, spellings
 from .quantized_weight import QuantizedWeight
 from .sharded import refilled, stack
 
 NO_RECORD = "the model holds quantized weights, and no record of what was to be kept"
 NOT_A_LINEAR = "no nn.Linear's weight, which is all that quantize_ converts"
+
+
+def ignored_by(pattern: str) -> str:
+    """The reason of a layer that ``pattern`` names."""
+    return f"ignored_layers: {pattern}"
+
+
+def narrower(features: tuple[int, int], least: int) -> str | None:
+    """Why a linear of so many input and output features stays, or None."""
+    return f"narrower than min_features {least}" if min(features) < least else None
 
 
 @dataclass(frozen=True)
@@ -86,13 +96,13 @@ class Record:
         if path in self.kept:
             return self.kept[path]
         patterns = self.options.get("ignored_layers", ())
-        pattern = next((p for s in spellings(path) if (p := first_match(patterns, s)) is not None), None)
+        pattern = first_match_of(patterns, spellings(path))
         if pattern is not None:
-            return f"ignored_layers: {pattern}"
+            return ignored_by(pattern)
         if leaf != "weight" or not isinstance(module, nn.Linear):
             return NOT_A_LINEAR
         least = self.options.get("min_features", Fp8Options.min_features)
-        return f"narrower than min_features {least}" if min(module.in_features, module.out_features) < least else None
+        return narrower((module.in_features, module.out_features), least)
 
 
 def record_of(module: nn.Module) -> Record | None:
@@ -180,8 +190,7 @@ class Tree:
             for leaf, weight in module._parameters.items():
                 if is_matrix(weight):
                     if not (linear or is_adapter(raw)):
-                        own = "" if leaf == "weight" else leaf
-                        others += [_join(place.path, own), _join(place.regional, own)]
+                        others += [parameter_layer(place.path, leaf), parameter_layer(place.regional, leaf)]
                     owners.setdefault(id(weight), {})[id(module), leaf] = weakref.ref(module), leaf
                     unrecorded |= isinstance(weight, QuantizedWeight) and place.record is None
         # By the module that has one of the names, because parameters may be replaced. Weakly, because these modules may
@@ -211,10 +220,10 @@ class Tree:
         compiled = name == "_orig_mod" or module._compiled_call_impl is not None
         return _Place(
             raw,
-            parent.path if wrapper else _join(parent.path, name),
-            "" if wrapper or compiled else _join(parent.regional, name),
+            parent.path if wrapper else join(parent.path, name),
+            "" if wrapper or compiled else join(parent.regional, name),
             parent.record if record is None else record,
-            _join(parent.recorded, name) if record is None else "",
+            join(parent.recorded, name) if record is None else "",
         )
 
     def holds(self, module: nn.Module) -> bool:
@@ -243,14 +252,13 @@ class Tree:
             owner = ref()
             if owner is None:
                 continue
-            own = "" if name == "weight" else name
             for place in self._places[owner]:
                 adapter = adapter or is_adapter(place.raw)
-                paths.append(layer_path(_join(place.path, own)))
-                regional.append(layer_path(_join(place.regional, own)))
+                paths.append(layer_path(parameter_layer(place.path, name)))
+                regional.append(layer_path(parameter_layer(place.regional, name)))
                 recorded = recorded or refilled(module for module in self._around(place) if module is not None)
                 if place.record is not None and recorded is None:
-                    recorded = place.record.reason(owner, name, layer_path(_join(place.recorded, own)))
+                    recorded = place.record.reason(owner, name, layer_path(parameter_layer(place.recorded, name)))
         recorded = recorded or module.__dict__.get(_KEPT, {}).get(leaf)
         if recorded is None and self._unrecorded and self._places[module][0].record is None:
             recorded = NO_RECORD
@@ -273,7 +281,7 @@ def walk(root: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
         yield path, around
         for name, part in around[-1]._modules.items():
             if part is not None and not any(part is module for module in around):
-                yield from below(_join(path, name), (*around, part))
+                yield from below(join(path, name), (*around, part))
 
     return below("", (root,))
 
@@ -289,10 +297,6 @@ def all_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Pa
 def is_matrix(weight: nn.Parameter | None) -> bool:
     """Whether ``weight`` may be that of a linear."""
     return weight is not None and not is_lazy(weight) and weight.dim() == 2
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
 
 
 _trees: weakref.WeakKeyDictionary[nn.Module, Tree] = weakref.WeakKeyDictionary()

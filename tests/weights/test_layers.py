@@ -611,19 +611,19 @@ def new_parameters(m: Model, folder: Path) -> Model:
 
 
 def swapped(m: Model, folder: Path) -> Model:
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        return m._apply(lambda t: t.clone())
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
+    return applied(m, torch.__future__.set_swap_module_params_on_conversion)
 
 
 def overwritten(m: Model, folder: Path) -> Model:
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    return applied(m, torch.__future__.set_overwrite_module_params_on_conversion)
+
+
+def applied(m: Model, switch: Callable[[bool], None]) -> Model:
+    switch(True)
     try:
         return m._apply(lambda t: t.clone())
     finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        switch(False)
 
 
 @pytest.mark.parametrize("act", [copied, pickled, saved, assigned, new_parameters, swapped, overwritten])
