@@ -21,19 +21,17 @@ from .runtime.constants import forget_weights
 from .schemes import Scheme, finite
 from .weights import eligible, lora, marks
 from .weights.eligible import Candidate
-from .weights.layers import (
+from .weights.layers import Tree, all_parameters, forget_trees, is_matrix
+from .weights.quantized_weight import QuantizedWeight
+from .weights.records import (
     NOT_A_LINEAR,
     Record,
-    Tree,
-    all_parameters,
     delete_records,
     ignored_by,
-    is_matrix,
     note_kept,
     record_of,
     write_record,
 )
-from .weights.quantized_weight import QuantizedWeight
 
 on_converted: list[Callable[[nn.Module, Fp8Options], None]] = []
 """Called with each model that is converted, or loaded, in memory, and all that it was asked: how integrations learn."""
@@ -297,6 +295,7 @@ def dequantize(model: nn.Module) -> None:
 
 
 def _decide_anew(model: nn.Module) -> None:
+    forget_trees()
     marks.remove(model)
     forget_weights(p for p in model.parameters() if not isinstance(p, QuantizedWeight))
     forget_bindings()

@@ -16,8 +16,9 @@ from .options import Fp8Options
 from .passes.context import Decision, PassResult
 from .patterns import join, layer_path, matching, parameter_layer
 from .runtime.constants import GraphRecord, WeightState, state_of
-from .weights.layers import Layer, Tree, all_parameters, record_of
+from .weights.layers import Layer, Tree, all_parameters
 from .weights.quantized_weight import QuantizedWeight
+from .weights.records import record_of
 
 NOT_COMPILED = "in no graph that the backend compiled"
 EXPERTS = "experts: a parameter of three dimensions"

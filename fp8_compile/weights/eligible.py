@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..options import Fp8Options
 from ..patterns import first_match_of
 from ..schemes import Scheme
-from .layers import Layer, ignored_by, narrower
+from .layers import Layer
 from .quantized_weight import QuantizedWeight
+from .records import ignored_by, narrower
 
 QUANTIZABLE_DTYPES = (torch.bfloat16, torch.float16)
 

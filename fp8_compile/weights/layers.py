@@ -5,7 +5,7 @@ know: Dynamo compiles one for a block and runs it with all of them, and where a 
 The Python stack knows: the outermost module that is running, and owns the parameter, gives it the same path however the
 graph was cut.
 
-What a model was asked when it was quantized is kept in it (`Record`), by path as well, so that a parameter that is
+What a model was asked when it was quantized is kept in it (`records`), by path as well, so that a parameter that is
 wrapped anew, copied or replaced is still the layer that it was.
 """
 
@@ -17,28 +17,16 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..options import Fp8Options
-from ..patterns import first_match_of, is_adapter, join, layer_path, parameter_layer, spellings
+from ..patterns import is_adapter, join, layer_path, parameter_layer, spellings
 from .quantized_weight import QuantizedWeight
+from .records import Record, kept_by_itself, record_of
 from .sharded import refilled, stack
 
 NO_RECORD = "the model holds quantized weights, and no record of what was to be kept"
-NOT_A_LINEAR = "no nn.Linear's weight, which is all that quantize_ converts"
-
-
-def ignored_by(pattern: str) -> str:
-    """The reason of a layer that ``pattern`` names."""
-    return f"ignored_layers: {pattern}"
-
-
-def narrower(features: tuple[int, int], least: int) -> str | None:
-    """Why a linear of so many input and output features stays, or None."""
-    return f"narrower than min_features {least}" if min(features) < least else None
 
 
 @dataclass(frozen=True)
@@ -67,76 +55,6 @@ class Layer:
     def names(self) -> tuple[str, ...]:
         """All that a pattern may match."""
         return tuple(dict.fromkeys(s for path in (*self.paths, *self.regional) for s in spellings(path)))
-
-
-# --- what a model remembers ---
-
-_RECORD, _KEPT = "_fp8_quantized", "_fp8_kept"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What `fp8_compile.quantize_` was asked of a module, and what it left; kept in the module as a plain dict.
-
-    Attributes:
-        options: as the flat dict that the user may give.
-        kept: the reason, by path within the module, for each linear that stayed.
-        unmatched: entries of ``ignored_layers`` that named no linear.
-    """
-
-    options: Mapping[str, Any]
-    kept: Mapping[str, str]
-    unmatched: tuple[str, ...]
-
-    def reason(self, module: nn.Module, leaf: str, path: str) -> str | None:
-        """Why the parameter ``leaf`` of ``module``, at ``path`` within the recorded module, stays, or None.
-
-        What was not there then is decided on as it would have been.
-        """
-        if path in self.kept:
-            return self.kept[path]
-        patterns = self.options.get("ignored_layers", ())
-        pattern = first_match_of(patterns, spellings(path))
-        if pattern is not None:
-            return ignored_by(pattern)
-        if leaf != "weight" or not isinstance(module, nn.Linear):
-            return NOT_A_LINEAR
-        least = self.options.get("min_features", Fp8Options.min_features)
-        return narrower((module.in_features, module.out_features), least)
-
-
-def record_of(module: nn.Module) -> Record | None:
-    """What ``module`` itself remembers, or None."""
-    found = module.__dict__.get(_RECORD)
-    return None if found is None else Record(found["options"], found["kept"], tuple(found["unmatched"]))
-
-
-def write_record(module: nn.Module, record: Record) -> None:
-    """Let ``module`` remember ``record``. It goes along when the module is copied or pickled."""
-    module.__dict__[_RECORD] = {
-        "options": dict(record.options),
-        "kept": dict(record.kept),
-        "unmatched": list(record.unmatched),
-    }
-    _trees.clear()
-
-
-def note_kept(module: nn.Module, leaf: str, reason: str | None) -> None:
-    """Let ``module`` itself say why its parameter ``leaf`` stays, for when it runs without what has the record."""
-    kept = {name: text for name, text in module.__dict__.get(_KEPT, {}).items() if name != leaf}
-    if reason is not None:
-        kept[leaf] = reason
-    module.__dict__.pop(_KEPT, None)
-    if kept:
-        module.__dict__[_KEPT] = kept
-
-
-def delete_records(model: nn.Module) -> None:
-    """Let ``model`` and all its parts forget what they were asked."""
-    for module in model.modules():
-        module.__dict__.pop(_RECORD, None)
-        module.__dict__.pop(_KEPT, None)
-    _trees.clear()
 
 
 # --- where things are ---
@@ -259,7 +177,7 @@ class Tree:
                 recorded = recorded or refilled(module for module in self._around(place) if module is not None)
                 if place.record is not None and recorded is None:
                     recorded = place.record.reason(owner, name, layer_path(parameter_layer(place.recorded, name)))
-        recorded = recorded or module.__dict__.get(_KEPT, {}).get(leaf)
+        recorded = recorded or kept_by_itself(module, leaf)
         if recorded is None and self._unrecorded and self._places[module][0].record is None:
             recorded = NO_RECORD
         distinct = tuple(dict.fromkeys(paths))
@@ -310,6 +228,11 @@ def tree_of(root: nn.Module, module: nn.Module | None = None) -> Tree:
     ):
         tree = _trees[root] = Tree(root)
     return tree
+
+
+def forget_trees() -> None:
+    """Look at all modules anew, because they remember something else now."""
+    _trees.clear()
 
 
 # --- who is running ---

@@ -18,7 +18,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import fp8_compile
-from fp8_compile.weights.layers import Tree, record_of
+from fp8_compile.weights.layers import Tree
+from fp8_compile.weights.records import record_of
 from tests.support.blocks import LOAD, OPTIONS, WIDTH, Model, model, tokens
 from tests.support.sqnr import sqnr
 
