@@ -10,6 +10,7 @@ learning", arXiv:2209.05433). A scale is ``amax / 448`` in float32: the value th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ FP8_MAX = torch.finfo(FP8_DTYPE).max
 # An all-zero row has amax 0; any positive scale then gives zeros where 0 / 0 would give NaN. The smallest normal
 # float32 changes no other row: bfloat16 and float16 values that small are far below what a matmul can resolve.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
+
+_TWO_SQRT = 2 * math.sqrt(2 / math.pi)
 
 # Up to so many rows, a matrix multiplication is written as a sum for each row.
 _FEW_ROWS = 16
@@ -103,6 +106,19 @@ def quantize_tensorwise(x: Tensor) -> Quantized:
     if statically_known_true(x.numel() == 0):
         return x.to(FP8_DTYPE), x.new_ones((), dtype=torch.float32)
     return _quantize_with(x, _amax(x, tuple(range(x.dim())), by_bits=x.device.type == "cuda").reshape(()))
+
+
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
+    """GELU's approximation with tanh (Hendrycks and Gimpel, arXiv:1606.08415), written as ``x * sigmoid(2 * u)``.
+
+    Args:
+        x: floating point. ``u`` is ``sqrt(2 / pi) * (x + 0.044715 * x ** 3)``, in float32.
+
+    Returns:
+        As ``x``: shape and dtype.
+    """
+    value = x.float()
+    return (value * torch.sigmoid(_TWO_SQRT * value * (1 + 0.044715 * value * value))).to(x.dtype)
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,7 +232,8 @@ def weight_only_linear(
         ``[..., N]`` in ``dtype``.
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if isinstance(rows.shape[0], int) and 0 < rows.shape[0] <= _FEW_ROWS:
+    few = isinstance(rows.shape[0], int) and 0 < rows.shape[0] <= _FEW_ROWS
+    if few:
         # as_strided changes nothing but that Inductor puts the rows into memory first; else it would compute what they
         # are made of, such as a SiLU, once for each output channel, which takes longer than reading the weight.
         rows = rows.as_strided(rows.shape, rows.stride()).float()
@@ -228,7 +245,11 @@ def weight_only_linear(
     out = out * weight_scale.reshape(-1)
     if bias is not None:
         out = out + bias.float()
-    return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
+    out = out.to(dtype)
+    if few:
+        # Likewise stored once; else each kernel that reads it, a modulation, would round and shift it anew in each row.
+        out = out.as_strided(out.shape, out.stride())
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _has_tensorwise_kernel(device_type: str) -> bool:

@@ -116,7 +116,11 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
         ("small_m", "fp8", "small_m='fp8' is not valid; valid: weight-only, keep"),
         ("disabled_passes", "real_rotary", "disabled_passes='real_rotary': expected a list of names"),
         ("disabled_passes", ["real_rotry"], "disabled_passes='real_rotry' is not valid, did you mean 'real_rotary'?"),
-        ("disabled_passes", ["quantize_linears"], "valid: real_rotary, one_fp8_copy, whole_rows"),
+        (
+            "disabled_passes",
+            ["quantize_linears"],
+            "valid: real_rotary, rotary_pairs, sigmoid_gelu, one_fp8_copy, whole_rows",
+        ),
         ("mode", "max-autotun", "mode='max-autotun' is not valid, did you mean 'max-autotune'?; valid: default, "),
         ("mode", "fast", "mode='fast' is not valid; valid: default, "),
         ("mode", 3, "mode=3 is not valid"),

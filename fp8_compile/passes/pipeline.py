@@ -20,6 +20,8 @@ from .one_fp8_copy import one_fp8_copy
 from .plan import plan_linears
 from .quantize_linears import quantize_linears
 from .real_rotary import real_rotary
+from .rotary_pairs import rotary_pairs
+from .sigmoid_gelu import sigmoid_gelu
 
 Stage = Literal["dynamo", "post_grad"]
 """Which graph a pass takes: a copy of Dynamo's, or that after AOTAutograd, inside Inductor
@@ -33,12 +35,14 @@ class Pass:
     Attributes:
         reason: for its place in the order.
         optional: whether ``disabled_passes`` may name it.
+        fuses: it makes several operators of one, for a compiler that fuses them; others than Inductor do without it.
     """
 
     run: Callable[[Graph, Context], int]
     stage: Stage
     reason: str
     optional: bool = True
+    fuses: bool = False
 
     @property
     def name(self) -> str:
@@ -48,6 +52,8 @@ class Pass:
 PASSES = (
     Pass(plan_linears, "dynamo", "first: it names nodes of the graph as the user wrote it", optional=False),
     Pass(real_rotary, "dynamo", "touches no linear, and no pass touches rotations"),
+    Pass(rotary_pairs, "dynamo", "the same, for other spellings"),
+    Pass(sigmoid_gelu, "dynamo", "Inductor decomposes GELU before its own passes; no pass knows it", fuses=True),
     Pass(quantize_linears, "dynamo", "carries out the plan, which no earlier pass may outdate", optional=False),
     Pass(one_fp8_copy, "post_grad", "last: earlier passes of Inductor's read the metadata that it takes away"),
 )
@@ -79,7 +85,9 @@ def rewrite(context: Context, trace: Trace) -> GraphModule:
 
 def of_stage(stage: Stage, context: Context) -> tuple[Pass, ...]:
     """The passes of a stage that shall run, in their order."""
-    return tuple(p for p in PASSES if p.stage == stage and p.name not in context.options.disabled_passes)
+    disabled, inner = context.options.disabled_passes, context.options.inner_backend
+    wanted = (p for p in PASSES if p.stage == stage and p.name not in disabled)
+    return tuple(p for p in wanted if inner == "inductor" or not p.fuses)
 
 
 def run(one: Pass, graph: Graph, context: Context) -> int:
