@@ -125,6 +125,20 @@ GPUS = {
         source="https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf, appendix A: "
         "165.2 TFLOP/s BF16 and 330.3 FP8, both dense with float32 accumulation, 1008 GB/s",
     ),
+    "rtx5090": Gpu(
+        name="NVIDIA GeForce RTX 5090",
+        capability=(12, 0),
+        processors=170,
+        threads=1536,
+        shared=101376,
+        l2=96 << 20,
+        memory=32 * 10**9,
+        bf16_flops=168e12,
+        fp8_flops=335e12,
+        bandwidth=1.61e12,
+        source="https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
+        ", appendix: 209.5 TFLOP/s BF16 and 419 FP8, both dense with float32 accumulation, 1792 GB/s",
+    ),
 }
 
 
@@ -219,6 +233,8 @@ def _device_queries(gpu: Gpu) -> Iterator[Any]:
         "get_device_properties": lambda device=None: properties,
         "is_bf16_supported": lambda including_emulation=True: True,
     }
+    # A build without CUDA has no version of it, and torchao refuses such a one.
+    yield _replaced(torch.version, "cuda", torch.version.cuda or "12.8")
     from torch._dynamo.device_interface import CudaInterface
 
     for name, answer in answers.items():

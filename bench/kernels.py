@@ -16,20 +16,25 @@ architecture, in every configuration that Inductor would try, without a driver, 
 Of each kernel's configurations, the fastest by the model without spills stands for it, since Inductor times them and
 takes the fastest; if all spill, the fastest.
 
-This is a model of the code, not a measurement. Matmuls and attention are not in it.
+Beside the generated kernels stand those of libraries, each at the larger of its bytes over the bandwidth and its FLOPs
+over a rate: matmuls at the ceilings of `bench.fake_gpu.Gpu`, attention at `ATTENTION`, the eager rest at its bytes. A
+block's time is the sum of all, one after the other, without gaps between launches.
+
+This is a model of the code, not a measurement.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,14 +43,17 @@ from unittest import mock
 from .blocks import BLOCKS
 from .common import parser, table, write
 from .fake_gpu import GPUS, FakeGpuError, Gpu, fake_gpu
-from .lower import BACKENDS, Lowered, lower
+from .lower import BACKENDS, Kernel, Lowered, lower, options
 
-# Boost clocks of the data sheets' SXM cards, in Hz; the 4090's is its reference boost.
-CLOCK = {"h100": 1.755e9, "h200": 1.755e9, "b200": 1.85e9, "rtx4090": 2.52e9}
+# Boost clocks of the data sheets' SXM cards, in Hz; those of the 4090 and 5090 are their reference boost.
+CLOCK = {"h100": 1.755e9, "h200": 1.755e9, "b200": 1.85e9, "rtx4090": 2.52e9, "rtx5090": 2.407e9}
 ARCHITECTURE = {(8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100a", (12, 0): "sm_120a"}
 # Bytes of shared memory in a multiprocessor: "Technical Specifications per Compute Capability" of the same guide.
 SHARED = {(8, 9): 100 << 10, (9, 0): 228 << 10, (10, 0): 228 << 10, (12, 0): 100 << 10}
 REGISTERS = 65536
+# FlashAttention 2, which torch calls, reaches 35 % of an H100's dense peak (arXiv:2407.08608, abstract). Elsewhere the
+# ceiling of BF16 matmuls stands for it.
+ATTENTION = {"h100": 0.35 * 989e12, "h200": 0.35 * 989e12}
 
 # Clocks for which a warp instruction occupies its unit in one of the four partitions of a multiprocessor: 32 lanes over
 # a quarter of the guide's figure.
@@ -154,20 +162,35 @@ class Generated:
 
 @dataclass(frozen=True)
 class Block:
-    """The generated kernels of one block, in their order."""
+    """One block.
+
+    Attributes:
+        kernels: the generated ones, in their order.
+        matmul_us, attention_us, rest_us: microseconds by the model of the kernels that libraries bring.
+        in_fp8: share of the matmuls' FLOPs; what stays in BF16 is in the rest.
+    """
 
     model: str
     backend: str
     device: str
     kernels: tuple[Generated, ...] = field(repr=False)
+    matmul_us: float
+    attention_us: float
+    rest_us: float
+    in_fp8: float
 
     @property
-    def us(self) -> float:
+    def generated_us(self) -> float:
         return sum(kernel.us for kernel in self.kernels)
 
     @property
     def memory_us(self) -> float:
+        """Of the generated kernels: the least that their bytes take."""
         return sum(kernel.memory_us for kernel in self.kernels)
+
+    @property
+    def us(self) -> float:
+        return self.generated_us + self.matmul_us + self.attention_us + self.rest_us
 
 
 def compile_block(lowered: Lowered) -> Block:
@@ -195,7 +218,20 @@ def compile_block(lowered: Lowered) -> Block:
                 )
             memory_us = 1e6 * node.bytes / gpu.bandwidth
             kernels.append(Generated(name, node.name, math.prod(sizes), node.bytes, memory_us, compiled[key]))
-    return Block(lowered.model, lowered.backend, lowered.device, tuple(kernels))
+    matmul, attention, rest = (
+        sum(_library_us(k, lowered.device) for k in lowered.of_kind(kind)) for kind in ("matmul", "attention", "eager")
+    )
+    matmuls = lowered.of_kind("matmul")
+    in_fp8 = sum(k.flops for k in matmuls if k.dtypes.startswith("float8")) / sum(k.flops for k in matmuls)
+    return Block(lowered.model, lowered.backend, lowered.device, tuple(kernels), matmul, attention, rest, in_fp8)
+
+
+def _library_us(kernel: Kernel, device: str) -> float:
+    gpu = GPUS[device]
+    rate = gpu.fp8_flops if kernel.dtypes.startswith("float8") else gpu.bf16_flops
+    if kernel.kind == "attention":
+        rate = ATTENTION.get(device, rate)
+    return 1e6 * max(kernel.bytes / gpu.bandwidth, kernel.flops / rate)
 
 
 @contextlib.contextmanager
@@ -380,8 +416,22 @@ def show(block: Block) -> str:
     title = f"{block.model}, {block.backend}, {block.device}"
     return (
         f"{title}\n{table([*header, 'us', 'floor'], rows)}\n"
-        f"{title}: {block.us:.1f} us by the model, floor {block.memory_us:.1f} us, {len(block.kernels)} launches"
+        f"{title}: generated {block.generated_us:.1f} us by the model, floor {block.memory_us:.1f} us, "
+        f"{len(block.kernels)} launches; matmuls {block.matmul_us:.1f}, attention {block.attention_us:.1f}, "
+        f"rest {block.rest_us:.1f}; together {block.us:.1f}"
     )
+
+
+def sums(blocks: Sequence[Block]) -> str:
+    """A row for each block, with its speed against that of the first backend on the same model and device."""
+    rows = []
+    for block in blocks:
+        first = next(b for b in blocks if (b.model, b.device) == (block.model, block.device))
+        parts = (block.matmul_us, block.attention_us, block.generated_us, block.rest_us, block.us)
+        figures = [f"{block.in_fp8:.0%}", *(f"{us:,.0f}" for us in parts), f"{first.us / block.us:.2f}x"]
+        rows.append([f"{block.model}, {block.backend}, {block.device}", *figures])
+    header = ["us by the model", "in FP8", "matmuls", "attention", "generated", "rest", "all", "speed"]
+    return table(header, rows)
 
 
 def main() -> None:
@@ -390,22 +440,24 @@ def main() -> None:
     made.add_argument("--model", nargs="+", choices=sorted(BLOCKS), default=["qwen-image"])
     made.add_argument("--tokens", type=int, default=4096, help="image tokens; the model's text tokens come on top")
     made.add_argument("--backend", nargs="+", choices=BACKENDS, default=["fp8_diffusion"])
-    made.add_argument("--device", choices=sorted(GPUS), default="h200")
+    made.add_argument("--options", type=options, default={}, help="JSON, torch.compile's options for fp8_diffusion")
+    made.add_argument("--device", nargs="+", choices=sorted(GPUS), default=["h200"])
     args = made.parse_args()
     blocks = []
-    for model in args.model:
-        for backend in args.backend:
-            try:
-                blocks.append(compile_block(lower(model, args.tokens, backend, device=args.device)))
-            except FakeGpuError as error:
-                sys.exit(f"bench.kernels: {error}")
-            print(show(blocks[-1]), end="\n\n", flush=True)
+    for device, model, backend in itertools.product(args.device, args.model, args.backend):
+        given = args.options if backend == "fp8_diffusion" else {}
+        try:
+            blocks.append(compile_block(lower(model, args.tokens, backend, given, device)))
+        except FakeGpuError as error:
+            sys.exit(f"bench.kernels: {error}")
+        print(show(blocks[-1]), end="\n\n", flush=True)
+    print(sums(blocks))
     write(
         args.output,
         {
             "results": [
                 asdict(block)
-                | {"us": block.us, "memory_us": block.memory_us}
+                | {"us": block.us, "generated_us": block.generated_us, "memory_us": block.memory_us}
                 | {"kernels": [asdict(k) | {"us": k.us, "bound": k.bound} for k in block.kernels]}
                 for block in blocks
             ]

@@ -468,14 +468,15 @@ def _ceilings(gpu: Gpu) -> str:
     )
 
 
-def _options(text: str) -> dict[str, Any]:
+def options(text: str) -> dict[str, Any]:
+    """The value of ``--options``."""
     try:
-        options = json.loads(text)
+        given = json.loads(text)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise argparse.ArgumentTypeError("a JSON object belongs here")
-    return options
+    if not isinstance(given, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return given
 
 
 def main() -> None:
@@ -485,7 +486,7 @@ def main() -> None:
     made.add_argument("--tokens", type=int, default=4096, help="image tokens; the model's text tokens come on top")
     made.add_argument("--backend", choices=BACKENDS, default="fp8_diffusion")
     made.add_argument("--diff", choices=BACKENDS, nargs="+", default=[], help="other backends, shown beside the first")
-    made.add_argument("--options", type=_options, default={}, help="JSON, torch.compile's options for --backend")
+    made.add_argument("--options", type=options, default={}, help="JSON, torch.compile's options for --backend")
     made.add_argument("--device", choices=sorted(GPUS), default="h200")
     made.add_argument("--kernels", action="store_true", help="list every kernel as well")
     made.add_argument("--code", type=Path, help="where the generated code of --backend goes")
