@@ -27,6 +27,7 @@ Parts (``--part``), each planned for less than nine minutes on an H200, which no
 * ``cudagraphs``: ``reduce-overhead`` for BF16 and ours;
 * ``passes``: ours without one pass or another;
 * ``layers-1``, ``layers-2`` (Qwen-Image only): 13 choices of layers that stay in BF16;
+* ``kernels``: the kernels of a block, measured beside what `bench.kernels` says of them (`bench.kernel_times`);
 * ``gemm``: every linear's shape alone, in BF16 and FP8, and merged with those that read the same input.
 
 ``first run`` is the compilation, with whatever Inductor's cache on disk holds already. ``GB held`` and ``read`` are
@@ -73,6 +74,7 @@ from fp8_compile.measure.variants import NotedBackend
 from fp8_compile.recipes.qwen_image import QWEN_IMAGE_GROUPS
 from fp8_compile.runtime.constants import state_of
 
+from . import kernel_times
 from .common import Spread, environment, interleave, parser, table
 from .fake_gpu import GPUS, Gpu
 from .models import MODELS, TORCHAO_SETTINGS, Model, output, quantize_with_torchao
@@ -162,11 +164,12 @@ PARTS: dict[str, dict[str, Case]] = {
         **_BF16,
         "FP8": Case(),
         "without real_rotary": Case(options={"disabled_passes": ["real_rotary"]}),
+        "without rotary_pairs": Case(options={"disabled_passes": ["rotary_pairs"]}),
+        "without sigmoid_gelu": Case(options={"disabled_passes": ["sigmoid_gelu"]}),
         "without one_fp8_copy": Case(options={"disabled_passes": ["one_fp8_copy"]}),
         "without whole_rows": Case(options={"disabled_passes": ["whole_rows"]}),
         "stock thresholds": Case(
             options={
-                "realize_reads_threshold": 4,
                 "realize_opcount_threshold": 30,
                 "realize_acc_reads_threshold": 8,
             }
@@ -175,6 +178,9 @@ PARTS: dict[str, dict[str, Case]] = {
     "layers-1": {**_BF16, **_LAYERS[0]},
     "layers-2": {**_BF16, **_LAYERS[1]},
 }
+OTHER_PARTS = ("kernels", "gemm")
+# The blocks of a model, as `bench.blocks` names them.
+KINDS_OF_BLOCKS = {"qwen-image": ("qwen-image",), "z-image": ("z-image",), "flux": ("flux", "flux-single")}
 ONLY = {"layers-1": ("qwen-image",), "layers-2": ("qwen-image",)}
 
 
@@ -628,6 +634,8 @@ def _burst(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], int
 
 def show(model: str, part: str, result: dict[str, Any]) -> str:
     """One part as a table."""
+    if "blocks" in result:
+        return f"{model}, {part}\n{kernel_times.show(result)}"
     if "cases" not in result and "shapes" not in result:
         return "\n".join([f"{model}, {part}", *_left_out(result)])
     if part == "gemm":
@@ -686,7 +694,7 @@ def _driver() -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-    p.add_argument("--part", nargs="+", choices=[*PARTS, "gemm"], default=[*PARTS, "gemm"])
+    p.add_argument("--part", nargs="+", choices=[*PARTS, *OTHER_PARTS], default=[*PARTS, *OTHER_PARTS])
     p.add_argument("--again", action="store_true", help="also run parts that the output holds, and cases that failed")
     p.add_argument("--rounds", type=int, default=20)
     p.add_argument(
@@ -766,6 +774,10 @@ def _run(
 ) -> dict[str, Any]:
     """One part; here and not in `main`, so that nothing of it is alive when the next one begins."""
     torch.compiler.reset()
+    if part == "kernels":
+        if given.device == "cpu":
+            return {"finished": True, "failed": {}, "skipped": {"kernels": "a CPU has no kernels to measure"}}
+        return {"finished": True, **kernel_times.run(KINDS_OF_BLOCKS[name], 4096, kernel_times.BACKENDS)}
     runner = Runner(name, given.tiny, given.device)
     if part == "gemm":
         return run_gemms(runner, given.rounds, given.budget, store)
