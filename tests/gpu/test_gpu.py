@@ -225,3 +225,24 @@ def test_numerics_are_those_of_the_cpu() -> None:
         here, there = quantize(x), quantize(x.to(CUDA))
         torch.testing.assert_close(there[1].cpu(), here[1], rtol=1e-6, atol=0)
         assert float((there[0].cpu().float() == here[0].float()).float().mean()) > 0.999  # ties under another scale
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gelu_and_rotations_in_generated_code(dynamic: bool) -> None:
+    from tests.passes.test_rotary_pairs import flux_double, wan
+    from tests.support.graphs import Call as Module
+
+    def function(m: Any, text: Tensor, image: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        flat = nn.functional.gelu(text, approximate="tanh")
+        length = image.shape[1]
+        return flux_double(m, flat, image, cos, sin), wan(m, image, cos[None, :length, None], sin[None, :length, None])
+
+    torch._dynamo.reset()
+    module = Module(function)
+    compiled = torch.compile(module, backend="fp8_diffusion", fullgraph=True, dynamic=dynamic)
+    for tokens in (65, 130):
+        tables = (torch.randn(32 + tokens, 128, device=CUDA) for _ in range(2))
+        inputs = gaussian(2, 32, 4, 128), gaussian(2, tokens, 4, 128), *tables
+        with torch.no_grad():
+            for got, expected in zip(compiled(*inputs), module(*inputs), strict=True):
+                assert sqnr(expected, got) > 50
