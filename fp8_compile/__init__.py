@@ -21,6 +21,7 @@ from .integrations import registration
 from .integrations.checkpoints import load_fp8_checkpoint, save_fp8_checkpoint
 from .options import Fp8Options
 from .quantize import quantize_
+from .recipes import recommended
 from .report import report
 from .runtime.constants import refresh
 from .schemes import Call, Scheme, Spec, high_precision, register_method
@@ -55,6 +56,7 @@ __all__ = [
     "load_fp8_checkpoint",
     "quantize_",
     "rebuild_quantized_weight",
+    "recommended",
     "refresh",
     "register_method",
     "report",

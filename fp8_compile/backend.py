@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from . import tracing
-from .checks import check_agreement, complain_of_nothing, parse_options, scheme_for, warn_of_unmatched
+from .checks import check_agreement, complain_of_nothing, parse_options, scheme_for, warn_of_unmatched, with_recipe
 from .device import check_device, refusal
 from .errors import GradientError, PatternError, RecompileLimitWarning
 from .inductor import dynamo
@@ -70,6 +70,8 @@ def fp8_diffusion(
     matrices = {name: value for name, value in given.items() if isinstance(value, nn.Parameter) and is_matrix(value)}
     with LOCK:
         layers, roots = namer.find(matrices, anew=True)
+    if matrices:  # else there is no layer to keep
+        opts = with_recipe(opts, roots, stacklevel=2)
     context = Context(gm, opts, scheme_for(opts), refusal if asked else None, layers)
     rewritten = rewrite(context, partial(tracing.trace_graph, options=opts))
     plan = context.plan

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from .errors import NothingConvertedError, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
-from .options import COMMON, Fp8Options, check_choice, check_inductor, inductor_settings
+from .options import COMMON, RECOMMENDED, Fp8Options, check_choice, check_inductor, inductor_settings
 from .patterns import check_unmatched
+from .recipes import RECIPES, recipe_of
 from .schemes import DEFAULT_METHOD, Scheme, own_options, owner_of, scheme_named
 
 
@@ -80,6 +83,31 @@ def scheme_for(options: Fp8Options) -> Scheme:
         OptionError: the method is not registered, or an option of its own is not valid.
     """
     return scheme_named(DEFAULT_METHOD if options.method is None else options.method, options.method_options)
+
+
+def with_recipe(options: Fp8Options, models: Sequence[nn.Module], stacklevel: int) -> Fp8Options:
+    """``options`` with the patterns of the recipes in the place of `RECOMMENDED`.
+
+    Warns where no recipe is known for any of ``models``: nothing is kept by it then.
+
+    Args:
+        models: what is converted.
+        stacklevel: of the warning's place, counted from the caller of this function.
+    """
+    if RECOMMENDED not in options.ignored_layers:
+        return options
+    found = [recipe for recipe in map(recipe_of, models) if recipe is not None]
+    if not found:
+        kinds = ", ".join(type(model).__name__ for model in models) or "a function"
+        warnings.warn(
+            f"ignored_layers: 'recommended': there is no recipe for {kinds}, so it keeps nothing; there are some for "
+            f"{', '.join(RECIPES)}",
+            UnmatchedPatternWarning,
+            stacklevel=stacklevel + 1,
+        )
+    keep = [pattern for recipe in found for pattern in recipe.keep]
+    given = (p for pattern in options.ignored_layers for p in (keep if pattern == RECOMMENDED else [pattern]))
+    return replace(options, ignored_layers=tuple(dict.fromkeys(given)))
 
 
 def check_agreement(options: Fp8Options, scheme: Scheme) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 from .errors import OptionError, PatternError
 from .patterns import Pattern
 
+RECOMMENDED = "recommended"
+"""In ``ignored_layers``: what the recipe of the model keeps (`fp8_compile.recipes`)."""
+
 
 @dataclass(frozen=True)
 class Fp8Options:
@@ -27,7 +30,8 @@ class Fp8Options:
         method: the kind of quantization; None if it was not given: weights that are quantized already have one of their
             own, and others get `fp8_compile.schemes.DEFAULT_METHOD`.
         method_options: the method's own options that were given.
-        ignored_layers: module paths that stay as they are; see `fp8_compile.patterns` for what matches.
+        ignored_layers: module paths that stay as they are; see `fp8_compile.patterns` for what matches. `RECOMMENDED`,
+            alone or as an entry, stands for those of the model's recipe.
         min_features: a linear with fewer input or output features stays as it is.
         strict: raise `NothingConvertedError` where a graph with linears would only warn that none was converted.
         inner_backend: what compiles the rewritten graph: the name of a registered backend, or a callable
@@ -56,9 +60,10 @@ class Fp8Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignored_layers, (str, Mapping)) or not isinstance(self.ignored_layers, Iterable):
-            raise PatternError(self.ignored_layers, "expected a list of patterns, for example ['img_mlp']")
-        object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
+        given: Any = (RECOMMENDED,) if str(self.ignored_layers) == RECOMMENDED else self.ignored_layers
+        if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+            raise PatternError(given, "expected a list of patterns, for example ['img_mlp'], or 'recommended'")
+        object.__setattr__(self, "ignored_layers", tuple(given))
         for pattern in self.ignored_layers:
             Pattern(pattern)
         if self.method is not None and not isinstance(self.method, str):

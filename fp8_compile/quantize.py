@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_agreement, complain_of_nothing, parse_options, scheme_for, warn_of_unmatched
+from .checks import check_agreement, complain_of_nothing, parse_options, scheme_for, warn_of_unmatched, with_recipe
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
 from .options import Fp8Options
@@ -72,7 +72,7 @@ def quantize_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, for example pipeline.transformer, got {type(model).__name__}")
-    options = parse_options(options)
+    options = with_recipe(parse_options(options), [model], stacklevel=2)
     target = None if device is None else torch.device(device)
     if target is not None:
         check_device(target)

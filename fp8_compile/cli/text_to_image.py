@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +28,11 @@ def text_to_image(
         bool, typer.Option("--no-quantization", help="The unquantized twin: same compilation, weights as they are.")
     ] = False,
     ignored_layers: Annotated[
-        list[str] | None, typer.Option(help="Layers that stay as they are; repeat it, or separate patterns by commas.")
+        list[str] | None,
+        typer.Option(
+            help="Layers that stay as they are; repeat it, or separate patterns by commas. Default: those of the "
+            "model's recipe, if the weights are not quantized yet; none: convert all."
+        ),
     ] = None,
     whole: Whole = False,
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
@@ -44,14 +48,16 @@ def text_to_image(
     from ..pipelines.step_clock import StepClock
 
     patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]
-    options = settings.options(patterns)
+    if "none" in patterns and len(patterns) > 1:
+        fail("--ignored-layers none excludes other patterns; leave one out")
+    options = settings.options([p for p in patterns if p != "none"])
     session = Session.load(settings.model, settings.dtype, settings.device, quantized=not no_quantization)
     arguments = session.arguments(prompt=prompt, **settings.call())
     if no_quantization:
         session.compile_unquantized(settings.inner_backend, settings.compile_mode, whole)
     else:
         if not patterns:
-            _tell_recommended(session)
+            options |= _recommended(session)
         session.compile(options, whole)
     with StepClock(session.device) as clock:
         image = session.call(seed, callback_on_step_end=clock.step, **arguments).images[0]
@@ -61,16 +67,21 @@ def text_to_image(
     typer.echo(f"wrote {output}")
 
 
-def _tell_recommended(session: Session) -> None:
+def _recommended(session: Session) -> dict[str, Any]:
+    """What is kept where nothing is said; none of a pipeline of the package, which was measured without."""
     from ..embedded import embedded_name
-    from ..recipes import RECOMMENDED
+    from ..pipelines.denoisers import has_fp8_weights
+    from ..recipes import recommended
 
-    for module in session.denoisers.values():
-        recommended = RECOMMENDED.get(type(module).__name__)
-        if recommended and embedded_name(session.model) is None:
-            tell(
-                f"{type(module).__name__}: others keep {', '.join(recommended)} (--ignored-layers; see docs/models.md)"
-            )
+    denoisers = session.denoisers.values()
+    if embedded_name(session.model) is not None or any(map(has_fp8_weights, denoisers)):
+        return {}
+    keep = {type(module).__name__: recommended(module) for module in denoisers}
+    for name, patterns in keep.items():
+        if patterns:
+            tell(f"{name}: keeps {', '.join(patterns)}, as others recommend; --ignored-layers none converts everything")
+    # Of all denoisers, since one dict of options is for all of them.
+    return {"ignored_layers": list(dict.fromkeys(p for patterns in keep.values() for p in patterns))}
 
 
 def _print_summary(reports: dict[str, Report], clock: StepClock, show_layers: bool) -> None:

@@ -25,7 +25,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from .. import quantize
-from ..checks import complain_of_nothing, parse_options
+from ..checks import complain_of_nothing, parse_options, with_recipe
 from ..errors import (
     CheckpointError,
     NonFiniteWeightError,
@@ -179,6 +179,9 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         state_dict: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
+        self.options = with_recipe(self.options, [model], stacklevel=3)
+        if self.options.ignored_layers:
+            vars(self.quantization_config)["ignored_layers"] = list(self.options.ignored_layers)
         self._float32 = list(keep_in_fp32_modules or [])
         self._expected = dict(model.state_dict())
         self._names = Names(self._names.schemes, self._names.default, self._expected)

@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .. import quantize
+from ..checks import with_recipe
 from ..errors import CheckpointError
 from ..options import Fp8Options
 from ..quantize import check_choices, choose, quantized, scheme_at_load
@@ -51,6 +52,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
                 [file],
                 name,
             )
+        self.options = with_recipe(self.options, [model], stacklevel=3)
         choices = choose(model, self.options)
         check_choices(choices, self.options)
         self._wanted = {f"{path}.weight" for c in choices if c.reason is None for path in c.paths}

@@ -1,17 +1,81 @@
 """Which layers to keep in BF16, by model family: one file per family.
 
-What others recommend for more families, and what was measured, is in ``docs/models.md``.
+``python -m fp8_compile.recipes`` prints the table of ``docs/models.md``, which is made of them.
 """
 
 from __future__ import annotations
 
-from . import qwen_image, z_image
-from .recipe import Groups, Recipe
+import re
 
-RECIPES: dict[str, Recipe] = {recipe.transformer: recipe for recipe in (qwen_image.RECIPE, z_image.RECIPE)}
+from torch import nn
+
+from . import (
+    flux,
+    flux2,
+    hunyuan_video,
+    hunyuan_video_15,
+    ltx,
+    ltx2,
+    qwen_image,
+    qwen_image_21,
+    sd3,
+    wan,
+    z_image,
+)
+from .recipe import SOURCES, Groups, Recipe
+
+_FAMILIES = (
+    z_image,
+    qwen_image,
+    qwen_image_21,
+    flux,
+    flux2,
+    wan,
+    hunyuan_video,
+    hunyuan_video_15,
+    ltx,
+    ltx2,
+    sd3,
+)
+
+RECIPES: dict[str, Recipe] = {family.RECIPE.transformer: family.RECIPE for family in _FAMILIES}
 """By the class of the transformer."""
 
-RECOMMENDED: Groups = {transformer: recipe.keep for transformer, recipe in RECIPES.items()}
-"""The ``ignored_layers`` that others recommend, by the class of the transformer."""
+__all__ = ["RECIPES", "Groups", "Recipe", "recipe_of", "recommended", "table"]
 
-__all__ = ["RECIPES", "RECOMMENDED", "Groups", "Recipe"]
+
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """The recipe for ``model`` or the first module in it that has one, as a wrapper has; None if there is none."""
+    kinds = (kind.__name__ for module in model.modules() for kind in type(module).__mro__)
+    return next((RECIPES[name] for name in kinds if name in RECIPES), None)
+
+
+def recommended(model: nn.Module) -> tuple[str, ...]:
+    """The ``ignored_layers`` that others recommend to start with.
+
+    ``ignored_layers="recommended"`` stands for them.
+
+    Args:
+        model: a transformer, such as ``pipeline.transformer``, or what wraps one.
+
+    Returns:
+        Patterns; none where there is no recipe for the class of ``model``, or where it keeps nothing.
+    """
+    recipe = recipe_of(model)
+    return () if recipe is None else recipe.keep
+
+
+def table() -> str:
+    """All recipes and their sources, as Markdown."""
+    numbers = {name: f"[{i}]" for i, name in enumerate(SOURCES, 1)}
+    rows = [
+        "| model | class of the transformer | steps | `ignored_layers` | others say | looked up |",
+        "|---|---|---|---|---|---|",
+    ]
+    for recipe in RECIPES.values():
+        keep = ", ".join(f'"{pattern}"' for pattern in recipe.keep)
+        says = re.sub(r"\[([\w-]+)\]", lambda found: numbers[found[1]], recipe.says)
+        rows.append(
+            f"| {recipe.models} | `{recipe.transformer}` | {recipe.steps} | `[{keep}]` | {says} | {recipe.date} |"
+        )
+    return "\n".join([*rows, "", "Sources:", "", *(f"{i}. {text}" for i, text in enumerate(SOURCES.values(), 1))])

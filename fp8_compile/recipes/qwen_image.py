@@ -1,8 +1,4 @@
-"""Qwen-Image, Qwen-Image-2512, Qwen-Image-Edit.
-
-vLLM-Omni keeps ``img_mlp`` where quality suffers. SGLang keeps ``img_mlp.net.2``, modulation, embedders and output,
-with calibrated scales; so that is a hint only.
-"""
+"""Qwen-Image, Qwen-Image-2512, Qwen-Image-Edit."""
 
 from __future__ import annotations
 
@@ -28,12 +24,13 @@ QWEN_IMAGE_GROUPS: Groups = {
 """With compiled BF16, the 14 configurations that an ablation compares."""
 
 RECIPE = Recipe(
+    models="Qwen-Image, Qwen-Image-2512, Qwen-Image-Edit",
     transformer="QwenImageTransformer2DModel",
+    pipeline="QwenImagePipeline",
+    steps=50,
     keep=("img_mlp",),
-    sources=(
-        "vLLM-Omni, FP8 guide: https://docs.vllm.ai/projects/vllm-omni/en/latest/user_guide/quantization/fp8/",
-        "SGLang, diffusion quantization: "
-        "https://github.com/sgl-project/sglang/blob/main/docs/diffusion/quantization.md",
-    ),
+    says="keep `img_mlp` where quality suffers [vllm-omni]; keep `img_mlp.net.2`, modulation, embedders and output "
+    "[sglang]",
+    date="2026-11",
     groups=QWEN_IMAGE_GROUPS,
 )

@@ -1,20 +1,16 @@
-"""Z-Image, Z-Image-Turbo.
-
-All layers in FP8. Under a strict quality gate, vLLM-Omni keeps the last 15 blocks in BF16 (pull request 3929).
-"""
+"""Z-Image, Z-Image-Turbo."""
 
 from __future__ import annotations
 
 from .recipe import Recipe
 
 RECIPE = Recipe(
+    models="Z-Image, Z-Image-Turbo",
     transformer="ZImageTransformer2DModel",
+    pipeline="ZImagePipeline",
+    steps=50,
     keep=(),
-    sources=(
-        "vLLM-Omni, FP8 guide: https://docs.vllm.ai/projects/vllm-omni/en/latest/user_guide/quantization/fp8/",
-        "SGLang, diffusion quantization: "
-        "https://github.com/sgl-project/sglang/blob/main/docs/diffusion/quantization.md",
-        "vLLM-Omni, https://github.com/vllm-project/vllm-omni/pull/1764",
-        "vLLM-Omni, https://github.com/vllm-project/vllm-omni/pull/3929",
-    ),
+    says="all layers in FP8 [vllm-omni], [sglang], [1764]; under a strict quality gate, the last 15 blocks in BF16 "
+    "[3929]",
+    date="2026-11",
 )

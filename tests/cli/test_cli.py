@@ -68,7 +68,7 @@ def test_a_pipeline_of_the_users_own_compiled_whole_with_a_table_of_layers(cache
     assert "not measured" in told
 
 
-def test_options_reach_the_backend_and_what_others_keep_is_named(tmp_path: Path) -> None:
+def test_options_reach_the_backend_and_what_others_keep_stays_by_default(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from bench.tiny import build_qwen_image
@@ -78,15 +78,16 @@ def test_options_reach_the_backend_and_what_others_keep_is_named(tmp_path: Path)
     arguments = ["text-to-image", PROMPT, "--model", tmp_path / "own", "--steps", 1, "--height", 64, "--width", 64]
     arguments += ["--inner-backend", "eager", "--output", tmp_path / "own.png"]
     told = []
-    for more in ([], ["--small-m", "keep", "--ignored-layers", "txt_mlp"]):
+    for more in ([], ["--small-m", "keep", "--ignored-layers", "txt_mlp"], ["--ignored-layers", "none"]):
         done = CliRunner().invoke(app, [str(a) for a in [*arguments, *more]])
         assert done.exit_code == 0, done.output
         told.append(done.output)
-    assert "QwenImageTransformer2DModel: others keep img_mlp" in told[0]
-    assert "28 layers quantized, 6 unquantized" in told[0]
+    assert "QwenImageTransformer2DModel: keeps img_mlp, as others recommend" in told[0]
+    assert "24 layers quantized, 10 unquantized" in told[0]
     # Without the four of txt_mlp and the four of modulation.
     assert "20 layers quantized, 14 unquantized" in told[1]
-    assert "others keep" not in told[1]
+    assert "28 layers quantized, 6 unquantized" in told[2]
+    assert "as others recommend" not in told[1] + told[2]
 
 
 def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> None:
@@ -116,6 +117,7 @@ def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> No
         (["--output", "nowhere/picture.png"], "there is no directory 'nowhere'"),
         (["--model", "no/such/model"], "'no/such/model' could not be loaded"),
         (["--ignored-layers", "img_mlp,"], "ignored_layers: '': expected a module path"),
+        (["--ignored-layers", "none,img_mlp"], "--ignored-layers none excludes other patterns"),
         (["--height", "40", "--model", "embedded:z-image"], "Height must be divisible by 16 (got 40)"),
         (["--true-cfg-scale", "4", "--model", "embedded:z-image"], "ZImagePipeline takes no true_cfg_scale; it takes"),
         (["--true-cfg-scale", "4"], "true_cfg_scale=4 needs a negative_prompt"),
