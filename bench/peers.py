@@ -12,10 +12,14 @@ What runs: the compile tests, LoRA hot-swapping, and, in the first two, the test
 `fp8_compile.Fp8DiffusionConfig`. Tests that a stock run passes and another one does not are printed with their error.
 
     python -m bench.peers CHECKOUT --output bench/results/peers.json
+
+All modules take hours. What is known goes into ``--output`` after each module and run; the same command again goes on
+with those that are not in it, and ``--models`` names some to be run again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -29,8 +33,15 @@ from typing import Any
 from . import common
 
 RUNS = ("stock", "ours", "converted")
-MODELS = ["flux", "qwenimage", "sd3", "wan", "hunyuan_video", "ltx", "z_image", "flux2", "chroma", "cogvideox"]
 FOLDER = "tests/models/transformers"
+FINISHED = (0, 1, 5)
+"""pytest's exit codes where all passed, where some failed, and where there were none."""
+
+
+def modules(checkout: Path) -> dict[str, Path]:
+    """Every module of tests of a transformer, by the model's name; the plugin says which of its tests can run."""
+    files = sorted((checkout / FOLDER).glob("test_models_*.py"))
+    return {file.stem.removeprefix("test_models_").removeprefix("transformer_"): file for file in files}
 
 
 def run(checkout: Path, model: str, kind: str, inner: str, keyword: str) -> list[dict[str, Any]]:
@@ -48,14 +59,17 @@ def run(checkout: Path, model: str, kind: str, inner: str, keyword: str) -> list
             "PEERS_INNER": inner,
             "PEERS_OUTPUT": str(output),
         }
-        module = f"{FOLDER}/test_models_transformer_{model}.py"
+        module = str(modules(checkout)[model].relative_to(checkout))
         options = ["-p", "bench.peers_plugin", "-p", "no:cacheprovider", "-q", "--tb=short", "-k", keyword]
         command = [sys.executable, "-m", "pytest", *options, module]
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode not in (0, 1):  # 1: some tests failed
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-        lines = output.read_text().replace(str(checkout), "CHECKOUT").splitlines()
-        return [{"run": kind, "model": model, **json.loads(line)} for line in lines]
+        records = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+        if done.returncode not in FINISHED:  # a module that cannot be imported, or a crash, is a failure like others
+            said = f"ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
+            records.append({"test": f"{model}.py", "part": "module", "outcome": "failed", "in_fp8": 0, "reason": said})
+        for record in records:
+            record["reason"] = record["reason"].replace(str(checkout), "CHECKOUT")
+        return [{"run": kind, "model": model, **record} for record in records]
 
 
 def summary(tests: list[dict[str, Any]]) -> str:
@@ -81,24 +95,37 @@ def regressions(tests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("checkout", type=Path, help="of diffusers; its version is in the output")
-    parser.add_argument("--models", nargs="+", default=MODELS, help="modules, without 'test_models_transformer_'")
+    parser.add_argument("--models", nargs="+", help="these alone, without 'test_models_transformer_', even if known")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--inner", default="aot_eager", help="what compiles in stock, and behind fp8_diffusion")
     parser.add_argument("-k", default="", dest="keyword", help="pytest's own: which of the tests")
     arguments = parser.parse_args()
     checkout = arguments.checkout.resolve()
-    if not (checkout / FOLDER).is_dir():
+    found = modules(checkout)
+    if not found:
         parser.error(f"{checkout} is no checkout of diffusers: it has no {FOLDER}")
+    if unknown := {*(arguments.models or [])} - {*found}:
+        parser.error(f"no module of tests: {', '.join(sorted(unknown))}; known: {', '.join(found)}")
     # The results name no folder of this machine.
     sys.argv = ["CHECKOUT" if argument == str(arguments.checkout) else argument for argument in sys.argv]
-    tests: list[dict[str, Any]] = []
     version = (checkout / "src/diffusers/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
-    for model in arguments.models:
-        for kind in arguments.runs:
-            start = time.monotonic()
-            tests += run(checkout, model, kind, arguments.inner, arguments.keyword)
-            print(f"{model}, {kind}: {time.monotonic() - start:.0f} s", file=sys.stderr)
-            common.write(arguments.output, {"diffusers_tested": version, "keyword": arguments.keyword, "tests": tests})
+    asked = {"diffusers_tested": version, "inner": arguments.inner, "keyword": arguments.keyword}
+    tests: list[dict[str, Any]] = []
+    earlier: list[dict[str, Any]] = []
+    if arguments.output is not None and arguments.output.exists():
+        known = json.loads(arguments.output.read_text())
+        if {key: known.get(key) for key in asked} != asked:
+            parser.error(f"{arguments.output} holds results of other tests; give another --output")
+        tests, earlier = known["tests"], [*known["earlier"], known["environment"]]
+    done = set() if arguments.models else {(t["model"], t["run"]) for t in tests}
+    for model, kind in itertools.product(arguments.models or found, arguments.runs):
+        if (model, kind) in done:
+            continue
+        start = time.monotonic()
+        others = [t for t in tests if (t["model"], t["run"]) != (model, kind)]
+        tests = others + run(checkout, model, kind, arguments.inner, arguments.keyword)
+        print(f"{model}, {kind}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+        common.write(arguments.output, {**asked, "earlier": earlier, "tests": tests})
     print(summary(tests))
     for test in regressions(tests):
         print(f"\n{test['run']}: {test['test']}\n  {test['reason']}")

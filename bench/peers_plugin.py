@@ -167,7 +167,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if call.excinfo is not None and not reason:
             reason = f"{call.excinfo.typename}: {str(call.excinfo.value)[:2000]}"
         record = {
-            "test": item.nodeid.split("test_models_transformer_")[-1],
+            "test": item.nodeid.split("test_models_")[-1].removeprefix("transformer_"),
             "part": peers_mixins.part(item.cls),
             "outcome": report.outcome,
             "in_fp8": max((fp8_compile.report(m).totals["quantized"] for m in item.stash.get(MADE, [])), default=0),

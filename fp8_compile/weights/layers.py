@@ -16,7 +16,7 @@ import inspect
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import FrameType
+from types import CodeType, FrameType
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -238,7 +238,12 @@ def forget_trees() -> None:
 # --- who is running ---
 
 
-_CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
+_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+
+
+def _is_call(code: CodeType) -> bool:
+    """Whether ``code`` is how torch calls modules. What Dynamo writes may hold a dict as a constant: it has no hash."""
+    return any(code is call for call in _CALLS)
 
 
 def _running() -> list[nn.Module]:
@@ -259,11 +264,11 @@ def _may_be_a_module(frame: FrameType) -> bool:
     pipeline among them, until the frame returns.
     """
     code, caller = frame.f_code, frame.f_back
-    if code in _CALLS:
+    if _is_call(code):
         return True
     if "self" not in code.co_varnames and "self" not in code.co_cellvars:
         return False
-    if caller is not None and caller.f_code in _CALLS:  # which has the same self, and no more than the arguments
+    if caller is not None and _is_call(caller.f_code):  # which has the same self, and no more than the arguments
         return False
     owner = frame.f_globals.get(code.co_qualname.partition(".")[0])
     return not isinstance(owner, type) or issubclass(owner, nn.Module)

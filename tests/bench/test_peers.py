@@ -1,8 +1,9 @@
 """What the table of `bench.peers` counts, and which tests it blames on the backend."""
 
+from pathlib import Path
 from typing import Any
 
-from bench.peers import regressions, summary
+from bench.peers import FOLDER, modules, regressions, summary
 
 
 def record(run: str, name: str, outcome: str, part: str = "compile", in_fp8: int = 0) -> dict[str, Any]:
@@ -33,3 +34,12 @@ def test_skipped_tests_are_not_counted() -> None:
         ["flux, quantization", "0 of 0", "0 of 1", "0 of 0", "12"],
         ["passed in all", "1", "1", "1"],
     ]
+
+
+def test_every_module_of_the_folder_is_found_by_its_models_name(tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER
+    folder.mkdir(parents=True)
+    files = [folder / name for name in ("test_models_transformer_flux.py", "test_models_dit_transformer2d.py")]
+    for file in [*files, folder / "__init__.py"]:
+        file.touch()
+    assert modules(tmp_path) == {"flux": files[0], "dit_transformer2d": files[1]}

@@ -18,7 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import fp8_compile
-from fp8_compile.weights.layers import Tree
+from fp8_compile.weights.layers import Namer, Tree
 from fp8_compile.weights.records import record_of
 from tests.support.blocks import LOAD, OPTIONS, WIDTH, Model, model, tokens
 from tests.support.sqnr import sqnr
@@ -820,3 +820,16 @@ def test_a_second_conversion_decides_on_what_could_not_be_converted() -> None:
         fp8_compile.quantize_(m, {"min_features": 512})
     fp8_compile.quantize_(m, LOAD)
     assert unquantized(m) == {}
+
+
+def test_a_function_whose_code_has_no_hash_may_call_a_graph() -> None:
+    """As those that Dynamo writes to go on after a graph break, with a dict among their constants."""
+
+    def calling() -> object:
+        return "asked", Namer({}).find({})
+
+    constants: tuple[Any, ...] = (*calling.__code__.co_consts, {"no": "hash"})
+    calling.__code__ = calling.__code__.replace(co_consts=constants)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(calling.__code__)
+    assert calling() == ("asked", ({}, []))
