@@ -66,6 +66,14 @@ class Gpu:
     bandwidth: float
     source: str
 
+    def flops(self, dtypes: str) -> float:
+        """The ceiling of a matmul whose first operand is of the dtype that ``dtypes`` begins with, FLOP/s.
+
+        Int8 counts as FP8, as in the data sheets of H100, H200 and B200. GeForce cards, whose FP8 is halved by
+        accumulation in float32, multiply int8 faster than this says.
+        """
+        return self.fp8_flops if dtypes.startswith(("float8", "int8")) else self.bf16_flops
+
 
 GPUS = {
     "h100": Gpu(

@@ -167,7 +167,7 @@ class Block:
     Attributes:
         kernels: the generated ones, in their order.
         matmul_us, attention_us, rest_us: microseconds by the model of the kernels that libraries bring.
-        in_fp8: share of the matmuls' FLOPs; what stays in BF16 is in the rest.
+        in_8_bits: share of the matmuls' FLOPs that are of FP8 or int8 operands; what stays in BF16 is in the rest.
     """
 
     model: str
@@ -177,7 +177,7 @@ class Block:
     matmul_us: float
     attention_us: float
     rest_us: float
-    in_fp8: float
+    in_8_bits: float
 
     @property
     def generated_us(self) -> float:
@@ -222,13 +222,13 @@ def compile_block(lowered: Lowered) -> Block:
         sum(_library_us(k, lowered.device) for k in lowered.of_kind(kind)) for kind in ("matmul", "attention", "eager")
     )
     matmuls = lowered.of_kind("matmul")
-    in_fp8 = sum(k.flops for k in matmuls if k.dtypes.startswith("float8")) / sum(k.flops for k in matmuls)
-    return Block(lowered.model, lowered.backend, lowered.device, tuple(kernels), matmul, attention, rest, in_fp8)
+    in_8_bits = sum(k.flops for k in matmuls if k.dtypes.startswith(("float8", "int8"))) / sum(k.flops for k in matmuls)
+    return Block(lowered.model, lowered.backend, lowered.device, tuple(kernels), matmul, attention, rest, in_8_bits)
 
 
 def _library_us(kernel: Kernel, device: str) -> float:
     gpu = GPUS[device]
-    rate = gpu.fp8_flops if kernel.dtypes.startswith("float8") else gpu.bf16_flops
+    rate = gpu.flops(kernel.dtypes)
     if kernel.kind == "attention":
         rate = ATTENTION.get(device, rate)
     return 1e6 * max(kernel.bytes / gpu.bandwidth, kernel.flops / rate)
@@ -428,9 +428,9 @@ def sums(blocks: Sequence[Block]) -> str:
     for block in blocks:
         first = next(b for b in blocks if (b.model, b.device) == (block.model, block.device))
         parts = (block.matmul_us, block.attention_us, block.generated_us, block.rest_us, block.us)
-        figures = [f"{block.in_fp8:.0%}", *(f"{us:,.0f}" for us in parts), f"{first.us / block.us:.2f}x"]
+        figures = [f"{block.in_8_bits:.0%}", *(f"{us:,.0f}" for us in parts), f"{first.us / block.us:.2f}x"]
         rows.append([f"{block.model}, {block.backend}, {block.device}", *figures])
-    header = ["us by the model", "in FP8", "matmuls", "attention", "generated", "rest", "all", "speed"]
+    header = ["us by the model", "in 8 bits", "matmuls", "attention", "generated", "rest", "all", "speed"]
     return table(header, rows)
 
 

@@ -10,11 +10,13 @@ up to the source of its kernels, and Inductor's schedule is read:
   depends on the version of torch), and a fused kernel that reads a slice counts for the whole tensor. A tensor that one
   kernel both stores and loads again is not in it; "round trips" shows those;
 * eager: calls of aten that are neither matmul nor attention, because Inductor generates no code for them;
-* FP8 tensors: for each activation that FP8 matmuls read, how many tensors hold its quantized values, and its scales.
-  Activations count as one if they are computed by the same operators from the same tensors;
+* 8-bit tensors: for each activation that FP8 or int8 matmuls read, how many tensors hold its quantized values, and its
+  scales (of FP8; those of int8 are read by what follows the matmul, and not counted). Activations count as one if they
+  are computed by the same operators from the same tensors;
 * row loops: kernels that go over their rows in a loop, not as a whole: where a value is needed twice, as a quantized
   activation is for its amax and its cast, such a kernel loads and computes it twice;
-* round trips: activations stored in BF16 (or wider) only to be read by their quantization, be it in the same kernel;
+* round trips: activations stored in BF16 (or wider) only to be read by their quantization to FP8, be it in the same
+  kernel;
 * copies: tensors whose kernel only moves values (a new layout, a concatenation of what is already in memory);
 * roofline: the sum over all kernels of ``max(bytes / bandwidth, FLOPs / rate)`` under the ceilings of
   `bench.fake_gpu.Gpu`, one kernel after the other, caches unused, launches free. FLOPs are those of matmuls and
@@ -48,8 +50,9 @@ from .models import quantize_with_torchao
 
 BACKENDS = ("fp8_diffusion", "inductor", "torchao-row", "torchao-tensor")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+QUANTIZED = (*FP8, torch.int8)
 
-_MATMULS = re.compile(r"\b(mm|addmm|bias_addmm|bmm|baddbmm|_scaled_mm|_scaled_mm_v2)\b")
+_MATMULS = re.compile(r"\b(mm|addmm|bias_addmm|bmm|baddbmm|_scaled_mm|_scaled_mm_v2|_int_mm)\b")
 # What a loop may consist of that computes no value: loads, stores, and the choice between them in a concatenation.
 _COPYING = {
     "load",
@@ -89,7 +92,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Activation:
-    """A quantized activation: its shape, and how many matmuls, FP8 tensors and scale tensors it has."""
+    """A quantized activation: its shape, and how many matmuls, 8-bit tensors and scale tensors it has."""
 
     shape: tuple[int, ...]
     matmuls: int
@@ -218,7 +221,7 @@ def _memory_s(kernel: Kernel, gpu: Gpu) -> float:
 
 
 def _compute_s(kernel: Kernel, gpu: Gpu) -> float:
-    return kernel.flops / (gpu.fp8_flops if kernel.dtypes.startswith("float8") else gpu.bf16_flops)
+    return kernel.flops / gpu.flops(kernel.dtypes)
 
 
 def _kernel(node: Any) -> Iterator[Kernel]:
@@ -275,7 +278,7 @@ def _operator(node: Node) -> str:
 
 
 def _activations(graph: Any) -> tuple[tuple[Activation, ...], int]:
-    """The quantized activations, and how many FP8 tensors all kernels write."""
+    """The quantized activations, and how many 8-bit tensors all kernels write."""
     from torch._inductor.scheduler import ExternKernelSchedulerNode
 
     keys: dict[Any, int] = {}
@@ -301,20 +304,21 @@ def _activations(graph: Any) -> tuple[tuple[Activation, ...], int]:
     found: dict[int, tuple[list[Node], set[str], set[str]]] = {}
     for scheduled in graph.scheduler.nodes:
         call = scheduled.node if isinstance(scheduled, ExternKernelSchedulerNode) else None
-        if call is None or "_scaled_mm" not in str(getattr(call, "python_kernel_name", "")):
+        if call is None or not _is_quantized_matmul(str(getattr(call, "python_kernel_name", ""))):
             continue
-        origin = next(n for n in (call.get_origin_node(), *_origins(call)) if n is not None and "_scaled_mm" in n.name)
+        nodes = (call.get_origin_node(), *_origins(call))
+        origin = next(n for n in nodes if n is not None and _is_quantized_matmul(n.name))
         made = origin.args[0]
-        while isinstance(made, Node) and made.args and isinstance(made.args[0], Node) and _is_fp8(made.args[0]):
+        while isinstance(made, Node) and made.args and isinstance(made.args[0], Node) and _is_quantized(made.args[0]):
             made = made.args[0]
         key = identity(made)
         shapes[key] = tuple(int(size) for size in made.meta["val"].shape)
         matmuls, tensors, scales = found.setdefault(key, ([], set(), set()))
         matmuls.append(origin)
         tensors.add(call.inputs[0].get_name())
-        scales.add(call.inputs[2].get_name())
+        scales.update(scale.get_name() for scale in call.inputs[2:3])
     written = sum(
-        buffer.node.get_dtype() in FP8 and buffer.get_name() not in graph.removed_buffers
+        buffer.node.get_dtype() in QUANTIZED and buffer.get_name() not in graph.removed_buffers
         for leaf in _leaves(graph)
         for buffer in leaf.get_outputs()
         if _has_dtype(buffer.node)
@@ -323,9 +327,13 @@ def _activations(graph: Any) -> tuple[tuple[Activation, ...], int]:
     return tuple(rows), written
 
 
-def _is_fp8(node: Node) -> bool:
+def _is_quantized(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype in FP8
+    return isinstance(value, torch.Tensor) and value.dtype in QUANTIZED
+
+
+def _is_quantized_matmul(name: str) -> bool:
+    return "_scaled_mm" in name or "_int_mm" in name
 
 
 def _has_dtype(buffer: Any) -> bool:
@@ -427,8 +435,8 @@ def summary(result: Lowered) -> dict[str, str]:
         "matmuls": matmuls,
         "eager calls": fallbacks or "none",
         "quantized activations": str(len(result.activations)),
-        "FP8 tensors per activation, at most": str(max(per_activation, default=0)),
-        "FP8 tensors written": str(result.fp8_tensors),
+        "8-bit tensors per activation, at most": str(max(per_activation, default=0)),
+        "8-bit tensors written": str(result.fp8_tensors),
         "scale tensors per activation, at most": str(max(scales, default=0)),
         "row loops": str(result.row_loops),
         "round trips before quantization": f"{len(result.round_trips)} ({inside} inside a kernel)",

@@ -1,4 +1,4 @@
-"""What outlier channels do to pictures in FP8, by the granularity of the scales: per tensor, per row, per block.
+"""What outlier channels do to pictures in FP8, by the granularity of the scales (per tensor, row, block), and in int8.
 
 Each embedded pipeline gets the outliers of `bench.outlier_channels`, stronger and stronger. Its pictures in FP8,
 compiled block by block, are compared with those that it draws in BF16 with the same outliers, from the same noise.
@@ -35,6 +35,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "row": {"granularity": "row"},
     "block": {"method": "fp8-block-emulated"},
     "group": {"method": "fp8-group-emulated"},
+    "int8": {"method": "int8"},
 }
 
 

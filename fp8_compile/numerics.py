@@ -1,7 +1,8 @@
 """FP8 numerics: quantization, dequantization and the scaled matrix multiplication.
 
 Plain functions of torch operators, so that AOTAutograd traces through them and Inductor fuses them. A rewritten graph
-calls these functions by name; they are the only arithmetic of this package.
+calls these functions by name. Methods in other formats have their own arithmetic beside them, in `schemes`, and share
+what asks for no format: `amax_of_rows`, `dequantize`, `weight_only_linear`.
 
 The format is E4M3 (``torch.float8_e4m3fn``: no infinity, largest value 448; Micikevicius et al., "FP8 formats for deep
 learning", arXiv:2209.05433). A scale is ``amax / 448`` in float32: the value that one unit of FP8 stands for.
@@ -82,6 +83,11 @@ def _amax(x: Tensor, dim: tuple[int, ...], by_bits: bool) -> Tensor:
     return x.abs().amax(dim=dim, keepdim=True).float()
 
 
+def amax_of_rows(x: Tensor) -> Tensor:
+    """The largest ``|x|`` of each row of ``x``, ``[..., K]``: ``[..., 1]`` float32, NaN where the row has one."""
+    return _amax(x, (-1,), by_bits=x.device.type == "cuda")
+
+
 def quantize_rowwise(x: Tensor) -> Quantized:
     """Quantize an activation with one scale per row (per token).
 
@@ -91,7 +97,7 @@ def quantize_rowwise(x: Tensor) -> Quantized:
     Returns:
         ``[..., K]`` float8_e4m3fn, contiguous, and ``[..., 1]`` float32.
     """
-    return _quantize_with(x, _amax(x, (-1,), by_bits=x.device.type == "cuda"))
+    return _quantize_with(x, amax_of_rows(x))
 
 
 def quantize_tensorwise(x: Tensor) -> Quantized:
@@ -125,13 +131,13 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values that ``values`` and ``scale`` stand for, in ``dtype``.
 
     Args:
-        values: ``[..., K]`` float8_e4m3fn.
+        values: ``[..., K]`` float8_e4m3fn or int8.
         scale: float32, broadcastable to ``values``.
     """
     return (values.float() * scale).to(dtype)
 
 
-def _as_written(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def as_written(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``function`` without the caller's autocast, which would cast float32 operands to half precision."""
 
     @functools.wraps(function)
@@ -142,7 +148,7 @@ def _as_written(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-@_as_written
+@as_written
 def scaled_linear(
     x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -188,7 +194,7 @@ def scaled_linear(
     return out.view(out_shape)
 
 
-@_as_written
+@as_written
 def linear_then_scale(
     x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -212,18 +218,19 @@ def _dequantized_linear(
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
-@_as_written
+@as_written
 def weight_only_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``x @ weight.T + bias`` on an FP8 weight and an activation as it is, accumulated in float32.
+    """``x @ weight.T + bias`` on a quantized weight and an activation as it is, accumulated in float32.
 
     For so few rows that reading the weight is all that takes time. They are written as products and sums, which a
-    compiler fuses into one kernel that reads FP8; a matmul, as for more rows, first writes the dequantized weight.
+    compiler fuses into one kernel that reads the weight as it is; a matmul, as for more rows, first writes the
+    dequantized one.
 
     Args:
         x: ``[..., K]``, floating point.
-        weight: ``[N, K]`` float8_e4m3fn.
+        weight: ``[N, K]`` float8_e4m3fn or int8.
         weight_scale: ``[N, 1]`` (row-wise) or without dimensions, float32.
         bias: ``[N]`` or None.
         dtype: of the result.

@@ -8,7 +8,8 @@ import torch
 
 from fp8_compile import Fp8Error, Fp8Options, OptionError, PatternError
 from fp8_compile.checks import parse_options, scheme_for
-from fp8_compile.schemes.fp8 import GRANULARITIES, SMALL_M, Fp8
+from fp8_compile.schemes.few_rows import SMALL_M
+from fp8_compile.schemes.fp8 import GRANULARITIES, Fp8
 
 
 def test_defaults() -> None:
@@ -86,7 +87,8 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
     ("name", "value", "message"),
     [
         ("method", "fp9", "method='fp9' is not valid, did you mean 'fp8'?; valid: fp8"),
-        ("method", "int4", "method='int4' is not valid; valid: fp8"),
+        ("method", "int4", "method='int4' is not valid, did you mean 'int8'?; valid: fp8, int8"),
+        ("method", "awq", "method='awq' is not valid; valid: fp8, int8"),
         ("method", 8, "method=8: expected a name"),
         ("method", ["fp8"], "method=['fp8']: expected a name"),
         ("granularity", "rows", "granularity='rows' is not valid, did you mean 'row'?; valid: row, tensor"),

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import OptionError, UnknownMethodError
 from ..options import closest
 from .fp8 import Fp8
+from .int8 import Int8
 from .scheme import Call, Scheme, Spec, check_class, finite, high_precision
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
 
 _METHODS: dict[str, type[Scheme]] = {
     "fp8": Fp8,
+    "int8": Int8,
 }
 
 DEFAULT_METHOD = "fp8"

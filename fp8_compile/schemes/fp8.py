@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import numerics
 from ..errors import OptionError, QuantizedWeightError
-from ..options import check_choice, check_count
+from ..options import check_choice
+from .few_rows import check_few_rows, check_few_rows_at_load, few_rows
 from .scheme import Call, Scheme, Spec, chunk_rows, high_precision
 
 GRANULARITIES = ("row", "tensor")
-SMALL_M = ("weight-only", "keep")
 
 # That of the largest bfloat16; what a larger one stands for may be infinite.
 LARGEST_SCALE = torch.finfo(torch.bfloat16).max / numerics.FP8_MAX
@@ -50,7 +50,6 @@ class Fp8(Scheme):
 
     def __post_init__(self) -> None:
         check_choice("granularity", self.granularity, GRANULARITIES)
-        check_choice("small_m", self.small_m, SMALL_M)
         if self.activation_scheme == "static":
             raise OptionError("activation_scheme='static' is not available yet; use 'dynamic'")
         check_choice("activation_scheme", self.activation_scheme, ("dynamic",))
@@ -58,7 +57,7 @@ class Fp8(Scheme):
             raise OptionError(
                 f"weight_block_size={self.weight_block_size!r}: block-wise scales are not available yet; use None"
             )
-        check_count("min_m", self.min_m)
+        check_few_rows(self.min_m, self.small_m)
 
     @property
     def label(self) -> str:
@@ -95,16 +94,11 @@ class Fp8(Scheme):
     def for_call(self, m: float, device: torch.device) -> tuple[Call, ...]:
         if m == math.inf:  # the meta function of _scaled_mm compares it
             return (high_precision("number of rows is known only at run time"),)
-        if m < self.min_m:
-            return (WEIGHT_ONLY if self.small_m == "weight-only" else high_precision(f"M is below min_m {self.min_m}"),)
-        return (ROWWISE, ROWWISE_UNFUSED_SCALES) if self.granularity == "row" else (TENSORWISE,)
+        enough = (ROWWISE, ROWWISE_UNFUSED_SCALES) if self.granularity == "row" else (TENSORWISE,)
+        return few_rows(m, self.min_m, self.small_m, WEIGHT_ONLY) or enough
 
     def check_at_load(self) -> None:
-        if self.small_m != "weight-only":
-            raise OptionError(
-                f"small_m={self.small_m!r}: at load time it is not known how many rows a layer will see; use "
-                "'weight-only', and name the layers that shall stay as they are in ignored_layers"
-            )
+        check_few_rows_at_load(self.small_m)
 
     def reason(self, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
         # cuBLASLt and CUTLASS both ask for 16-byte aligned FP8 rows; kept on every device so that decisions do not

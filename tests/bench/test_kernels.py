@@ -45,7 +45,7 @@ def test_no_kernel_spills_and_all_take_as_long_as_they_did(tmp_path: Path) -> No
         for kernel in block["kernels"]:
             assert min(c["spilled"] for c in kernel["configurations"]) == 0, (block["model"], kernel["name"])
         assert block["generated_us"] < BOUNDS[block["model"]], block["model"]
-        assert block["in_fp8"] == 1
+        assert block["in_8_bits"] == 1
 
 
 @compiles

@@ -14,8 +14,9 @@ import fp8_compile
 from fp8_compile import numerics
 from fp8_compile.device import MIN_CAPABILITY, refusal
 from fp8_compile.runtime import constants
-from fp8_compile.schemes import Call
+from fp8_compile.schemes import Call, int8
 from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from fp8_compile.schemes.int8 import Int8, int8_linear, int8_quantize_rowwise, int8_quantize_weight
 from tests.support.blocks import WIDTH, Model
 from tests.support.sqnr import sqnr
 from tests.support.zoo import MODELS
@@ -68,6 +69,41 @@ def test_kernel_agrees_with_float64(
     assert sqnr(expected, out) > 44  # fast accumulation keeps 14 bits of the sums; bfloat16 alone would give 50
 
 
+@pytest.mark.parametrize("rows", [1, 8, 16, 17, 18, 31, 33, 127, 1024])
+@pytest.mark.parametrize("features", [(64, 64), (3072, 136), (136, 3072), (15360, 3072)], ids=str)
+def test_int8_sums_are_exact(rows: int, features: tuple[int, int]) -> None:
+    """Of the largest codes, too; with rows of padding up to 16."""
+    k, n = features
+    for values, weight in (
+        (torch.randint(-127, 128, (rows, k)), torch.randint(-127, 128, (n, k))),
+        (torch.full((rows, k), 127), torch.full((n, k), -127)),
+    ):
+        here = values.to(torch.int8), weight.to(torch.int8)
+        sums = int8.sums_by_kernel(*(codes.to(CUDA) for codes in here))
+        assert torch.equal(sums.cpu(), int8.sums_in_float32(*here))
+
+
+@pytest.mark.parametrize("call", [int8.ROWWISE, int8.WEIGHT_ONLY], ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 8, 127, 1024])
+@pytest.mark.parametrize("features", [(64, 64), (3072, 136), (136, 3072)], ids=str)
+def test_int8_agrees_with_float64(
+    call: Call, dtype: torch.dtype, bias: bool, rows: int, features: tuple[int, int]
+) -> None:
+    k, n = features
+    assert refusal(Int8(), call, CUDA, rows, features, dtype, bias) is None
+    x, w, b = gaussian(rows, k, dtype=dtype), gaussian(n, k, dtype=dtype), gaussian(n, dtype=dtype) if bias else None
+    quantized = x if call.quantize is None else call.quantize(x)
+    codes, scale = int8_quantize_weight(w)
+    assert call.linear is not None
+    out = call.linear(quantized, codes, scale, b, dtype)
+    left = x.double() if call.quantize is None else quantized[0].double() * quantized[1].double()
+    expected = left @ (codes.double() * scale.double()).t() + (0 if b is None else b.double())
+    assert out.dtype == dtype
+    assert sqnr(expected, out) > 48
+
+
 @pytest.mark.parametrize("k", [3072, 9216, 12288])
 @pytest.mark.parametrize("rows", [8, 14, 127, 256, 257])
 def test_long_rows_and_few_of_them(k: int, rows: int) -> None:
@@ -89,6 +125,47 @@ def test_compiled(granularity: str, dtype: torch.dtype) -> None:
     m.compile_blocks(inner_backend="inductor", granularity=granularity)
     assert 26 < sqnr(expected, run(m, x)) < 60
     assert fp8_compile.report(m).totals == {**fp8_compile.report(m).totals, "quantized": 12, "unquantized": 0}
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_compiled(dtype: torch.dtype, mode: str) -> None:
+    m, x = model(dtype), gaussian(1, 96, WIDTH, dtype=dtype)
+    expected = run(m, x)
+    m.compile_whole(inner_backend="inductor", method="int8", mode=mode)
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert 30 < sqnr(expected, run(m, x)) < 60
+    assert {row.scheme for row in fp8_compile.report(m).layers} == {"int8-row"}
+
+
+def test_int8_compiled_for_sizes_that_change() -> None:
+    """One graph for those that the kernel takes, and one for those with padding."""
+    m = nn.Linear(256, 256).to(CUDA, torch.bfloat16)
+    options = {"method": "int8", "min_m": 1}
+    compiled = torch.compile(m, backend="fp8_diffusion", fullgraph=True, dynamic=True, options=options)
+    with torch.no_grad():
+        for rows in (40, 5, 17, 16, 1000, 2):
+            x = gaussian(rows, 256)
+            by_hand = int8_linear(int8_quantize_rowwise(x), *int8_quantize_weight(m.weight), m.bias, x.dtype)
+            assert sqnr(by_hand, compiled(x)) > 48
+    assert len(fp8_compile.report(m).graphs) == 2
+
+
+def test_int8_zeros_nan_and_large_values() -> None:
+    m = nn.Linear(256, 256, bias=False).to(CUDA, torch.bfloat16)
+    compiled = torch.compile(m, backend="fp8_diffusion", fullgraph=True, options={"method": "int8"})
+    x = gaussian(64, 256)
+    x[0] = 0
+    x[1] *= 1e30
+    with torch.no_grad():
+        out = compiled(x)
+        assert bool((out[0] == 0).all())
+        assert bool(out.isfinite().all())
+        x[2, 5], x[3, 5] = torch.nan, torch.inf
+        out = compiled(x)
+    assert bool(out[2:4].isnan().all())
+    assert bool(out[4:].isfinite().all())
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
@@ -221,7 +298,7 @@ def test_real_models(name: str) -> None:
 
 def test_numerics_are_those_of_the_cpu() -> None:
     x = torch.randn(64, 256, dtype=torch.bfloat16)
-    for quantize in (numerics.quantize_rowwise, numerics.quantize_tensorwise):
+    for quantize in (numerics.quantize_rowwise, numerics.quantize_tensorwise, int8_quantize_rowwise):
         here, there = quantize(x), quantize(x.to(CUDA))
         torch.testing.assert_close(there[1].cpu(), here[1], rtol=1e-6, atol=0)
         assert float((there[0].cpu().float() == here[0].float()).float().mean()) > 0.999  # ties under another scale

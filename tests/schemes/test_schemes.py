@@ -30,13 +30,14 @@ from fp8_compile.runtime.constants import _make
 from fp8_compile.schemes import finite, scheme_named
 from fp8_compile.schemes import scheme as scheme_module
 from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from fp8_compile.schemes.int8 import Int8
 from tests.support import methods as ours
 from tests.support.blocks import LOAD, OPTIONS, WIDTH, model, tokens
 from tests.support.methods import HOW, Doubled
 from tests.support.sqnr import sqnr
 
 CPU = torch.device("cpu")
-ALL = [Fp8(), Fp8("tensor"), Fp8(min_m=3, small_m="keep"), Doubled(), Doubled(3)]
+ALL = [Fp8(), Fp8("tensor"), Fp8(min_m=3, small_m="keep"), Int8(), Int8(3, "keep"), Doubled(), Doubled(3)]
 EACH = pytest.mark.parametrize("scheme", ALL, ids=repr)
 METHOD = {"method": "doubled"}
 
@@ -152,9 +153,9 @@ def test_lists_from_files_become_tuples(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_registered_method_is_an_option(doubled: None) -> None:
-    assert schemes.methods() == ["doubled", "fp8"]
+    assert schemes.methods() == ["doubled", "fp8", "int8"]
     assert scheme_for(parse_options({**METHOD, "factor": 3})) == Doubled(3)
-    with pytest.raises(UnknownMethodError, match=r"did you mean 'doubled'.*valid: doubled, fp8.*register_method"):
+    with pytest.raises(UnknownMethodError, match=r"did you mean 'doubled'.*valid: doubled, fp8, int8.*register_method"):
         parse_options({"method": "double"})
     with pytest.raises(OptionError, match="factor=0: expected an integer of at least 1"):
         parse_options({**METHOD, "factor": 0})
@@ -175,7 +176,7 @@ def test_a_name_can_be_registered_once(doubled: None) -> None:
         method: ClassVar[str] = "doubled"
 
     register_method(Doubled)  # the same again changes nothing
-    with pytest.raises(OptionError, match="method 'doubled' is registered already; registered: doubled, fp8"):
+    with pytest.raises(OptionError, match="method 'doubled' is registered already; registered: doubled, fp8, int8"):
         register_method(Other)
     assert schemes.method_named("doubled") is Doubled
 
