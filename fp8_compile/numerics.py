@@ -28,8 +28,8 @@ SCALE_FLOOR = torch.finfo(torch.float32).tiny
 
 _TWO_SQRT = 2 * math.sqrt(2 / math.pi)
 
-# Up to so many rows, a matrix multiplication is written as a sum for each row.
-_FEW_ROWS = 16
+# Up to so many rows, `weight_only_linear` writes a matrix multiplication as a sum for each row.
+FEW_ROWS = 16
 
 Quantized = tuple[Tensor, Tensor]
 """FP8 values and the float32 scale that multiplies them."""
@@ -239,7 +239,7 @@ def weight_only_linear(
         ``[..., N]`` in ``dtype``.
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    few = isinstance(rows.shape[0], int) and 0 < rows.shape[0] <= _FEW_ROWS
+    few = isinstance(rows.shape[0], int) and 0 < rows.shape[0] <= FEW_ROWS
     if few:
         # as_strided changes nothing but that Inductor puts the rows into memory first; else it would compute what they
         # are made of, such as a SiLU, once for each output channel, which takes longer than reading the weight.
@@ -257,6 +257,22 @@ def weight_only_linear(
         # Likewise stored once; else each kernel that reads it, a modulation, would round and shift it anew in each row.
         out = out.as_strided(out.shape, out.stride())
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@as_written
+def dequantized_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``x @ weight.T + bias`` on the values of a quantized weight, rounded to ``dtype``, in which it is multiplied.
+
+    Args:
+        x: ``[..., K]`` in ``dtype``.
+        weight, weight_scale, bias: as in `weight_only_linear`.
+
+    Returns:
+        ``[..., N]`` in ``dtype``.
+    """
+    return torch.nn.functional.linear(x, dequantize(weight, weight_scale, dtype), bias)
 
 
 def _has_tensorwise_kernel(device_type: str) -> bool:

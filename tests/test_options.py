@@ -66,6 +66,7 @@ def test_valid(name: str, value: Any) -> None:
     ("name", "value"),
     [
         ("activation_scheme", "dynamic"),
+        ("activation_scheme", "none"),
         ("weight_block_size", None),
         *(("granularity", value) for value in GRANULARITIES),
         *(("small_m", value) for value in SMALL_M),
@@ -94,7 +95,7 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
         ("granularity", "rows", "granularity='rows' is not valid, did you mean 'row'?; valid: row, tensor"),
         ("granularity", "block", "granularity='block' is not valid; valid: row, tensor"),
         ("granularity", None, "granularity=None is not valid; valid: row, tensor"),
-        ("activation_scheme", "static", "activation_scheme='static' is not available yet; use 'dynamic'"),
+        ("activation_scheme", "static", "activation_scheme='static' is not available yet; use 'dynamic' or"),
         ("activation_scheme", "dynamc", "activation_scheme='dynamc' is not valid, did you mean 'dynamic'?"),
         ("activation_scheme", None, "activation_scheme=None is not valid"),
         (

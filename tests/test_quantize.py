@@ -193,6 +193,31 @@ def test_what_makes_no_difference_to_constants_may_be_chosen_when_compiling() ->
         assert (row.scheme, row.reason) == (mod, reason)
 
 
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_activations_may_stay_as_they_are(granularity: str) -> None:
+    """Each entrance gives the bits of eager mode on converted weights; one row or many."""
+    given = {"granularity": granularity, "activation_scheme": "none"}
+    m = Modulated().bfloat16()
+    x, t = tokens(), torch.randn(1, WIDTH).bfloat16()
+    online = torch.compile(copy.deepcopy(m), backend="fp8_diffusion", fullgraph=True, options={**OPTIONS, **given})
+    first = online(x, t)
+    dynamic = copy.deepcopy(m)
+    fp8_compile.quantize_(dynamic, {**LOAD, "granularity": granularity})
+    fp8_compile.quantize_(m, {**LOAD, **given})
+    eager = m(x, t)
+    assert torch.equal(eager, dynamic(x, t))  # the same constants
+    for converted in (m, dynamic):
+        torch.compiler.reset()
+        # Those that were converted with scales for activations may be asked not to use them.
+        options = COMPILE if converted is m else {**COMPILE, "activation_scheme": "none"}
+        converted.compile(backend="fp8_diffusion", fullgraph=True, options=options)
+        assert torch.equal(converted(x, t), first)
+        assert {row.scheme for row in fp8_compile.report(converted).layers} == {"fp8-weight-only"}
+    assert sqnr(eager, first) > 45  # one row is summed in float32 when it is compiled
+    torch.compiler.reset()
+    torch.compile(dynamic.proj, backend="fp8_diffusion", dynamic=True, options={**COMPILE, **given})(x)
+
+
 def test_quantized_weights_that_no_fp8_matmul_takes_are_still_read_as_they_are() -> None:
     """Of others' checkpoints, which have no multiples of 16 in mind."""
     m, t = nn.Linear(WIDTH, 72).bfloat16(), torch.randn(1, WIDTH).bfloat16()

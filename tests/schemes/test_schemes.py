@@ -29,7 +29,7 @@ from fp8_compile.checks import parse_options, scheme_for
 from fp8_compile.runtime.constants import _make
 from fp8_compile.schemes import finite, scheme_named
 from fp8_compile.schemes import scheme as scheme_module
-from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from fp8_compile.schemes.fp8 import DEQUANTIZED, ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
 from fp8_compile.schemes.int8 import Int8
 from tests.support import methods as ours
 from tests.support.blocks import LOAD, OPTIONS, WIDTH, model, tokens
@@ -37,7 +37,8 @@ from tests.support.methods import HOW, Doubled
 from tests.support.sqnr import sqnr
 
 CPU = torch.device("cpu")
-ALL = [Fp8(), Fp8("tensor"), Fp8(min_m=3, small_m="keep"), Int8(), Int8(3, "keep"), Doubled(), Doubled(3)]
+NONE = Fp8(activation_scheme="none")
+ALL = [Fp8(), Fp8("tensor"), NONE, Fp8(min_m=3, small_m="keep"), Int8(), Int8(3, "keep"), Doubled(), Doubled(3)]
 EACH = pytest.mark.parametrize("scheme", ALL, ids=repr)
 METHOD = {"method": "doubled"}
 
@@ -104,6 +105,9 @@ def test_how_fp8_runs() -> None:
     assert (kept.linear, kept.reason) == (None, "M is below min_m 8")
     (unknown,) = Fp8().for_call(float("inf"), CPU)
     assert (unknown.linear, unknown.reason) == (None, "number of rows is known only at run time")
+    assert NONE.for_call(1, CPU) == NONE.for_call(16, CPU) == (WEIGHT_ONLY,)
+    assert NONE.for_call(17, CPU) == NONE.for_call(float("inf"), CPU) == (DEQUANTIZED,)
+    assert NONE.constants_key() == Fp8().constants_key()
     assert ROWWISE.quantize is numerics.quantize_rowwise
     assert TENSORWISE.quantize is numerics.quantize_tensorwise
 
