@@ -3,7 +3,8 @@
 Method: the same captions and seeds are drawn in eager BF16 and with each scheme, transformers compiled block by block,
 every wide linear converted (``ignored_layers`` is empty). PSNR of each picture to its BF16 twin, mean and worst; how
 many pictures show all that the caption says (`fp8_compile.measure.quality.prompt_adherence`); the weights that a step
-reads.
+reads. Two more rows convert at load time: all wide linears, and those of the blocks alone, as compiling block by block
+does.
 It says nothing about time, and these small models have no outliers in their activations: ``bench.outliers`` has some.
 
     python -m bench.schemes --output bench/results/schemes.json
@@ -11,15 +12,19 @@ It says nothing about time, and these small models have no outliers in their act
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 import fp8_compile
 from fp8_compile.embedded import EMBEDDED_CALLS, default_pipeline_dir
 from fp8_compile.measure.quality import Sample, generate, prompt_adherence, psnr
 from fp8_compile.measure.scenes import scenes
+from fp8_compile.pipelines.denoisers import repeated_blocks
 
 from .common import parser, table, write
 
@@ -30,23 +35,34 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "fp8 weights, per tensor": {"activation_scheme": "none", "granularity": "tensor"},
     "int8, one scale per row": {"method": "int8"},
 }
+AT_LOAD = {"fp8 at load, all layers": False, "fp8 at load, layers of the blocks": True}
 
 
-def draw(name: str, captions: list[str], options: dict[str, Any] | None) -> tuple[tuple[Sample, ...], int, int]:
-    """The pictures, and the bytes of the weights before and after; eager BF16 without ``options``."""
+def draw(name: str, captions: list[str], prepare: Callable[[nn.Module], None]) -> tuple[tuple[Sample, ...], nn.Module]:
+    """The pictures of a pipeline whose transformer ``prepare`` was called with, and the transformer."""
     import diffusers
 
     torch._dynamo.reset()
     kind: Any = {"qwen-image": diffusers.QwenImagePipeline, "z-image": diffusers.ZImagePipeline}[name]
     pipe = kind.from_pretrained(default_pipeline_dir(name), torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    if options is not None:
-        pipe.transformer.compile_repeated_blocks(backend="fp8_diffusion", options=options)
-    samples = generate(pipe, captions, [0, 1], **EMBEDDED_CALLS[name])
-    if options is None:
-        return samples, 0, 0
-    totals = fp8_compile.report(pipe.transformer).totals
-    return samples, totals["bytes_before"], totals["bytes_after"]
+    prepare(pipe.transformer)
+    return generate(pipe, captions, [0, 1], **EMBEDDED_CALLS[name]), pipe.transformer
+
+
+def compiled(options: dict[str, Any]) -> Callable[[Any], None]:
+    return lambda model: model.compile_repeated_blocks(backend="fp8_diffusion", options=options)
+
+
+def converted(blocks_only: bool) -> Callable[[nn.Module], None]:
+    def prepare(model: nn.Module) -> None:
+        blocks = [path for path, _ in repeated_blocks(model)]
+        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        outside = [path for path in linears if not any(path.startswith(f"{block}.") for block in blocks)]
+        keep = [f"re:^{re.escape(path)}$" for path in outside] if blocks_only else []
+        fp8_compile.quantize_(model, {"ignored_layers": keep})
+
+    return prepare
 
 
 def main() -> None:
@@ -62,22 +78,25 @@ def main() -> None:
     captions = known[:: len(known) // given.captions][: given.captions]
     found = []
     for name in given.pipeline:
-        reference, _, _ = draw(name, captions, None)
-        for scheme, options in SCHEMES.items():
-            samples, before, after = draw(name, captions, {**options, "inner_backend": given.inner})
+        reference, _ = draw(name, captions, lambda model: None)
+        ways = {key: compiled({**options, "inner_backend": given.inner}) for key, options in SCHEMES.items()}
+        ways |= {key: converted(blocks_only) for key, blocks_only in AT_LOAD.items()}
+        for scheme, prepare in ways.items():
+            samples, model = draw(name, captions, prepare)
+            totals = fp8_compile.report(model).totals
             values = [psnr(a.image, b.image) for a, b in zip(reference, samples, strict=True)]
             shown, of = prompt_adherence(samples)["all"]
             found.append(
                 {
                     "pipeline": name,
                     "scheme": scheme,
-                    "options": options,
+                    "options": SCHEMES.get(scheme),
                     "psnr_db": values,
                     "mean_db": sum(values) / len(values),
                     "worst_db": min(values),
                     "as_captioned": [shown, of],
-                    "bytes_before": before,
-                    "bytes_after": after,
+                    "bytes_before": totals["bytes_before"],
+                    "bytes_after": totals["bytes_after"],
                 }
             )
     rows = [
