@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fp8_compile
 from fp8_compile import numerics
-from fp8_compile.device import MIN_CAPABILITY, refusal
+from fp8_compile.device import refusal
 from fp8_compile.runtime import constants
 from fp8_compile.schemes import Call, int8
 from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
@@ -23,7 +23,7 @@ from tests.support.zoo import MODELS
 
 AVAILABLE = torch.cuda.is_available() and torch.version.hip is None
 pytestmark = pytest.mark.skipif(
-    not AVAILABLE or torch.cuda.get_device_capability() < MIN_CAPABILITY,
+    not AVAILABLE or torch.cuda.get_device_capability() < Fp8.min_capability,
     reason="needs an NVIDIA GPU of compute capability 8.9 or higher",
 )
 CUDA = torch.device("cuda:0")
