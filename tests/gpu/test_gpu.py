@@ -139,6 +139,17 @@ def test_int8_compiled(dtype: torch.dtype, mode: str) -> None:
     assert {row.scheme for row in fp8_compile.report(m).layers} == {"int8-row"}
 
 
+@pytest.mark.parametrize("rows", [1, 8, 96])
+@pytest.mark.parametrize("rotation", int8.ROTATIONS)
+def test_int8_rotated(rotation: int, rows: int) -> None:
+    m, x = nn.Linear(512, 256).to(CUDA, torch.bfloat16), gaussian(rows, 512)
+    x[:, ::128] *= 50
+    with torch.no_grad():
+        expected = m(x)
+        options = {"method": "int8", "rotation": rotation}
+        assert sqnr(expected, torch.compile(m, backend="fp8_diffusion", fullgraph=True, options=options)(x)) > 34
+
+
 def test_int8_compiled_for_sizes_that_change() -> None:
     """One graph for those that the kernel takes, and one for those with padding."""
     m = nn.Linear(256, 256).to(CUDA, torch.bfloat16)
