@@ -154,13 +154,12 @@ def hadamard(size: int, like: Tensor) -> Tensor:
     parity = index.unsqueeze(1) & index
     for shift in (4, 2, 1):
         parity = parity ^ (parity >> shift)
-    return ((1 - 2 * (parity & 1)) * size**-0.5).to(like.dtype)
+    return ((1 - 2 * (parity & 1)) / math.sqrt(size)).to(like.dtype)
 
 
 @numerics.as_written
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    product: Tensor = x @ matrix
-    return product
+    return x @ matrix
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
