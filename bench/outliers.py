@@ -13,7 +13,7 @@ scale for each 128 x 128 values, an activation one for each 128 of a row. "group
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "block": {"method": "fp8-block-emulated"},
     "group": {"method": "fp8-group-emulated"},
     "int8": {"method": "int8"},
+    "int8 rotated": {"method": "int8", "rotation": 256},
 }
 
 
@@ -147,12 +148,14 @@ def load(name: str, factor: float | None = None, choice: str | None = None) -> A
     return pipe
 
 
-def measure(name: str, factor: float, prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By granularity: PSNR in dB (mean and worst), relative L2 of the last latents, right pictures."""
+def measure(
+    name: str, factor: float, prompts: Sequence[str], choices: Iterable[str] = tuple(CHOICES)
+) -> dict[str, dict[str, Any]]:
+    """By choice: PSNR in dB (mean and worst), relative L2 of the last latents, right pictures."""
     call = EMBEDDED_CALLS[name]
     reference = generate(load(name, factor), prompts, (0,), **call)
     measured = {"BF16": {"right": prompt_adherence(reference)["all"][0]}}
-    for choice in CHOICES:
+    for choice in choices:
         torch.compiler.reset()
         samples = generate(load(name, factor, choice), prompts, (0,), **call)
         found = compare(reference, samples)

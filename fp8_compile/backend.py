@@ -123,9 +123,10 @@ def _check_inputs(gm: GraphModule, plan: Plan, example_inputs: Sequence[Any]) ->
             "gradients are enabled and an input or parameter of the graph requires them, but FP8 layers are for "
             "inference only: call the model under torch.no_grad() or torch.inference_mode()"
         )
-    weights = {d.weight for d in plan.quantized}
-    for device in {example(node).device for node in _placeholders(gm) if node.name in weights}:
-        check_device(device)
+    schemes = {d.weight: d.scheme for d in plan.quantized if d.scheme is not None}
+    weights = [node for node in _placeholders(gm) if node.name in schemes]
+    for device, scheme in {(example(node).device, schemes[node.name]) for node in weights}:
+        check_device(device, scheme)
 
 
 def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module], options: Fp8Options) -> None:

@@ -1,4 +1,4 @@
-"""Which devices multiply FP8 matrices."""
+"""Which devices multiply quantized matrices."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ import torch
 from .errors import UnsupportedDeviceError
 from .schemes import Call, Scheme
 
-# Ada Lovelace, the first with FP8 tensor cores: https://developer.nvidia.com/cuda-gpus
-MIN_CAPABILITY = (8, 9)
 
+def check_device(device: torch.device, scheme: Scheme) -> None:
+    """Refuse a device that cannot run graphs with weights of ``scheme``; asked before anything is compiled for it.
 
-def check_device(device: torch.device) -> None:
-    """Refuse a device that cannot run the rewritten graph; asked before anything is compiled for it.
-
-    The check must come first: casting to FP8 on such a GPU crashes inside the compiler instead of raising.
+    The check must come first: casting to FP8 on an older GPU crashes inside the compiler instead of raising.
 
     Raises:
-        UnsupportedDeviceError: for a GPU below compute capability 8.9, ROCm, and any other kind of accelerator.
+        UnsupportedDeviceError: for a GPU below the scheme's compute capability, ROCm, and any other accelerator.
     """
     if device.type == "cpu":
         return
@@ -30,11 +27,11 @@ def check_device(device: torch.device) -> None:
             f"device {device} is an AMD GPU; ROCm is not supported, use an NVIDIA GPU or the CPU"
         )
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
+    if capability < scheme.min_capability:
+        given, needed = (".".join(map(str, version)) for version in (capability, scheme.min_capability))
         raise UnsupportedDeviceError(
-            f"device {device} ({torch.cuda.get_device_name(device)}) has compute capability "
-            f"{capability[0]}.{capability[1]} and no FP8 tensor cores; 8.9 or higher is needed "
-            '(Ada, Hopper, Blackwell). Compile with backend="inductor" there.'
+            f"device {device} ({torch.cuda.get_device_name(device)}) has compute capability {given}; method "
+            f'{scheme.method!r} needs {needed} or higher. Compile with backend="inductor" there.'
         )
 
 
@@ -66,7 +63,7 @@ def refusal(
     Raises:
         UnsupportedDeviceError: see `check_device`.
     """
-    check_device(device)  # lest a device that can do nothing seem one that refuses each shape
+    check_device(device, scheme)  # lest a device that can do nothing seem one that refuses each shape
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
     if isinstance(rows, torch.SymInt):

@@ -66,7 +66,7 @@ def quantize_(
         OptionError: an option is invalid, or cannot be served at load time: ``small_m="keep"``.
         PatternError: an entry of ``ignored_layers`` is malformed or misspelt, or names only layers that are in FP8
             already; nothing has been converted.
-        UnsupportedDeviceError: ``device`` has no FP8 matrix multiplication; nothing has been converted.
+        UnsupportedDeviceError: ``device`` cannot run the method; nothing has been converted.
         NothingConvertedError: under ``strict``, but not where layers are in FP8 from an earlier call.
         NonFiniteWeightError: weights hold NaN or Inf. It names all of them; they stay, and the others are converted.
     """
@@ -75,7 +75,7 @@ def quantize_(
     options = with_recipe(parse_options(options), [model], stacklevel=2)
     target = None if device is None else torch.device(device)
     if target is not None:
-        check_device(target)
+        check_device(target, scheme_at_load(options))
     choices = choose(model, options)
     prequantized = _prequantized(model)
     check_choices(choices, options, prequantized)

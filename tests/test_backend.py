@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import fp8_compile
+from fp8_compile.schemes.fp8 import Fp8
+from fp8_compile.schemes.int8 import Int8
 from tests.support.blocks import OPTIONS, WIDTH, Model, model, tokens
 from tests.support.sqnr import sqnr
 
@@ -92,18 +94,24 @@ def test_gradients_are_refused_with_the_remedy() -> None:
 
 
 def test_a_gpu_without_fp8_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Int8 is older: Ampere has it."""
     from fp8_compile import backend, device
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    cuda = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA RTX A6000")
-    with pytest.raises(fp8_compile.UnsupportedDeviceError, match=r"A6000.*8\.6.*8\.9"):
-        device.check_device(torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    device.check_device(cuda, Int8())
+    with pytest.raises(fp8_compile.UnsupportedDeviceError, match=r"A6000.*8\.6; method 'fp8' needs 8\.9 or higher"):
+        device.check_device(cuda, Fp8())
     with pytest.raises(fp8_compile.UnsupportedDeviceError, match="mps"):
-        device.check_device(torch.device("mps"))
+        device.check_device(torch.device("mps"), Fp8())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    device.check_device(torch.device("cuda:0"))
+    device.check_device(cuda, Fp8())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(fp8_compile.UnsupportedDeviceError, match=r"7\.5; method 'int8' needs 8\.0 or higher"):
+        device.check_device(cuda, Int8())
 
-    def refuse(device: torch.device) -> None:
+    def refuse(device: torch.device, scheme: Fp8) -> None:
         raise fp8_compile.UnsupportedDeviceError(str(device))
 
     monkeypatch.setattr(backend, "check_device", refuse)

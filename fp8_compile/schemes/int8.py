@@ -4,6 +4,10 @@ A scale is ``amax / 127`` in float32: the value that one code stands for. Codes 
 rounded to the nearest even (Jacob et al., "Quantization and training of neural networks for efficient
 integer-arithmetic-only inference", arXiv:1712.05877, with a zero point of 0). Sums of products of codes are exact.
 
+With the option ``rotation``, weights and activations are multiplied by a Hadamard matrix first, group by group of input
+features: ``(x @ H) @ (w @ H).T == x @ w.T``, because ``H`` is orthogonal, and an outlier is spread over its group
+(Ashkboos et al., "QuaRot", arXiv:2404.00456). The weight is rotated once, the activation at every call.
+
 Plain functions of torch operators, as those of `numerics`. A rewritten graph calls them by name.
 """
 
@@ -11,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +25,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from .. import numerics
-from ..errors import QuantizedWeightError
+from ..errors import OptionError, QuantizedWeightError
 from .few_rows import check_few_rows, check_few_rows_at_load, few_rows
 from .scheme import Call, Scheme, Spec
 
@@ -37,6 +41,10 @@ LARGEST_K = torch.iinfo(torch.int32).max // LARGEST**2
 KERNEL_ROWS = 17
 PADDED_ROWS = 32
 MULTIPLE = 8
+
+# Group sizes of rotations: of powers of 4, one over the square root is a power of 2, by which every dtype multiplies
+# without an error.
+ROTATIONS = (16, 64, 256)
 
 Quantized = tuple[Tensor, Tensor]
 """Int8 codes and the float32 scale that multiplies them."""
@@ -134,6 +142,60 @@ def sums_in_float32(values: Tensor, weight: Tensor) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
+def hadamard(size: int, like: Tensor) -> Tensor:
+    """Sylvester's Hadamard matrix, ``[size, size]``, symmetric and orthogonal, with the dtype and device of ``like``.
+
+    Its entry ``[i, j]`` is ``(-1) ** popcount(i & j) / sqrt(size)``, made by operators so that graphs hold no constant.
+
+    Args:
+        size: a power of 2, at most 256.
+    """
+    index = torch.arange(size, device=like.device)
+    parity = index.unsqueeze(1) & index
+    for shift in (4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return ((1 - 2 * (parity & 1)) / math.sqrt(size)).to(like.dtype)
+
+
+@numerics.as_written
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    return x @ matrix
+
+
+def rotate(x: Tensor, size: int) -> Tensor:
+    """``x``, ``[..., K]``, with each ``size`` features multiplied by `hadamard`; in its own dtype.
+
+    Doing so twice gives ``x`` again, up to rounding.
+    """
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+    return _times(groups, hadamard(size, x)).flatten(-2)
+
+
+# Graphs call functions by name, so each size has its own.
+def rotate_16(x: Tensor) -> Tensor:
+    return rotate(x, 16)
+
+
+def rotate_64(x: Tensor) -> Tensor:
+    return rotate(x, 64)
+
+
+def rotate_256(x: Tensor) -> Tensor:
+    return rotate(x, 256)
+
+
+def int8_quantize_rotated_16(x: Tensor) -> Quantized:
+    return int8_quantize_rowwise(rotate(x, 16))
+
+
+def int8_quantize_rotated_64(x: Tensor) -> Quantized:
+    return int8_quantize_rowwise(rotate(x, 64))
+
+
+def int8_quantize_rotated_256(x: Tensor) -> Quantized:
+    return int8_quantize_rowwise(rotate(x, 256))
+
+
 @dataclass(frozen=True)
 class Int8(Scheme):
     """Int8 codes with float32 scales: one for each output channel of a weight, one for each token of an activation.
@@ -142,6 +204,7 @@ class Int8(Scheme):
         min_m: a linear whose activation has fewer rows (M: tokens of the whole batch) is not multiplied in int8.
         small_m: what becomes of it: "weight-only" reads its int8 weight and multiplies in float32, "keep" leaves it as
             it is, which is for compilation only.
+        rotation: None, or how many input features are rotated together before they are quantized: one of `ROTATIONS`.
 
     Raises:
         OptionError: a value is not valid.
@@ -149,16 +212,20 @@ class Int8(Scheme):
 
     method: ClassVar[str] = "int8"
     call_options: ClassVar[tuple[str, ...]] = ("min_m", "small_m")
+    min_capability: ClassVar[tuple[int, int]] = (8, 0)  # Ampere; Inductor writes no bfloat16 code for older ones
 
     min_m: int = 8
     small_m: str = "weight-only"
+    rotation: int | None = None
 
     def __post_init__(self) -> None:
         check_few_rows(self.min_m, self.small_m)
+        if self.rotation is not None and (type(self.rotation) is not int or self.rotation not in ROTATIONS):
+            raise OptionError(f"rotation={self.rotation!r} is not valid; valid: None, {', '.join(map(str, ROTATIONS))}")
 
     @property
     def label(self) -> str:
-        return ROWWISE.name
+        return CALLS[self.rotation][0].name
 
     def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
         return {
@@ -167,14 +234,16 @@ class Int8(Scheme):
         }
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return int8_quantize_weight(weight)
+        return int8_quantize_weight(weight if self.rotation is None else rotate(weight.float(), self.rotation))
 
     def dequantize(self, constants: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         qdata, scale = constants
-        return numerics.dequantize(qdata, scale, dtype)
+        values = numerics.dequantize(qdata, scale, torch.float32)
+        return (values if self.rotation is None else rotate(values, self.rotation)).to(dtype)
 
     def for_call(self, m: float, device: torch.device) -> tuple[Call, ...]:
-        return few_rows(m, self.min_m, self.small_m, WEIGHT_ONLY) or (ROWWISE,)
+        rowwise, weight_only = CALLS[self.rotation]
+        return few_rows(m, self.min_m, self.small_m, weight_only) or (rowwise,)
 
     def check_at_load(self) -> None:
         check_few_rows_at_load(self.small_m)
@@ -184,6 +253,8 @@ class Int8(Scheme):
         for name, features in (("in_features", in_features), ("out_features", out_features)):
             if features % MULTIPLE:
                 return f"{name} {features} is not a multiple of {MULTIPLE}"
+        if self.rotation is not None and in_features % self.rotation:
+            return f"in_features {in_features} is not a multiple of rotation {self.rotation}"
         if in_features > LARGEST_K:
             return f"in_features {in_features} is above {LARGEST_K}, so sums may leave int32"
         return None
@@ -197,3 +268,21 @@ class Int8(Scheme):
 
 ROWWISE = Call("int8-row", int8_linear, int8_quantize_rowwise)
 WEIGHT_ONLY = Call("int8-weight-only", numerics.weight_only_linear)
+
+
+def _rotated(
+    size: int, quantize: Callable[[Tensor], Quantized], rotate: Callable[[Tensor], Tensor]
+) -> tuple[Call, Call]:
+    return (
+        Call(f"int8-row-rotated-{size}", int8_linear, quantize),
+        Call(f"int8-weight-only-rotated-{size}", numerics.weight_only_linear, rotate),
+    )
+
+
+# By rotation: how many rows run, and how few.
+CALLS: dict[int | None, tuple[Call, Call]] = {
+    None: (ROWWISE, WEIGHT_ONLY),
+    16: _rotated(16, int8_quantize_rotated_16, rotate_16),
+    64: _rotated(64, int8_quantize_rotated_64, rotate_64),
+    256: _rotated(256, int8_quantize_rotated_256, rotate_256),
+}

@@ -63,10 +63,13 @@ class Scheme(abc.ABC):
         method: the value of the option ``method``.
         call_options: the names of those fields that make no difference to constants: over weights that are quantized
             already, they may be given anew when a graph is compiled.
+        min_capability: the compute capability that an NVIDIA GPU needs for it; the default is that of Ada Lovelace, the
+            first with FP8 tensor cores (https://developer.nvidia.com/cuda-gpus).
     """
 
     method: ClassVar[str]
     call_options: ClassVar[tuple[str, ...]] = ()
+    min_capability: ClassVar[tuple[int, int]] = (8, 9)
 
     @abc.abstractmethod
     def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fp8_compile
 from fp8_compile import numerics
-from fp8_compile.device import MIN_CAPABILITY, refusal
+from fp8_compile.device import refusal
 from fp8_compile.runtime import constants
 from fp8_compile.schemes import Call, int8
 from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
@@ -23,7 +23,7 @@ from tests.support.zoo import MODELS
 
 AVAILABLE = torch.cuda.is_available() and torch.version.hip is None
 pytestmark = pytest.mark.skipif(
-    not AVAILABLE or torch.cuda.get_device_capability() < MIN_CAPABILITY,
+    not AVAILABLE or torch.cuda.get_device_capability() < Fp8.min_capability,
     reason="needs an NVIDIA GPU of compute capability 8.9 or higher",
 )
 CUDA = torch.device("cuda:0")
@@ -137,6 +137,17 @@ def test_int8_compiled(dtype: torch.dtype, mode: str) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         assert 30 < sqnr(expected, run(m, x)) < 60
     assert {row.scheme for row in fp8_compile.report(m).layers} == {"int8-row"}
+
+
+@pytest.mark.parametrize("rows", [1, 8, 96])
+@pytest.mark.parametrize("rotation", int8.ROTATIONS)
+def test_int8_rotated(rotation: int, rows: int) -> None:
+    m, x = nn.Linear(512, 256).to(CUDA, torch.bfloat16), gaussian(rows, 512)
+    x[:, ::128] *= 50
+    with torch.no_grad():
+        expected = m(x)
+        options = {"method": "int8", "rotation": rotation}
+        assert sqnr(expected, torch.compile(m, backend="fp8_diffusion", fullgraph=True, options=options)(x)) > 34
 
 
 def test_int8_compiled_for_sizes_that_change() -> None:

@@ -239,8 +239,17 @@ def test_gate_outliers_spare_finer_scales_and_ruin_one_per_tensor(name: str, mon
         "block": 3,
         "group": 3,
         "int8": 0,
+        "int8 rotated": 0,
     }
     assert found["tensor"]["psnr_mean"] < 20
     assert found["row"]["psnr_mean"] > 33
     assert found["block"]["psnr_mean"] > 31
     assert found["group"]["psnr_mean"] > found["row"]["psnr_mean"]
+
+
+def test_gate_a_rotation_spares_int8_the_outliers() -> None:
+    """Measured on these 3 pictures, PSNR, mean: int8 13.9 dB and no picture right, rotated 42.0 dB and all."""
+    found = measure("qwen-image", 2.0**8, HELD_OUT[:3], ["int8", "int8 rotated"])
+    assert found["int8"]["psnr_mean"] < 20
+    assert found["int8 rotated"]["psnr_mean"] > 37
+    assert found["int8 rotated"]["right"] == 3

@@ -38,7 +38,17 @@ from tests.support.sqnr import sqnr
 
 CPU = torch.device("cpu")
 NONE = Fp8(activation_scheme="none")
-ALL = [Fp8(), Fp8("tensor"), NONE, Fp8(min_m=3, small_m="keep"), Int8(), Int8(3, "keep"), Doubled(), Doubled(3)]
+ALL = [
+    Fp8(),
+    Fp8("tensor"),
+    NONE,
+    Fp8(min_m=3, small_m="keep"),
+    Int8(),
+    Int8(3, "keep"),
+    Int8(rotation=64),
+    Doubled(),
+    Doubled(3),
+]
 EACH = pytest.mark.parametrize("scheme", ALL, ids=repr)
 METHOD = {"method": "doubled"}
 
