@@ -15,13 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from . import tracing
-from .checks import check_agreement, complain_of_nothing, parse_options, scheme_for, warn_of_unmatched, with_recipe
+from .checks import (
+    check_agreement,
+    complain_of_nothing,
+    parse_options,
+    scheme_for,
+    warn_of_no_recipe,
+    warn_of_unmatched,
+)
 from .device import check_device, refusal
 from .errors import GradientError, PatternError, RecompileLimitWarning
 from .inductor import dynamo
 from .inductor.failed import forgets_guards
 from .inductor.inner import compile_inner
-from .options import Fp8Options
+from .options import RECOMMENDED, Fp8Options
 from .passes.context import Context, Plan
 from .passes.graphs import example
 from .passes.pipeline import rewrite
@@ -70,8 +77,6 @@ def fp8_diffusion(
     matrices = {name: value for name, value in given.items() if isinstance(value, nn.Parameter) and is_matrix(value)}
     with LOCK:
         layers, roots = namer.find(matrices, anew=True)
-    if matrices:  # else there is no layer to keep
-        opts = with_recipe(opts, roots, stacklevel=2)
     context = Context(gm, opts, scheme_for(opts), refusal if asked else None, layers)
     rewritten = rewrite(context, partial(tracing.trace_graph, options=opts))
     plan = context.plan
@@ -138,6 +143,8 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
     if not plan.decisions:
         return
     trees = [tree_of(root) for root in roots]
+    if RECOMMENDED in options.ignored_layers and not any(tree.has_recipe for tree in trees):
+        warn_of_no_recipe([type(root).__name__ for root in roots], stacklevel=4)
     names = [name for tree in trees for name in tree.names]
     others = [name for tree in trees for name in tree.others]
     of_graph = [name for d in plan.decisions for name in (d.path, d.within)]

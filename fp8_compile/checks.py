@@ -13,7 +13,7 @@ from torch import nn
 from .errors import NothingConvertedError, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from .options import COMMON, RECOMMENDED, Fp8Options, check_choice, check_inductor, inductor_settings
 from .patterns import check_unmatched
-from .recipes import RECIPES, recipe_of
+from .recipes import RECIPES, recipes_in, recommended
 from .schemes import DEFAULT_METHOD, Scheme, own_options, owner_of, scheme_named
 
 
@@ -85,29 +85,29 @@ def scheme_for(options: Fp8Options) -> Scheme:
     return scheme_named(DEFAULT_METHOD if options.method is None else options.method, options.method_options)
 
 
-def with_recipe(options: Fp8Options, models: Sequence[nn.Module], stacklevel: int) -> Fp8Options:
-    """``options`` with the patterns of the recipes in the place of `RECOMMENDED`.
-
-    Warns where no recipe is known for any of ``models``: nothing is kept by it then.
+def with_recipe(options: Fp8Options, model: nn.Module, stacklevel: int) -> Fp8Options:
+    """``options`` with the patterns of the recipes for ``model`` in the place of `RECOMMENDED`.
 
     Args:
-        models: what is converted.
-        stacklevel: of the warning's place, counted from the caller of this function.
+        stacklevel: of a warning that there is none, counted from the caller of this function.
     """
     if RECOMMENDED not in options.ignored_layers:
         return options
-    found = [recipe for recipe in map(recipe_of, models) if recipe is not None]
-    if not found:
-        kinds = ", ".join(type(model).__name__ for model in models) or "a function"
-        warnings.warn(
-            f"ignored_layers: 'recommended': there is no recipe for {kinds}, so it keeps nothing; there are some for "
-            f"{', '.join(RECIPES)}",
-            UnmatchedPatternWarning,
-            stacklevel=stacklevel + 1,
-        )
-    keep = [pattern for recipe in found for pattern in recipe.keep]
-    given = (p for pattern in options.ignored_layers for p in (keep if pattern == RECOMMENDED else [pattern]))
+    if not recipes_in(model):
+        warn_of_no_recipe([type(model).__name__], stacklevel=stacklevel + 1)
+    keep = recommended(model)
+    given = (p for pattern in options.ignored_layers for p in (keep if pattern == RECOMMENDED else (pattern,)))
     return replace(options, ignored_layers=tuple(dict.fromkeys(given)))
+
+
+def warn_of_no_recipe(kinds: Sequence[str], stacklevel: int) -> None:
+    """Say that ``ignored_layers="recommended"`` keeps nothing in models of these classes."""
+    warnings.warn(
+        f"ignored_layers: 'recommended': there is no recipe for {', '.join(kinds) or 'a function'}, so it keeps "
+        f"nothing; there are some for {', '.join(RECIPES)}",
+        UnmatchedPatternWarning,
+        stacklevel=stacklevel + 1,
+    )
 
 
 def check_agreement(options: Fp8Options, scheme: Scheme) -> None:

@@ -266,13 +266,14 @@ def dequantized_linear(
     """``x @ weight.T + bias`` on the values of a quantized weight, rounded to ``dtype``, in which it is multiplied.
 
     Args:
-        x: ``[..., K]`` in ``dtype``.
+        x: ``[..., K]``, floating point; cast to ``dtype``, as autocast would.
         weight, weight_scale, bias: as in `weight_only_linear`.
 
     Returns:
         ``[..., N]`` in ``dtype``.
     """
-    return torch.nn.functional.linear(x, dequantize(weight, weight_scale, dtype), bias)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(x.to(dtype), dequantize(weight, weight_scale, dtype), bias)
 
 
 def _has_tensorwise_kernel(device_type: str) -> bool:

@@ -72,7 +72,7 @@ def quantize_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, for example pipeline.transformer, got {type(model).__name__}")
-    options = with_recipe(parse_options(options), [model], stacklevel=2)
+    options = with_recipe(parse_options(options), model, stacklevel=2)
     target = None if device is None else torch.device(device)
     if target is not None:
         check_device(target, scheme_at_load(options))

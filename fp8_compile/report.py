@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .options import Fp8Options
+from .options import RECOMMENDED, Fp8Options
 from .passes.context import Decision, PassResult
 from .patterns import join, layer_path, matching, parameter_layer
 from .runtime.constants import GraphRecord, WeightState, state_of
@@ -157,7 +157,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     limits = ", ".join(dict.fromkeys(record.last for record in ordered if record.last))
     rows = [replace(r, reason=f"{r.reason}; {limits}") if limits and r.reason == NOT_COMPILED else r for r in rows]
     at_load = [pattern for found in asked for pattern in found.unmatched]
-    unmatched = tuple(dict.fromkeys([*at_load, *_unmatched(ordered, tree.names)]))
+    unmatched = tuple(dict.fromkeys([*at_load, *_unmatched(ordered, tree)]))
     return Report(
         tuple(rows),
         unmatched,
@@ -255,9 +255,11 @@ def _without_parameter(records: Sequence[GraphRecord]) -> Iterator[LayerReport]:
     return iter(seen.values())
 
 
-def _unmatched(records: Sequence[GraphRecord], names: Sequence[str]) -> tuple[str, ...]:
+def _unmatched(records: Sequence[GraphRecord], tree: Tree) -> tuple[str, ...]:
     given = dict.fromkeys(p for record in records for p in record.plan.ignored_layers)
-    matched = {d.pattern for record in records for d in record.plan.decisions} | matching(given, names)
+    matched = {d.pattern for record in records for d in record.plan.decisions} | matching(given, tree.names)
+    if tree.has_recipe:
+        matched.add(RECOMMENDED)
     return tuple(pattern for pattern in given if pattern not in matched)
 
 

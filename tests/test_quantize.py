@@ -218,6 +218,23 @@ def test_activations_may_stay_as_they_are(granularity: str) -> None:
     torch.compile(dynamic.proj, backend="fp8_diffusion", dynamic=True, options={**COMPILE, **given})(x)
 
 
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_activations_that_autocast_would_cast(dtype: torch.dtype, converted: bool) -> None:
+    m = nn.Linear(WIDTH, WIDTH).to(dtype)
+    m.bias = nn.Parameter(m.bias.float(), requires_grad=False)
+    x = torch.randn(64, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = m(x)
+    if converted:
+        fp8_compile.quantize_(m, LOAD)
+    m.compile(backend="fp8_diffusion", options={**OPTIONS, "activation_scheme": "none"})
+    with torch.autocast("cpu", torch.bfloat16):
+        out = m(x)
+    assert out.dtype == expected.dtype
+    assert sqnr(expected, out) > 27
+
+
 def test_quantized_weights_that_no_fp8_matmul_takes_are_still_read_as_they_are() -> None:
     """Of others' checkpoints, which have no multiples of 16 in mind."""
     m, t = nn.Linear(WIDTH, 72).bfloat16(), torch.randn(1, WIDTH).bfloat16()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,96 @@ def test_beside_other_patterns_and_through_from_pretrained(tmp_path: Path) -> No
     assert kept(again) == found
 
 
+def controlnet(transformer: Any) -> Any:
+    """Of the same blocks, with another class around them, for which there is no recipe."""
+    names = ("patch_size", "in_channels", "out_channels", "num_layers", "attention_head_dim", "num_attention_heads")
+    names += ("joint_attention_dim", "axes_dims_rope")
+    made = diffusers.QwenImageControlNetModel(**{name: transformer.config[name] for name in names}).bfloat16().eval()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return made
+
+
+@pytest.mark.parametrize("first", ["controlnet", "transformer", "block"])
+def test_blocks_that_look_alike_are_told_apart(first: str) -> None:
+    """One graph of Dynamo's serves all blocks that look alike, whatever is around them."""
+    torch._dynamo.reset()
+    tiny = MODELS["QwenImage"]
+    model, inputs = tiny.build(), tiny.inputs(0)
+    other = controlnet(model)
+    for block in (*other.transformer_blocks, *model.transformer_blocks):  # type: ignore[misc, union-attr]
+        block.compile(backend="fp8_diffusion", options=COMPILED, fullgraph=True)
+    calls: dict[str, Any] = {
+        "controlnet": lambda: other(**inputs, controlnet_cond=inputs["hidden_states"]),
+        "transformer": lambda: model(**inputs),
+    }
+    if first == "block":
+        seen: list[Any] = []
+        hook = model.transformer_blocks[0].register_forward_pre_hook(  # type: ignore[index, union-attr]
+            lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+        )
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(**inputs)
+        hook.remove()
+        calls = {"block": lambda: model.transformer_blocks[0](*seen[0][0], **seen[0][1]), **calls}  # type: ignore[index, operator]
+    calls = {first: calls.pop(first), **calls}
+
+    def run() -> list[Any]:
+        again = [call for name, call in calls.items() if name != "block"]
+        return [call() for call in (*calls.values(), *again)]
+
+    with torch.no_grad(), pytest.warns(UnmatchedPatternWarning, match="no recipe for"):
+        run()
+    alone = tiny.build()
+    alone.compile_repeated_blocks(backend="fp8_diffusion", options=COMPILED, fullgraph=True)  # type: ignore[operator]
+    with torch.no_grad():
+        # Where a graph was made for other layers, it runs once as written; the call after that is compiled.
+        (_, got), (_, expected) = ([tiny.output(m(**inputs)) for _ in range(2)] for m in (model, alone))
+    assert torch.equal(got, expected)
+    rows = {row.path: row.decision for row in fp8_compile.report(other).layers if is_img_mlp(row.path)}
+    assert set(rows.values()) == {"quantized"}
+
+
+@pytest.mark.parametrize("way", ["load", "compile"])
+def test_several_models_in_one(way: str) -> None:
+    both = nn.ModuleDict({"refiner": MODELS["ZImage"].build(), "transformer": MODELS["QwenImage"].build()})
+    torch._dynamo.reset()
+    assert recommended(both) == ("img_mlp",)
+    tiny = MODELS["QwenImage"]
+    if way == "load":
+        fp8_compile.quantize_(both, OPTIONS)
+    else:
+        both.forward = lambda **inputs: both["transformer"](**inputs)
+        both["transformer"].compile(backend="fp8_diffusion", options=COMPILED)
+        with torch.no_grad():
+            both(**tiny.inputs(0))
+    rows = [row for row in fp8_compile.report(both).layers if is_img_mlp(row.path)]
+    assert {row.decision for row in rows} == {"unquantized"}
+
+
+def test_one_configuration_for_two_models(tmp_path: Path) -> None:
+    for name, kind in (("QwenImage", "q"), ("Wan", "w"), ("ZImage", "z")):
+        MODELS[name].build().save_pretrained(tmp_path / kind)  # type: ignore[operator]
+    config = fp8_compile.Fp8DiffusionConfig(ignored_layers="recommended", min_features=16)
+    kept_by = {}
+    for kind, model in (
+        ("q", diffusers.QwenImageTransformer2DModel),
+        ("w", diffusers.WanTransformer3DModel),
+        ("z", diffusers.ZImageTransformer2DModel),
+    ):
+        loaded: Any = model.from_pretrained(tmp_path / kind, quantization_config=config, torch_dtype=torch.bfloat16)
+        loaded.save_pretrained(tmp_path / f"{kind}8")
+        saved = json.loads((tmp_path / f"{kind}8" / "config.json").read_text())["quantization_config"]
+        kept_by[kind] = saved.get("ignored_layers", [])
+    assert kept_by == {"q": ["img_mlp"], "w": ["attn1", "attn2"], "z": []}
+    assert config.ignored_layers == ["recommended"]  # type: ignore[attr-defined]
+
+
+def test_a_pipeline_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, for example pipeline.transformer, got dict"):
+        recommended({})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("way", ["compile", "load"])
 def test_a_model_without_a_recipe_is_a_warning(way: str) -> None:
     torch._dynamo.reset()
@@ -120,7 +211,9 @@ def test_a_model_without_a_recipe_is_a_warning(way: str) -> None:
 
     with torch.no_grad(), pytest.warns(UnmatchedPatternWarning, match="no recipe for Model, so it keeps nothing"):
         convert()
-    assert fp8_compile.report(model).totals["quantized"] > 0
+    report = fp8_compile.report(model)
+    assert report.totals["quantized"] > 0
+    assert report.unmatched_patterns == (("recommended",) if way == "compile" else ())
 
 
 def test_a_recipe_that_keeps_nothing_is_no_warning() -> None:

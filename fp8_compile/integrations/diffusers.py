@@ -33,7 +33,7 @@ from ..errors import (
     NothingConvertedWarning,
     OptionError,
 )
-from ..options import COMMON, WEIGHT_OPTIONS, Fp8Options
+from ..options import COMMON, RECOMMENDED, WEIGHT_OPTIONS, Fp8Options
 from ..quantize import Choice, check_choices, choose, convert, quantized, scheme_at_load
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
 from ..weights.quantized_weight import QuantizedWeight
@@ -179,9 +179,9 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         state_dict: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        self.options = with_recipe(self.options, [model], stacklevel=3)
-        if self.options.ignored_layers:
-            vars(self.quantization_config)["ignored_layers"] = list(self.options.ignored_layers)
+        if RECOMMENDED in self.options.ignored_layers:  # a file says which layers these are: a recipe may change
+            self.options = with_recipe(self.options, model, stacklevel=3)
+            self.quantization_config = config_of(self.options)
         self._float32 = list(keep_in_fp32_modules or [])
         self._expected = dict(model.state_dict())
         self._names = Names(self._names.schemes, self._names.default, self._expected)

@@ -52,7 +52,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
                 [file],
                 name,
             )
-        self.options = with_recipe(self.options, [model], stacklevel=3)
+        self.options = with_recipe(self.options, model, stacklevel=3)
         choices = choose(model, self.options)
         check_choices(choices, self.options)
         self._wanted = {f"{path}.weight" for c in choices if c.reason is None for path in c.paths}

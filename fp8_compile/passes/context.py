@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch.fx import GraphModule
 
-from ..options import Fp8Options
+from ..options import RECOMMENDED, Fp8Options
 from ..schemes import Call, Scheme
 from ..weights.layers import Layer
 
@@ -73,7 +73,8 @@ class Plan:
 
     @property
     def unmatched_patterns(self) -> tuple[str, ...]:
-        matched = {d.pattern for d in self.decisions}
+        # What "recommended" stands for depends on the layer, so none bears its name.
+        matched = {RECOMMENDED, *(d.pattern for d in self.decisions)}
         return tuple(p for p in self.ignored_layers if p not in matched)
 
     def reasons(self) -> Counter[str]:

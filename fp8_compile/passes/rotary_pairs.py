@@ -49,6 +49,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .context import Context
 from .graphs import call, example, is_call, provenance, storages, written_storages
@@ -91,13 +92,22 @@ class _Rotation:
     @property
     def concatenation(self) -> Node | None:
         """What makes ``x``, if that is a concatenation that can as well be made of results."""
-        x, rank = self.x, example(self.x).dim()
-        if self.dtype is None or not is_call(x, torch.cat, "cat") or not set(x.users) <= set(self.nodes):
+        x, whole = self.x, example(self.x)
+        if self.dtype is None or not is_call(x, torch.cat, "cat") or not x.args or set(x.kwargs) - {"dim"}:
+            return None
+        if not set(x.users) <= set(self.nodes) or x in (self.cos, self.sin):
             return None
         parts, dim = _parts(x)
-        values = [example(part) for part in parts]
-        same = all(value.dim() == rank and value.dtype == example(x).dtype for value in values)
-        return x if same and dim < rank - 1 else None
+        values, tables = [example(part) for part in parts], [example(table) for table in (self.cos, self.sin)]
+        # A part of an earlier rotation that was rewritten has no value.
+        tensors = all(isinstance(value, Tensor) for value in values)
+        same = tensors and all(value.dim() == whole.dim() and value.dtype == whole.dtype for value in values)
+        # What broadcasts stays whole; what does not is cut as the parts are.
+        fitting = all(
+            statically_known_true(size == 1) or statically_known_true(size == whole.shape[dim])
+            for size in (table.shape[dim] for table in tables)
+        )
+        return x if same and fitting and dim < whole.dim() - 1 else None
 
 
 def _stacked(total: Any) -> _Rotation | None:
@@ -107,17 +117,21 @@ def _stacked(total: Any) -> _Rotation | None:
     casts = [node for node in (x, rotated) if _is(node, None, "float")]
     if len(casts) == 2:
         x, rotated = (node.args[0] for node in casts)
-    stack: Any = rotated.args[0] if _is(rotated, torch.flatten, "flatten") else None
-    if not _is(stack, torch.stack, "stack") or len(stack.args[0]) != 2 or stack.kwargs.get("dim") != -1:
+    else:
+        casts = []  # of ``x`` alone: it was cast before it was taken apart
+    stack: Any = rotated.args[0] if _is(rotated, torch.flatten, "flatten") and rotated.args else None
+    if not _is(stack, torch.stack, "stack") or not stack.args or stack.kwargs != {"dim": -1}:
+        return None
+    if len(stack.args[0]) != 2:
         return None
     negated, a = stack.args[0]
-    b = negated.args[0] if _is(negated, operator.neg, "neg") else None
+    b = negated.args[0] if _is(negated, operator.neg, "neg") and negated.args else None
     of_x = _halved(a, b)
     if of_x is None or of_x[0] is not x or example(rotated).shape != example(x).shape:
         return None
     nodes = [*of_x[1:], a, b, negated, stack, rotated, *casts, straight, crossed, total]
     result, dtype = total, None
-    if len(total.users) == 1 and _is_cast(reader := next(iter(total.users))):
+    if len(total.users) == 1 and _is_cast(reader := next(iter(total.users))) and reader.args[0] is total:
         result, dtype = reader, example(reader).dtype
         nodes.append(reader)
     return _Rotation(x, cos, sin, sorted(nodes), result, dtype, widened=len(casts) == 2)
@@ -147,7 +161,7 @@ def _is(node: Any, function: Any, method: str) -> bool:
 
 def _is_cast(node: Any) -> bool:
     to = _is(node, None, "to") and len(node.args) == 2 and isinstance(node.args[1], torch.dtype) and not node.kwargs
-    return to or _is(node, None, "type_as")
+    return to or (_is(node, None, "type_as") and len(node.args) == 2)
 
 
 def _binary(node: Any, function: Any, method: str) -> Any:
@@ -163,6 +177,8 @@ def _halved(a: Any, b: Any) -> tuple[Node, Node, Node] | None:
     pairs, dim = _binary(unbind, torch.unbind, "unbind")
     if dim != -1 or not (_is(pairs, torch.reshape, "reshape") or _is(pairs, torch.unflatten, "unflatten")):
         return None
+    if not pairs.args:
+        return None
     x, shape = pairs.args[0], example(pairs).shape
     return (x, pairs, unbind) if shape[:-2] == example(x).shape[:-1] and shape[-1] == 2 else None
 
@@ -176,14 +192,14 @@ def _parts(concatenation: Node) -> tuple[list[Node], int]:
 def _is_sound(found: _Rotation) -> bool:
     """Whether shapes and layouts are as expected, and nothing else reads what lies between or writes what is read."""
     operands = (found.x, found.cos, found.sin)
-    if not all(isinstance(node, Node) for node in operands):
+    if not all(isinstance(node, Node) and node not in found.nodes for node in operands):
         return False
     x, cos, sin, result = (example(node) for node in (*operands, found.result))
     if not all(isinstance(value, Tensor) and value.dim() == x.dim() for value in (x, cos, sin, result)):
         return False
     if cos.shape[-1] != sin.shape[-1] or cos.shape[-1] not in (x.shape[-1], x.shape[-1] // 2):
         return False
-    if not (x.is_contiguous() and result.is_contiguous()):
+    if not (x.is_floating_point() and x.is_contiguous() and result.is_contiguous()):
         return False
     inside = set(found.nodes)
     if any(not set(node.users) <= inside for node in inside if node is not found.result):
@@ -213,7 +229,6 @@ def _rewrite(found: _Rotation) -> None:
                 if not isinstance(length, int):
                     length = _method(last, "size", part, dim)
                 tables = (
-                    # A dimension of 1 broadcasts.
                     table if example(table).shape[dim] == 1 else call(last, torch.narrow, table, dim, start, length)
                     for table in (found.cos, found.sin)
                 )

@@ -51,6 +51,7 @@ def _is_tanh_gelu(node: Node) -> bool:
     return (
         is_call(node, torch.nn.functional.gelu, "gelu")
         and node.kwargs.get("approximate") == "tanh"
+        and set(node.kwargs) <= {"approximate", "input"}  # not "out"
         and isinstance(value, Tensor)
         and value.dtype in _DTYPES
     )

@@ -41,13 +41,18 @@ _FAMILIES = (
 RECIPES: dict[str, Recipe] = {family.RECIPE.transformer: family.RECIPE for family in _FAMILIES}
 """By the class of the transformer."""
 
-__all__ = ["RECIPES", "Groups", "Recipe", "recipe_of", "recommended", "table"]
+__all__ = ["RECIPES", "Groups", "Recipe", "recipe_of", "recipes_in", "recommended", "table"]
 
 
-def recipe_of(model: nn.Module) -> Recipe | None:
-    """The recipe for ``model`` or the first module in it that has one, as a wrapper has; None if there is none."""
-    kinds = (kind.__name__ for module in model.modules() for kind in type(module).__mro__)
-    return next((RECIPES[name] for name in kinds if name in RECIPES), None)
+def recipe_of(module: nn.Module) -> Recipe | None:
+    """The recipe for the class of ``module`` itself, or for one that it inherits from."""
+    return next((RECIPES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in RECIPES), None)
+
+
+def recipes_in(model: nn.Module) -> list[Recipe]:
+    """The recipes for the modules in ``model``, itself included."""
+    found = {recipe.transformer: recipe for recipe in map(recipe_of, model.modules()) if recipe is not None}
+    return list(found.values())
 
 
 def recommended(model: nn.Module) -> tuple[str, ...]:
@@ -60,9 +65,13 @@ def recommended(model: nn.Module) -> tuple[str, ...]:
 
     Returns:
         Patterns; none where there is no recipe for the class of ``model``, or where it keeps nothing.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
-    recipe = recipe_of(model)
-    return () if recipe is None else recipe.keep
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, for example pipeline.transformer, got {type(model).__name__}")
+    return tuple(dict.fromkeys(pattern for recipe in recipes_in(model) for pattern in recipe.keep))
 
 
 def table() -> str:

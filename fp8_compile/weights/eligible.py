@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..options import Fp8Options
+from ..options import RECOMMENDED, Fp8Options
 from ..patterns import first_match_of
 from ..schemes import Scheme
 from .layers import Layer
@@ -53,10 +53,13 @@ def unfit(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | No
 
 
 def pattern_of(layer: Layer, options: Fp8Options) -> str | None:
-    """The entry of ``ignored_layers`` that names ``layer``; none names an adapter's."""
+    """The entry of ``ignored_layers`` that names ``layer``, or of the recipe that it stands for; none an adapter's."""
     if layer.adapter:
         return None
-    return first_match_of(options.ignored_layers, layer.names)
+    given = options.ignored_layers
+    if RECOMMENDED in given:
+        given = tuple(p for pattern in given for p in (layer.keeps if pattern == RECOMMENDED else (pattern,)))
+    return first_match_of(given, layer.names)
 
 
 def kept_by_name(layer: Layer, options: Fp8Options) -> str | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..patterns import is_adapter, join, layer_path, parameter_layer, spellings
+from ..recipes import Recipe, recipe_of
 from .quantized_weight import QuantizedWeight
 from .records import Record, kept_by_itself, record_of
 from .sharded import refilled, stack
@@ -39,12 +40,14 @@ class Layer:
         adapter: it belongs to a low-rank adapter.
         recorded: why it stays because of what the modules around it are: an earlier conversion of the model left it as
             it was, or FSDP refills it; None if nothing speaks against it.
+        keeps: what the recipe of the model that it is in keeps (`fp8_compile.recipes`).
     """
 
     paths: tuple[str, ...] = ()
     regional: tuple[str, ...] = ()
     adapter: bool = False
     recorded: str | None = None
+    keeps: tuple[str, ...] = ()
 
     def path(self, within: str) -> str | None:
         """The one of ``paths`` that ends as ``within``, a path in a part, does; else the first."""
@@ -70,6 +73,7 @@ class _Place:
         regional: its path within the compiled module around it.
         record: of the innermost module around it that has one.
         recorded: its path within that one.
+        recipe: of the innermost module around it that has one.
     """
 
     raw: str
@@ -77,6 +81,7 @@ class _Place:
     regional: str
     record: Record | None
     recorded: str
+    recipe: Recipe | None
 
 
 class Tree:
@@ -87,6 +92,7 @@ class Tree:
         count: of the root's linears that are no adapters.
         names: all that a pattern may match: their paths.
         others: the same of its other matrices, which a graph may find to be those of linears.
+        has_recipe: whether there is a recipe for one of the modules.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -115,13 +121,14 @@ class Tree:
         # be the root, or know it.
         self._ties = {key: list(all_of.values()) for all_of in owners.values() if len(all_of) > 1 for key in all_of}
         self._unrecorded = unrecorded
+        self.has_recipe = any(place.recipe is not None for place in places.values())
         self.names, self.others = _all_names(linears), _all_names(others)
 
     @staticmethod
     def _place(raw: str, around: tuple[nn.Module, ...], places: Mapping[str, _Place]) -> _Place:
-        module, record = around[-1], record_of(around[-1])
+        module, record, recipe = around[-1], record_of(around[-1]), recipe_of(around[-1])
         if len(around) == 1:
-            return _Place("", "", "", record, "")
+            return _Place("", "", "", record, "", recipe)
         parent_raw, _, name = raw.rpartition(".")
         parent, holder = places[parent_raw], around[-2]
         alone = len(around) > 3 and isinstance(around[-3], nn.ModuleList) and len(around[-3]) == 1
@@ -142,6 +149,7 @@ class Tree:
             "" if wrapper or compiled else join(parent.regional, name),
             parent.record if record is None else record,
             join(parent.recorded, name) if record is None else "",
+            parent.recipe if recipe is None else recipe,
         )
 
     def holds(self, module: nn.Module) -> bool:
@@ -166,12 +174,14 @@ class Tree:
         """The layer whose weight is the parameter ``leaf`` of ``module``, a module of this tree."""
         quantized = isinstance(module._parameters[leaf], QuantizedWeight)
         paths, regional, adapter, recorded = [], [], False, None
+        keeps: dict[str, None] = {}
         for ref, name in self._ties.get((id(module), leaf), [(weakref.ref(module), leaf)]):
             owner = ref()
             if owner is None:
                 continue
             for place in self._places[owner]:
                 adapter = adapter or is_adapter(place.raw)
+                keeps |= dict.fromkeys(() if place.recipe is None else place.recipe.keep)
                 paths.append(layer_path(parameter_layer(place.path, name)))
                 regional.append(layer_path(parameter_layer(place.regional, name)))
                 recorded = recorded or refilled(module for module in self._around(place) if module is not None)
@@ -182,7 +192,7 @@ class Tree:
             recorded = NO_RECORD
         distinct = tuple(dict.fromkeys(paths))
         others = tuple(path for path in dict.fromkeys(regional) if path and path not in distinct)
-        return Layer(distinct, others, adapter, None if quantized else recorded)
+        return Layer(distinct, others, adapter, None if quantized else recorded, tuple(keeps))
 
 
 def _all_names(paths: Iterable[str]) -> tuple[str, ...]:

@@ -41,6 +41,21 @@ TABLES = rand(6, 16, dtype=F32), rand(6, 16, dtype=F32).flip(0)
 WAN = rand(1, 6, 1, 16, dtype=F32), rand(1, 6, 1, 16, dtype=F32).flip(1)
 
 
+def rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x.float() * cos + torch.stack([-b, a], dim=-1).flatten(3).float() * sin
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotation(x, cos, sin).to(x.dtype)
+
+
+def cast_before(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = x.float()
+    a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return (x * cos + torch.stack([-b, a], dim=-1).flatten(3) * sin).to(torch.bfloat16)
+
+
 def rewritten(captured: Captured) -> tuple[int, Graph]:
     graph = copy_graph(captured.gm)
     return rotary_pairs(graph, CONTEXT), graph
@@ -170,6 +185,7 @@ return (type_as,)""",
     assert_same_bits(captured, graph)
 
 
+TABLES4 = tuple(t[None, :, None] for t in TABLES)
 REWRITTEN: dict[str, tuple[Function, tuple[Tensor, ...], int]] = {
     "queries and keys": (lambda m, q, k, *t: (flux(m, q, *t), flux(m, k, *t)), (X, X + 1, *TABLES), 2),
     "queries and keys of Wan": (lambda m, q, k, *t: (wan(m, q, *t), wan(m, k, *t)), (X, X + 1, *WAN), 2),
@@ -195,6 +211,37 @@ REWRITTEN: dict[str, tuple[Function, tuple[Tensor, ...], int]] = {
         1,
     ),
     "the result has several readers": (lambda m, *a: (y := flux(m, *a), y + 1, y * 2), (X, *TABLES), 1),
+    "cast before it is taken apart": (cast_before, (X, *TABLES4), 1),
+    "a cast of something else to its dtype": (
+        lambda m, x, c, s, other: other.type_as(rotation(x, c, s)),
+        (X, *TABLES4, X.double()),
+        1,
+    ),
+    "one after the other, on a concatenation": (
+        lambda m, a, b, c, s: rope(rope(torch.cat([a, b], 1), c, s), c, s),
+        (TEXT, IMAGE, *TABLES4),
+        2,
+    ),
+    "the concatenation broadcasts to the tables": (
+        lambda m, a, c, s: rope(torch.cat([a], dim=1), c, s),
+        (TEXT[:, :1], *TABLES4),
+        1,
+    ),
+    "the batch is concatenated, and broadcasts": (
+        lambda m, a, b, c, s: rope(torch.cat([a, b], dim=0), c, s),
+        (X[:1], X[:0], *(t.expand(3, -1, -1, -1).contiguous() for t in TABLES4)),
+        1,
+    ),
+    "the concatenation's dimension by another name": (
+        lambda m, a, b, c, s: rope(torch.cat([a, b], axis=1), c, s),  # type: ignore[call-overload]
+        (TEXT, IMAGE, *TABLES4),
+        1,
+    ),
+    "the concatenation is a table as well": (
+        lambda m, a, b, s: rope(x := torch.cat([a, b], 1), x, s),
+        (TEXT, IMAGE, TABLES4[1]),
+        1,
+    ),
     "written before and after": (
         lambda m, x, *t: (x.mul_(2), flux(m, x, *t), x.add_(1))[1:],
         (X, *TABLES),
@@ -229,8 +276,11 @@ def by_hand(x: Tensor, cos: Tensor, sin: Tensor, other: Callable[[Tensor], Any])
     return (x.float() * cos + rotated.float() * sin).to(x.dtype), seen
 
 
-TABLES4 = tuple(t[None, :, None] for t in TABLES)
 UNCHANGED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
+    "of integers": (
+        lambda m, x, c, s: rotation(x, c, s),
+        (torch.arange(2 * 6 * 4 * 16, dtype=torch.uint8).view(2, 6, 4, 16), *TABLES4),
+    ),
     "halves in another order": (
         lambda m, x, cos, sin: (
             x * cos + torch.stack([(p := x.unflatten(-1, (-1, 2)).unbind(-1))[1], -p[0]], dim=-1).flatten(3) * sin
@@ -284,6 +334,24 @@ def test_unchanged(name: str) -> None:
     count, graph = rewritten(captured)
     assert count == 0
     assert str(graph) == str(captured.graph)
+
+
+@pytest.mark.parametrize(
+    "rotated",
+    [
+        lambda a, b, out: torch.stack(tensors=[-b, a], dim=-1).flatten(3),
+        lambda a, b, out: torch.stack([-b, a], dim=-1, out=out).flatten(3),
+        lambda a, b, out: torch.flatten(input=torch.stack([-b, a], dim=-1), start_dim=3),
+        lambda a, b, out: torch.stack([torch.neg(input=b), a], dim=-1).flatten(3),
+    ],
+)
+def test_arguments_by_name_are_left_alone(rotated: Any) -> None:
+    def function(m: Any, x: Tensor, c: Tensor, s: Tensor, out: Tensor) -> Tensor:
+        a, b = x.reshape(2, 6, 4, -1, 2).unbind(-1)
+        return x.float() * c + rotated(a, b, out).float() * s
+
+    captured = capture(Call(function), X, *TABLES4, torch.empty(2, 6, 4, 8, 2).bfloat16())
+    assert rewritten(captured)[0] == 0
 
 
 def test_a_part_of_a_concatenation_that_is_written_into_meanwhile() -> None:
