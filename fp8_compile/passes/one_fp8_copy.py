@@ -28,8 +28,11 @@ import torch
 from torch._inductor import inductor_prims  # registers the operator that this pass inserts
 from torch.fx import Graph, Node
 
+from ..block_scales import MATMUL
 from .context import Context
 
+# Those whose first operand is the quantized activation.
+_MATMULS = (torch.ops.aten._scaled_mm.default, MATMUL)
 # Operators that give a contiguous tensor another shape without moving its data.
 _VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default})
 _FORCE = inductor_prims.force_stride_order
@@ -38,7 +41,7 @@ _FORCE = inductor_prims.force_stride_order
 def one_fp8_copy(graph: Graph, context: Context) -> int:
     """Edit ``graph``, a graph of aten operators after AOTAutograd, in place; counts the matmuls freed of their copy."""
     freed = 0
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default):
+    for node in (n for matmul in _MATMULS for n in graph.find_nodes(op="call_function", target=matmul)):
         made = _maker(node.args[0])
         if made is None or "eager_input_vals" not in node.meta:
             continue
