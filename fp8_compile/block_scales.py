@@ -60,7 +60,7 @@ def quantize_weight(weight: Tensor, rows: int) -> Quantized:
     return values.flatten(-2).flatten(0, 1)[:n, :k].contiguous(), scale.flatten(-2).flatten(0, 1)
 
 
-def quantize(x: Tensor) -> Quantized:
+def quantize_blockwise(x: Tensor) -> Quantized:
     """Quantize an activation with a scale for each row and 128 columns.
 
     Args:
@@ -103,11 +103,13 @@ def block_rows(weight: Tensor, scale: Tensor) -> int:
     return 1 if scale.shape[0] == weight.shape[0] else COLUMNS
 
 
-def linear(x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def blockwise_linear(
+    x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """``x @ weight.T + bias`` on FP8 operands, accumulated in float32; on a GPU rounded to bfloat16 before the bias.
 
     Args:
-        x: as `quantize` makes it.
+        x: as `quantize_blockwise` makes it.
         weight, weight_scale: as `quantize_weight` makes them.
         bias: ``[N]`` or None.
         dtype: of the result.
@@ -140,14 +142,15 @@ def _for_kernel(weight_scale: Tensor, rows: int) -> Tensor:
 
 
 def reference(x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What `linear` computes, of the dequantized operands in float32."""
-    values = dequantize(x[0].flatten(0, -2), x[1].flatten(0, -2), 1, torch.float32)
+    """What `blockwise_linear` computes, of the dequantized operands in float32."""
+    values, scale = (part.reshape(-1, part.shape[-1]) for part in x)
+    left = dequantize(values, scale, 1, torch.float32)
     matrix = dequantize(weight, weight_scale, block_rows(weight, weight_scale), torch.float32)
-    out = functional.linear(values, matrix, None if bias is None else bias.float())
+    out = functional.linear(left, matrix, None if bias is None else bias.float())
     return out.to(dtype).view(*x[0].shape[:-1], -1)
 
 
-def weight_only_linear(
+def blockwise_weight_only_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """As `numerics.weight_only_linear`, on a weight with a scale for each block."""

@@ -208,9 +208,14 @@ ROWWISE_UNFUSED_SCALES = Call("fp8-row-unfused-scales", numerics.linear_then_sca
 TENSORWISE = Call("fp8-tensor", numerics.scaled_linear, numerics.quantize_tensorwise)
 WEIGHT_ONLY = Call("fp8-weight-only", numerics.weight_only_linear)
 BLOCKS = {
-    size: Call(f"fp8-{size[0]}x{size[1]}", block_scales.linear, block_scales.quantize, reference=block_scales.reference)
+    size: Call(
+        f"fp8-{size[0]}x{size[1]}",
+        block_scales.blockwise_linear,
+        block_scales.quantize_blockwise,
+        reference=block_scales.reference,
+    )
     for size in BLOCK_SIZES
 }
-WEIGHT_ONLY_BLOCKS = Call("fp8-weight-only", block_scales.weight_only_linear)
+WEIGHT_ONLY_BLOCKS = Call("fp8-weight-only", block_scales.blockwise_weight_only_linear)
 # For devices without a kernel for blocks: all but Hopper.
 DEQUANTIZED_BLOCKS = Call("fp8-weight-only", block_scales.dequantized_linear)
