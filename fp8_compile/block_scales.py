@@ -67,7 +67,9 @@ def quantize_blockwise(x: Tensor) -> Quantized:
         x: ``[..., K]``, floating point.
 
     Returns:
-        ``[..., K]`` float8_e4m3fn, contiguous, and ``[..., ceil(K / 128)]`` float32.
+        ``[..., K]`` float8_e4m3fn, and ``[ceil(K / 128), M]`` float32, where M are the rows of all leading dimensions:
+        in the order in which the kernel reads them, so that they are written once for all linears that do. Both are
+        contiguous.
     """
     k = x.shape[-1]
     padding = -k % COLUMNS
@@ -77,7 +79,7 @@ def quantize_blockwise(x: Tensor) -> Quantized:
     if padding:
         scaled = x.float() * _widened(1 / scale, k)
         values = scaled.to(values.dtype, memory_format=torch.contiguous_format)
-    return values, scale
+    return values, scale.reshape(-1, scale.shape[-1]).t().contiguous()
 
 
 def dequantize(values: Tensor, scale: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -124,7 +126,7 @@ def blockwise_linear(
     rows = block_rows(weight, weight_scale)
     out: Tensor = MATMUL(
         values.reshape(-1, values.shape[-1]),
-        scale.reshape(-1, scale.shape[-1]).t().contiguous(),
+        scale,
         weight,
         _for_kernel(weight_scale, rows),
         rows,
@@ -143,11 +145,11 @@ def _for_kernel(weight_scale: Tensor, rows: int) -> Tensor:
 
 def reference(x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What `blockwise_linear` computes, of the dequantized operands in float32."""
-    values, scale = (part.reshape(-1, part.shape[-1]) for part in x)
-    left = dequantize(values, scale, 1, torch.float32)
+    values, scale = x
+    left = dequantize(values.reshape(-1, values.shape[-1]), scale.t(), 1, torch.float32)
     matrix = dequantize(weight, weight_scale, block_rows(weight, weight_scale), torch.float32)
     out = functional.linear(left, matrix, None if bias is None else bias.float())
-    return out.to(dtype).view(*x[0].shape[:-1], -1)
+    return out.to(dtype).view(*values.shape[:-1], -1)
 
 
 def blockwise_weight_only_linear(

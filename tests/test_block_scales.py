@@ -91,12 +91,12 @@ def test_an_activation_has_a_scale_for_each_row_and_128_columns(features: int, d
     x = gaussian(2, 5, features, dtype=dtype)
     values, scale = block_scales.quantize_blockwise(x)
     assert (values.dtype, values.shape, values.is_contiguous()) == (torch.float8_e4m3fn, x.shape, True)
-    assert (scale.dtype, scale.shape) == (torch.float32, (2, 5, math.ceil(features / 128)))
-    for j in range(scale.shape[-1]):
+    assert (scale.dtype, scale.shape, scale.is_contiguous()) == (torch.float32, (math.ceil(features / 128), 10), True)
+    for j in range(len(scale)):
         part = slice(j * 128, (j + 1) * 128)
         alone, expected = numerics.quantize_rowwise(x[..., part])
         assert torch.equal(values[..., part].float(), alone.float())
-        assert torch.equal(scale[..., j : j + 1], expected)
+        assert torch.equal(scale[j], expected.flatten())
 
 
 @ROWS
@@ -153,7 +153,7 @@ def test_linear_agrees_with_float64(
     b = gaussian(n, dtype=dtype) if bias else None
     out = block_scales.blockwise_linear(x, *weight, b, dtype)
     assert (out.dtype, out.shape) == (dtype, (*lead, n))
-    left = x[0].double() * x[1].double().repeat_interleave(128, -1)[..., :k]
+    left = x[0].double() * x[1].double().t().reshape(*lead, -1).repeat_interleave(128, -1)[..., :k]
     scale = weight[1].double().repeat_interleave(rows, 0)[:n].repeat_interleave(128, 1)[:, :k]
     expected = F.linear(left, weight[0].double() * scale, None if b is None else b.double())
     rounding = torch.finfo(dtype).eps / 2
@@ -225,7 +225,9 @@ def test_max_autotune_calls_the_operator_and_nothing_else() -> None:
     assert all(26 < sqnr(a, b) < 40 for a, b in zip(expected, got, strict=True))
     assert code.count("torch.ops.fp8_compile.block_scaled_mm.default(") == 3
     assert "scaled_mm_v2" not in code
-    assert code.count("torch.float8_e4m3fn)\n") - code.count("rand_strided") <= 4  # one buffer, and its alias in a call
+    body = code[code.index("def call(") : code.index("return (", code.index("def call("))]
+    assert body.count("torch.float8_e4m3fn)") == 1
+    assert body.count("empty_strided_cpu((2, 32), (32, 1), torch.float32)") == 1  # the activation's scales
     (copies,) = {result.matches for r in fp8_compile.report(m).passes.values() for result in r if "copy" in result.name}
     assert copies == 3
 
@@ -318,7 +320,7 @@ def test_the_operator_is_what_compilers_are_told(rows: int) -> None:
         block_scales.quantize_weight(gaussian(256, 256), rows),
     )
     scale = weight[1].t().contiguous() if rows == 1 else F.pad(weight[1], (0, 2))
-    args = x[0], x[1].t().contiguous(), weight[0], scale, rows, torch.float32
+    args = *x, weight[0], scale, rows, torch.float32
     torch.library.opcheck(block_scales.MATMUL, args, test_utils="test_faketensor")
 
 

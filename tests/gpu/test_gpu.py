@@ -114,7 +114,7 @@ def test_blocks_agree_with_float64(
         block_scales.quantize_weight(w.to(dtype), size[0]),
     )
     out = block_scales.blockwise_linear((values, scale), *made, b, dtype)
-    left = values.double() * scale.double().repeat_interleave(128, -1)
+    left = values.double() * scale.double().t().repeat_interleave(128, -1)
     right = made[0].double() * made[1].double().repeat_interleave(size[0], 0)[:n].repeat_interleave(128, 1)
     expected = left @ right.t() + (0 if b is None else b.double())
     assert out.dtype == dtype
