@@ -419,3 +419,23 @@ def test_through_diffusers(block: tuple[int, int], tmp_path: Path) -> None:
             assert parameter.scheme == Fp8(weight_block_size=block)
             for a, b in zip(parameter.constants, expected[name].constants, strict=True):
                 assert torch.equal(a.float(), b.float())
+
+
+def test_where_a_device_has_no_kernel_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp8_compile import backend
+
+    def refusal(scheme: Any, call: Any, *what: Any) -> str | None:
+        return None if call.reference is None else "cuda:0 refuses 32 x 64 by 64 x 64: only on SM90"
+
+    rewrite, m, x = backend.rewrite, model(2), tokens()
+
+    def asked(context: Any, trace: Any) -> Any:
+        context.refusal = refusal
+        return rewrite(context, trace)
+
+    monkeypatch.setattr(backend, "rewrite", asked)
+    expected = m(x)
+    assert sqnr(expected, runs(m, x, **LOAD, weight_block_size=[128, 128])) > 30
+    rows = fp8_compile.report(m).layers
+    assert {(row.decision, row.scheme) for row in rows} == {("quantized", "fp8-weight-only")}
+    assert {row.reason for row in rows} == {"cuda:0 refuses 32 x 64 by 64 x 64: only on SM90"}
