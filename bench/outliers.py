@@ -3,9 +3,8 @@
 Each embedded pipeline gets the outliers of `bench.outlier_channels`, stronger and stronger. Its pictures in FP8,
 compiled block by block, are compared with those that it draws in BF16 with the same outliers, from the same noise.
 
-Finer scales are emulated here, to be measured beside the others: the product is computed in float32 from the
-dequantized operands. "block" is as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 3.3.2): a weight has a
-scale for each 128 x 128 values, an activation one for each 128 of a row. "group" has one for each 128 of a row in both.
+"block" is as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 3.3.2): a weight has a scale for each 128 x 128
+values, an activation one for each 128 of a row. "group" has one for each 128 of a row in both.
 
     python -m bench.outliers --output bench/results/outliers.json
 """
@@ -14,123 +13,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fp8_compile import Call, Scheme, Spec, numerics, register_method
 from fp8_compile.embedded import EMBEDDED_CALLS, default_pipeline_dir
 from fp8_compile.measure.quality import compare, generate, prompt_adherence
 from fp8_compile.measure.scenes import scenes
-from fp8_compile.schemes.fp8 import Fp8
 
 from . import common
 from .outlier_channels import add_outliers
 
-BLOCK = 128
 CHOICES: dict[str, dict[str, Any]] = {
     "tensor": {"granularity": "tensor"},
     "row": {"granularity": "row"},
-    "block": {"method": "fp8-block-emulated"},
-    "group": {"method": "fp8-group-emulated"},
+    "block": {"weight_block_size": [128, 128]},
+    "group": {"weight_block_size": [1, 128]},
     "int8": {"method": "int8"},
     "int8 rotated": {"method": "int8", "rotation": 256},
 }
-
-
-def quantize_blocks(weight: Tensor) -> numerics.Quantized:
-    """``[N, K]`` to ``[N / 128, 128, K / 128, 128]`` float8_e4m3fn and ``[N / 128, 1, K / 128, 1]`` float32."""
-    blocks = weight.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    return numerics.quantize_weight_with(blocks, blocks.abs().amax(dim=(1, 3), keepdim=True))
-
-
-def quantize(x: Tensor) -> numerics.Quantized:
-    """``[..., K]`` to ``[..., K / 128, 128]`` float8_e4m3fn and ``[..., K / 128, 1]`` float32."""
-    groups = x.unflatten(-1, (-1, BLOCK))
-    return numerics.quantize_weight_with(groups, groups.abs().amax(dim=-1, keepdim=True))
-
-
-def quantize_groups(weight: Tensor) -> numerics.Quantized:
-    """``[N, K]`` to ``[N, 1, K / 128, 128]`` float8_e4m3fn and ``[N, 1, K / 128, 1]`` float32."""
-    return quantize(weight.unsqueeze(1))
-
-
-def linear(
-    x: numerics.Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """``x @ weight.T + bias`` of what the blocks stand for."""
-    values = numerics.dequantize(*x, torch.float32).flatten(-2)
-    return linear_of_small_m(values, weight, weight_scale, bias, dtype)
-
-
-def linear_of_small_m(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """As `linear`, of an activation that is not quantized."""
-    matrix = numerics.dequantize(weight, weight_scale, torch.float32).flatten(2).flatten(0, 1)
-    return torch.nn.functional.linear(x.float(), matrix, None if bias is None else bias.float()).to(dtype)
-
-
-@dataclass(frozen=True)
-class Blocks(Scheme):
-    """Scales for each 128 x 128 values of a weight."""
-
-    method: ClassVar[str] = "fp8-block-emulated"
-
-    min_m: int = Fp8.min_m
-
-    def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        rows, columns = out_features // BLOCK, in_features // BLOCK
-        return {
-            "qdata": Spec((rows, BLOCK, columns, BLOCK), numerics.FP8_DTYPE),
-            "scale": Spec((rows, 1, columns, 1), torch.float32),
-        }
-
-    def weight_shape(self, constants: Sequence[Tensor]) -> tuple[int, int]:
-        rows, height, columns, width = constants[0].shape
-        return rows * height, columns * width
-
-    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return quantize_blocks(weight)
-
-    def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
-        return self.quantize_weight(weight.to(device))
-
-    def dequantize(self, constants: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        return numerics.dequantize(constants[0], constants[1], dtype).flatten(2).flatten(0, 1)
-
-    def for_call(self, m: float, device: torch.device) -> tuple[Call, ...]:
-        if m < self.min_m:
-            return (Call(f"{self.method}-weight-only", linear_of_small_m),)
-        return (Call(self.method, linear, quantize),)
-
-    def reason(self, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-        if in_features % BLOCK or out_features % BLOCK:
-            return f"{in_features} x {out_features} is not made of blocks of {BLOCK} x {BLOCK}"
-        return None
-
-
-@dataclass(frozen=True)
-class Groups(Blocks):
-    """Scales for each 128 values of a row of a weight."""
-
-    method: ClassVar[str] = "fp8-group-emulated"
-
-    def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        columns = in_features // BLOCK
-        return {
-            "qdata": Spec((out_features, 1, columns, BLOCK), numerics.FP8_DTYPE),
-            "scale": Spec((out_features, 1, columns, 1), torch.float32),
-        }
-
-    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return quantize_groups(weight)
-
-
-METHODS = (Blocks, Groups)
-"""The emulated methods, which `main` registers."""
 
 
 def load(name: str, factor: float | None = None, choice: str | None = None) -> Any:
@@ -175,8 +76,6 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=3, help="held-out captions, one picture of each")
     parser.add_argument("--seed", type=int, default=0, help="chooses the captions")
     arguments = parser.parse_args()
-    for method in METHODS:
-        register_method(method)
     held_out = [scene.caption for scene in scenes() if scene.held_out]
     prompts = random.Random(arguments.seed).sample(held_out, arguments.captions)
     rows, results = [], []

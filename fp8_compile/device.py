@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .errors import UnsupportedDeviceError
 from .schemes import Call, Scheme
@@ -48,7 +50,10 @@ def refusal(
     dtype: torch.dtype,
     bias: bool,
 ) -> str | None:
-    """Why ``device`` cannot run ``call`` on a linear, or None; found out by running it once on zeros.
+    """Why ``device`` cannot run ``call`` on a linear, or None; found out by running it once.
+
+    On zeros, or, if the call has a reference, on random numbers: what differs from it is refused, and so is what cannot
+    be compared now.
 
     Libraries refuse single shapes, or all, in ways that depend on their version: row-wise scales with K = 9216 and at
     most 256 rows on Hopper (https://github.com/pytorch/ao/issues/4582), all row-wise scales on consumer Blackwell
@@ -65,7 +70,7 @@ def refusal(
     """
     check_device(device, scheme)  # lest a device that can do nothing seem one that refuses each shape
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None
+        return None if call.reference is None else "its kernel cannot be checked while a CUDA graph is recorded"
     if isinstance(rows, torch.SymInt):
         seen = rows.node.hint
         sizes = [*_M_OF_ALL_SIZES, *([] if seen is None else [int(seen)])]
@@ -91,17 +96,51 @@ def _refusal(
     k, n = features
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
         try:
-            x, weight = (torch.zeros(size, k, dtype=dtype, device=device) for size in (rows, n))
+            make: Callable[..., Tensor] = torch.zeros if call.reference is None else _Random(device)
+            x, weight = (make(size, k, dtype=dtype, device=device) for size in (rows, n))
             quantized = x if call.quantize is None else call.quantize(x)
-            added = torch.zeros(n, dtype=dtype, device=device) if bias else None
+            added = make(n, dtype=dtype, device=device) if bias else None
+            operands = quantized, *scheme.quantize_weight(weight), added, dtype
             assert call.linear is not None
-            call.linear(quantized, *scheme.quantize_weight(weight), added, dtype)
+            out = call.linear(*operands)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        except torch.OutOfMemoryError:
-            return None
+            wrong: object = None if call.reference is None else _difference(out, call.reference(*operands))
+        except torch.OutOfMemoryError as error:
+            wrong = None if call.reference is None else error
         except (RuntimeError, ValueError) as error:
-            if "ALLOC_FAILED" in str(error):
-                return None  # of memory, like the above, not of the shape
-            return f"{device} refuses {rows} x {k} by {k} x {n}: {error}".splitlines()[0]
-    return None
+            # Of memory, like the above, not of the shape.
+            wrong = None if "ALLOC_FAILED" in str(error) and call.reference is None else error
+    return None if wrong is None else f"{device} refuses {rows} x {k} by {k} x {n}: {wrong}".splitlines()[0]
+
+
+class _Random:
+    """Makes random numbers whose size differs from row to row and from block to block, so that no two scales agree."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(0)  # lest the user's random numbers become others
+
+    def __call__(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, device=device, generator=self._generator)
+
+        values = normal(*shape)
+        if len(shape) == 2:
+            rows, columns = shape
+            blocks = normal(-(-rows // 128), -(-columns // 128)).repeat_interleave(128, 0)[:rows]
+            sizes = (blocks + normal(*blocks.shape)) / 2
+            values *= sizes.exp().repeat_interleave(128, 1)[:, :columns]
+        return values.to(dtype)
+
+
+# How far a result may be off: by a few roundings to bfloat16, and by so much of the root mean square of all, since
+# Hopper's tensor cores keep 14 bits of a sum. One block of a hundred with its neighbour's scale is off by more.
+_ROUNDINGS, _TOLERANCE = 2.0**-7, 0.02
+
+
+def _difference(out: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with ``out``, or None."""
+    out, expected = out.float(), expected.float()
+    rms = expected.square().mean().sqrt()
+    error = float((((out - expected).abs() - _ROUNDINGS * expected.abs()) / rms).amax())
+    return None if error <= _TOLERANCE else f"a result is wrong by {error:.2g} of their root mean square"

@@ -223,6 +223,8 @@ def _row(path: str, weight: Tensor, state: WeightState, of_graphs: Sequence[Sequ
     reasons = ", ".join(dict.fromkeys(d.reason for d in unquantized))
     if quantized and unquantized:
         reasons = f"unquantized in {len(unquantized)} of {len(decisions)} graphs: {reasons}"
+    # A quantized layer has one if it is not multiplied in FP8 because the device has no kernel for that.
+    reasons = ", ".join(dict.fromkeys(filter(None, [*(d.reason for d in quantized), reasons])))
     calls = [d.call.name for d in quantized if d.call is not None]
     return LayerReport(
         path=path,

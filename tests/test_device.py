@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fp8_compile import numerics
+from fp8_compile import block_scales, numerics
 from fp8_compile.device import refusal
 from fp8_compile.schemes import Call
-from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from fp8_compile.schemes.fp8 import BLOCK_SIZES, BLOCKS, ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,58 @@ def test_the_reason_names_the_shape_and_the_first_line_of_the_error() -> None:
     reason = refusal(Fp8(), refusing(257), CPU, 256, (64, 32), torch.bfloat16, True)
     assert reason == "cpu refuses 256 x 64 by 64 x 32: CUBLAS_STATUS_NOT_SUPPORTED"
     assert refusal(Fp8(), refusing(257), CPU, 257, (64, 32), torch.bfloat16, False) is None
+
+
+@pytest.mark.parametrize("size", BLOCK_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [(256, 256), (208, 304), (3072, 512)], ids=str)
+def test_what_has_a_reference_is_compared_with_it(
+    size: tuple[int, int], dtype: torch.dtype, features: tuple[int, int]
+) -> None:
+    scheme, state = Fp8(weight_block_size=size), torch.random.get_rng_state()
+    assert refusal(scheme, BLOCKS[size], CPU, 130, features, dtype, True) is None
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def transposed(scale: Tensor) -> Tensor:
+    return scale.t().reshape(scale.shape)
+
+
+def neighbours(scale: Tensor) -> Tensor:
+    return scale.roll(1, -1)
+
+
+def one_wrong(scale: Tensor) -> Tensor:
+    return torch.cat([torch.cat([scale[:1, 1:2], scale[:1, 1:]], 1), scale[1:]])
+
+
+@pytest.mark.parametrize("size", BLOCK_SIZES, ids=str)
+@pytest.mark.parametrize("wrong", [transposed, neighbours, one_wrong])
+@pytest.mark.parametrize("operand", ["x", "weight"])
+def test_a_kernel_that_reads_another_scale_is_refused(size: tuple[int, int], wrong: Any, operand: str) -> None:
+    """As those that read it in another order were, which gave pictures that looked like those of coarse scales."""
+
+    def linear(x: Any, weight: Tensor, scale: Tensor, *more: Any) -> Tensor:
+        if operand == "x":
+            return block_scales.blockwise_linear((x[0], wrong(x[1])), weight, scale, *more)
+        return block_scales.blockwise_linear(x, weight, wrong(scale), *more)
+
+    call = replace(BLOCKS[size], linear=linear)
+    reason = refusal(Fp8(weight_block_size=size), call, CPU, 256, (512, 256), torch.bfloat16, False)
+    assert reason is not None
+    assert reason.startswith("cpu refuses 256 x 512 by 512 x 256: a result is wrong by ")
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    def none_left(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for call, expected in (
+        (replace(BLOCKS[128, 128], reference=none_left), "cpu refuses 16 x 256 by 256 x 256: CUDA out of memory"),
+        (replace(BLOCKS[128, 128], linear=none_left, reference=None), None),
+    ):
+        scheme = Fp8(weight_block_size=(128, 128))
+        assert refusal(scheme, call, CPU, 16, (256, 256), torch.bfloat16, False) == expected
 
 
 def test_a_size_known_only_at_run_time_is_asked_of_small_and_large_ones() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fp8_compile import Fp8Error, Fp8Options, OptionError, PatternError
-from fp8_compile.checks import parse_options, scheme_for
+from fp8_compile.checks import check_agreement, parse_options, scheme_for
 from fp8_compile.schemes.few_rows import SMALL_M
 from fp8_compile.schemes.fp8 import GRANULARITIES, Fp8
 
@@ -68,6 +68,8 @@ def test_valid(name: str, value: Any) -> None:
         ("activation_scheme", "dynamic"),
         ("activation_scheme", "none"),
         ("weight_block_size", None),
+        ("weight_block_size", (128, 128)),
+        ("weight_block_size", (1, 128)),
         *(("granularity", value) for value in GRANULARITIES),
         *(("small_m", value) for value in SMALL_M),
         ("min_m", 1),
@@ -98,13 +100,10 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
         ("activation_scheme", "static", "activation_scheme='static' is not available yet; use 'dynamic' or"),
         ("activation_scheme", "dynamc", "activation_scheme='dynamc' is not valid, did you mean 'dynamic'?"),
         ("activation_scheme", None, "activation_scheme=None is not valid"),
-        (
-            "weight_block_size",
-            (128, 128),
-            "weight_block_size=(128, 128): block-wise scales are not available yet; use None",
+        *(
+            ("weight_block_size", value, f"weight_block_size={value!r} is not valid; valid: [128, 128], [1, 128], None")
+            for value in ([64, 64], [128, 1], [128], 0, 128, "128x128", True)
         ),
-        ("weight_block_size", [128, 128], "weight_block_size=(128, 128): block-wise scales are not available yet"),
-        ("weight_block_size", 0, "weight_block_size=0: block-wise scales are not available yet"),
         *(
             (name, value, f"{name}={value!r}: expected an integer of at least 1")
             for name in ("min_features", "min_m")
@@ -269,6 +268,38 @@ def test_options_of_the_issue() -> None:
         method_options={"activation_scheme": "dynamic", "weight_block_size": None},
         ignored_layers=("img_mlp",),
     )
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_blocks_have_no_granularity(granularity: str) -> None:
+    """Neither what was given nor that it is the default makes it right."""
+    with pytest.raises(OptionError) as error:
+        parse_options({"weight_block_size": [128, 128], "granularity": granularity})
+    assert str(error.value) == (
+        f"granularity={granularity!r} and weight_block_size=[128, 128] exclude each other: blocks have scales of their "
+        "own; leave one of the two out"
+    )
+    assert scheme_for(parse_options({"weight_block_size": None, "granularity": granularity})) == Fp8(granularity)
+
+
+def test_blocks_in_a_list_or_a_tuple_are_the_same() -> None:
+    for size in ([1, 128], (1, 128)):
+        assert Fp8(weight_block_size=size) == scheme_for(parse_options({"weight_block_size": size}))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"granularity": "row"}, "granularity='row' and weight_block_size=[128, 128] exclude each other"),
+        ({"weight_block_size": [1, 128]}, "weight_block_size=(1, 128): the weights were quantized with"),
+        ({"weight_block_size": None}, "weight_block_size=None: the weights were quantized with"),
+    ],
+)
+def test_options_that_differ_from_weights_in_blocks(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as error:
+        check_agreement(parse_options(given), Fp8(weight_block_size=(128, 128)))
+    assert str(error.value).startswith(message)
+    check_agreement(parse_options({"weight_block_size": [128, 128], "min_m": 3}), Fp8(weight_block_size=(128, 128)))
 
 
 @pytest.mark.parametrize("options", [None, {}, Fp8Options()])

@@ -35,13 +35,16 @@ METADATA = "fp8_compile"
 TIED = "fp8_compile_tied"
 """Under which key it names the weights that are one parameter of the model."""
 
-# Under which names others store the scale of ``PATH.weight``: compressed-tensors and ModelOpt, ComfyUI.
+# Under which names others store the scale of ``PATH.weight``: compressed-tensors and ModelOpt, ComfyUI, DeepSeek and
+# transformers. The last call it the inverse, of what values were multiplied by; it is what multiplies FP8 here, too.
 # https://github.com/vllm-project/compressed-tensors, https://github.com/NVIDIA/TensorRT-Model-Optimizer,
-# https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/ops.py
-_SCALES = {"weight_scale": "_scale", "scale_weight": "_scale"}
+# https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/ops.py,
+# https://github.com/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md,
+# https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/finegrained_fp8.py
+_SCALES = {"weight_scale": "_scale", "scale_weight": "_scale", "weight_scale_inv": "_scale"}
 
 # What such files hold besides: scales of activations, which are computed from their values here, and a mark.
-_UNUSED = ("input_scale", "scale_input", "scaled_fp8")
+_UNUSED = ("input_scale", "scale_input", "activation_scale", "scaled_fp8")
 
 # ComfyUI says so, as JSON, in a tensor beside each weight, or of all of them in the file's metadata.
 # https://github.com/comfyanonymous/ComfyUI/blob/master/QUANTIZATION.md
@@ -314,9 +317,11 @@ def load_fp8_checkpoint(
 ) -> None:
     """Fill ``model`` from safetensors files whose linears are in FP8, in place; the FP8 bytes are taken as they are.
 
-    These layouts are read, with one scale for each output channel or one in all:
+    These layouts are read, with one scale for each output channel, one in all, or one for each block of 128 x 128 or
+    1 x 128 values:
 
     - compressed-tensors and ModelOpt: ``PATH.weight``, ``PATH.weight_scale``, ``PATH.input_scale``;
+    - DeepSeek and transformers: ``PATH.weight``, ``PATH.weight_scale_inv``, ``PATH.activation_scale``;
     - ComfyUI's scaled FP8: ``PATH.weight``, ``PATH.scale_weight`` or ``PATH.weight_scale``, ``PATH.scale_input``,
       ``PATH.comfy_quant``, ``scaled_fp8``; also with ``model.diffusion_model.`` before all names;
     - files that `save_fp8_checkpoint`, or diffusers' ``save_pretrained``, has written.

@@ -14,7 +14,7 @@ from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 def adopt(weight: Tensor) -> QuantizedWeight | None:
     """torchao's ``Float8Tensor`` as a `QuantizedWeight` in the same memory; None if ``weight`` is no such thing.
 
-    Block-wise scales and other formats than E4M3 are not taken over.
+    Other formats than E4M3, and blocks that `Fp8` does not have, are not taken over.
     """
     if type(weight).__name__ != "Float8Tensor" or not type(weight).__module__.startswith("torchao."):
         return None

@@ -19,7 +19,8 @@ After::
     (3) a = _scaled_mm(view(f), ...)                     meta: those of all operands but the first
     (4) b = _scaled_mm(view_1(f), ...)                   -> Inductor writes q once
 
-It leaves alone every other operator, and a matmul whose first operand is no contiguous tensor.
+The same is done for the matmul of `block_scales`, and there for the scales of the activation, which are its second
+operand. It leaves alone every other operator, and an operand that is no contiguous tensor.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ import torch
 from torch._inductor import inductor_prims  # registers the operator that this pass inserts
 from torch.fx import Graph, Node
 
+from ..block_scales import MATMUL
 from .context import Context
 
+# Where the quantized activation stands among their operands; with blocks, its scales are a tensor of some size, too.
+_MATMULS = {torch.ops.aten._scaled_mm.default: (0,), MATMUL: (0, 1)}
 # Operators that give a contiguous tensor another shape without moving its data.
 _VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default})
 _FORCE = inductor_prims.force_stride_order
@@ -38,15 +42,16 @@ _FORCE = inductor_prims.force_stride_order
 def one_fp8_copy(graph: Graph, context: Context) -> int:
     """Edit ``graph``, a graph of aten operators after AOTAutograd, in place; counts the matmuls freed of their copy."""
     freed = 0
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default):
-        made = _maker(node.args[0])
-        if made is None or "eager_input_vals" not in node.meta:
-            continue
-        args, kwargs = node.meta["eager_input_vals"]
-        if args and args[0] is not None:
-            _fix_layout(graph, made)
-            node.meta["eager_input_vals"] = (None, *args[1:]), kwargs
-            freed += 1
+    for matmul, operands in _MATMULS.items():
+        for node in graph.find_nodes(op="call_function", target=matmul):
+            args, kwargs = node.meta.get("eager_input_vals", ((), {}))
+            asked = [i for i in operands if i < len(args) and args[i] is not None]
+            made = {i: maker for i in asked if (maker := _maker(node.args[i])) is not None}
+            for maker in made.values():
+                _fix_layout(graph, maker)
+            if made:
+                node.meta["eager_input_vals"] = tuple(None if i in made else a for i, a in enumerate(args)), kwargs
+                freed += 1
     return freed
 
 

@@ -121,9 +121,12 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
 
 
 def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None, str | None]:
-    """The first way to run ``linear`` that the device takes; or None, and why there is none."""
+    """The first way to run ``linear`` that the device takes, and why it multiplies in high precision if it should not.
+
+    Or None, and why there is none.
+    """
     x = example(linear.input)
-    reason = None
+    reason = refused = None
     for call in scheme.for_call(row_count(x.shape), x.device):
         if call.linear is None:
             return None, call.reason
@@ -131,13 +134,15 @@ def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None
             in_features, out_features = linear.features
             reason = scheme.reason(out_features, in_features, example(linear.weight).dtype)
             if reason is not None:
+                refused = refused or reason
                 continue
         if context.refusal is None:
-            return call, None
+            return call, None if call.quantize else refused
         bias = linear.bias is not None
         reason = context.refusal(scheme, call, x.device, math.prod(x.shape[:-1]), linear.features, x.dtype, bias)
         if reason is None:
-            return call, None
+            return call, None if call.quantize else refused
+        refused = refused or reason
     return None, reason
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import numerics
+from .. import block_scales, numerics
 from ..errors import OptionError, QuantizedWeightError
 from ..options import check_choice
 from .few_rows import check_few_rows, check_few_rows_at_load, few_rows
 from .scheme import Call, Scheme, Spec, chunk_rows, high_precision
 
 GRANULARITIES = ("row", "tensor")
+BLOCK_SIZES = ((128, 128), (1, 128))
+"""Of weights: those that a kernel multiplies by activations with a scale for each row and 128 columns."""
 
 # That of the largest bfloat16; what a larger one stands for may be infinite.
 LARGEST_SCALE = torch.finfo(torch.bfloat16).max / numerics.FP8_MAX
@@ -28,10 +30,11 @@ class Fp8(Scheme):
 
     Attributes:
         granularity: "row" gives each output channel of a weight and each token of an activation a scale of its own,
-            "tensor" gives one to the whole.
+            "tensor" gives one to the whole. Of no meaning with ``weight_block_size``.
         activation_scheme: "dynamic" computes each activation's scale from its values; "none" leaves activations as they
             are and multiplies in their dtype: half the memory of the weights, and no time won.
-        weight_block_size: None; block-wise scales are not available yet.
+        weight_block_size: one of `BLOCK_SIZES` gives a scale to each block of so many rows and columns of a weight, and
+            to each row and 128 columns of an activation; see `block_scales`. None: see ``granularity``.
         min_m: a linear whose activation has fewer rows (M: tokens of the whole batch) is not multiplied in FP8.
         small_m: what becomes of it: "weight-only" reads its FP8 weight and multiplies in float32, "keep" leaves it as
             it is, which is for compilation only.
@@ -55,32 +58,62 @@ class Fp8(Scheme):
             raise OptionError("activation_scheme='static' is not available yet; use 'dynamic' or 'none'")
         check_choice("activation_scheme", self.activation_scheme, ("dynamic", "none"))
         if self.weight_block_size is not None:
-            raise OptionError(
-                f"weight_block_size={self.weight_block_size!r}: block-wise scales are not available yet; use None"
-            )
+            given: Any = self.weight_block_size
+            size = next((size for size in BLOCK_SIZES if given in (size, list(size))), None)
+            if size is None:
+                valid = ", ".join(map(str, map(list, BLOCK_SIZES)))
+                raise OptionError(f"weight_block_size={_listed(given)} is not valid; valid: {valid}, None")
+            object.__setattr__(self, "weight_block_size", size)
+            if self.granularity != "row":
+                self.check_given({"granularity": self.granularity, "weight_block_size": size})
         check_few_rows(self.min_m, self.small_m)
+
+    @classmethod
+    def check_given(cls, options: Mapping[str, Any]) -> None:
+        granularity, block = options.get("granularity"), options.get("weight_block_size")
+        if granularity is not None and block is not None:
+            raise OptionError(
+                f"granularity={granularity!r} and weight_block_size={_listed(block)} exclude each other: blocks have "
+                "scales of their own; leave one of the two out"
+            )
 
     @property
     def label(self) -> str:
-        return f"fp8-{self.granularity}"
+        return f"fp8-{self.granularity}" if self.weight_block_size is None else BLOCKS[self.weight_block_size].name
 
     def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        scale = (out_features, 1) if self.granularity == "row" else ()
+        scale: tuple[int, ...] = (out_features, 1) if self.granularity == "row" else ()
+        if self.weight_block_size is not None:
+            scale = _blocks(out_features, in_features, self.weight_block_size)
         return {
             "qdata": Spec((out_features, in_features), numerics.FP8_DTYPE),
             "scale": Spec(scale, torch.float32),
         }
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
+        if self.weight_block_size is not None:
+            return block_scales.quantize_weight(weight, self.weight_block_size[0])
         if self.granularity == "row":
             return numerics.quantize_weight_rowwise(weight)
         return numerics.quantize_weight_tensorwise(weight)
 
     def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
-        if self.granularity == "row" or weight.numel() == 0:
+        if weight.numel() == 0:
+            return super().quantize_in_chunks(weight, device)
+        device = weight.device if device is None else device
+        if self.weight_block_size is not None:
+            height = self.weight_block_size[0]
+            blocks = max(1, chunk_rows(weight) // height)
+            specs = self.specs(*weight.shape).values()
+            made = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs)
+            places = zip(torch.split(made[0], blocks * height), torch.split(made[1], blocks), strict=True)
+            for chunk, place in zip(torch.split(weight, blocks * height), places, strict=True):
+                for whole, part in zip(place, self.quantize_weight(chunk.to(device)), strict=True):
+                    whole.copy_(part)
+            return made
+        if self.granularity == "row":
             return super().quantize_in_chunks(weight, device)
         chunks = torch.split(weight, chunk_rows(weight))
-        device = weight.device if device is None else device
         amax = torch.stack([chunk.to(device).abs().amax() for chunk in chunks]).amax()
         parts = (numerics.quantize_weight_with(chunk.to(device), amax)[0] for chunk in chunks)
         qdata = torch.empty(weight.shape, dtype=numerics.FP8_DTYPE, device=device)
@@ -90,17 +123,26 @@ class Fp8(Scheme):
 
     def dequantize(self, constants: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         qdata, scale = constants
+        if self.weight_block_size is not None:
+            return block_scales.dequantize(qdata, scale, self.weight_block_size[0], dtype)
         return numerics.dequantize(qdata, scale, dtype)
 
     def for_call(self, m: float, device: torch.device) -> tuple[Call, ...]:
+        blocks = self.weight_block_size
+        weight_only = WEIGHT_ONLY if blocks is None else WEIGHT_ONLY_BLOCKS
         if self.activation_scheme == "none":
             # Also above min_m, where the weight is read once for so few rows that nothing else takes time.
-            some = (WEIGHT_ONLY,) if m <= numerics.FEW_ROWS else (DEQUANTIZED,)
-            return few_rows(m, self.min_m, self.small_m, WEIGHT_ONLY) or some
+            more = DEQUANTIZED if blocks is None else DEQUANTIZED_BLOCKS
+            some = (weight_only,) if m <= numerics.FEW_ROWS else (more,)
+            return few_rows(m, self.min_m, self.small_m, weight_only) or some
         if m == math.inf:  # the meta function of _scaled_mm compares it
             return (high_precision("number of rows is known only at run time"),)
-        enough = (ROWWISE, ROWWISE_UNFUSED_SCALES) if self.granularity == "row" else (TENSORWISE,)
-        return few_rows(m, self.min_m, self.small_m, WEIGHT_ONLY) or enough
+        enough: tuple[Call, ...]
+        if blocks is not None:
+            enough = (BLOCKS[blocks], DEQUANTIZED_BLOCKS)
+        else:
+            enough = (ROWWISE, ROWWISE_UNFUSED_SCALES) if self.granularity == "row" else (TENSORWISE,)
+        return few_rows(m, self.min_m, self.small_m, weight_only) or enough
 
     def check_at_load(self) -> None:
         check_few_rows_at_load(self.small_m)
@@ -117,17 +159,24 @@ class Fp8(Scheme):
         qdata, scale = (tensors[suffix] for suffix in self.suffixes())
         if qdata.dim() != 2:
             raise QuantizedWeightError(f"has FP8 values of shape {list(qdata.shape)}, which are no matrix")
-        rows = qdata.shape[0]
-        if scale.numel() == 1 and rows != 1:
+        n, k = qdata.shape
+        granularity, block = "row", None
+        if self.weight_block_size is not None and scale.shape == _blocks(n, k, self.weight_block_size):
+            fitting, block = scale, self.weight_block_size
+        elif scale.numel() == 1 and n != 1:
             granularity, fitting = "tensor", scale.reshape(())
-        elif scale.numel() == rows and scale.dim() <= 2 and scale.shape[:1] in ((rows,), ()):
-            granularity, fitting = "row", scale.reshape(rows, 1)
+        elif scale.numel() == n and scale.dim() <= 2 and scale.shape[:1] in ((n,), ()):
+            fitting = scale.reshape(n, 1)
         else:
-            raise QuantizedWeightError(
-                f"has shape {list(scale.shape)}; a scale for values of shape {list(qdata.shape)} has one element, or "
-                f"[{rows}, 1] (block-wise scales cannot be read yet)",
-                "_scale",
-            )
+            shapes = {_blocks(n, k, size): size for size in BLOCK_SIZES}
+            if tuple(scale.shape) not in shapes:
+                of_blocks = [f"{list(shape)} for blocks of {list(size)}" for shape, size in shapes.items()]
+                raise QuantizedWeightError(
+                    f"has shape {list(scale.shape)}; a scale for values of shape {list(qdata.shape)} has one element, "
+                    f"[{n}, 1], or {', or '.join(of_blocks)}",
+                    "_scale",
+                )
+            fitting, block = scale, next(size for shape, size in shapes.items() if shape == scale.shape)
         fitting = fitting.float()
         if fitting.device.type != "meta":
             if not (fitting.isfinite() & (fitting > 0)).all():
@@ -141,7 +190,18 @@ class Fp8(Scheme):
             chunks = torch.split(qdata.view(torch.uint8), chunk_rows(qdata))
             if any((chunk & 0x7F == 0x7F).any() for chunk in chunks):
                 raise QuantizedWeightError("holds NaN")
-        return replace(self, granularity=granularity), (qdata.contiguous(), fitting.contiguous())
+        scheme = replace(self, granularity=granularity, weight_block_size=block)
+        return scheme, (qdata.contiguous(), fitting.contiguous())
+
+
+def _blocks(out_features: int, in_features: int, size: Sequence[int]) -> tuple[int, int]:
+    """How many blocks of ``size`` a weight has, down and across; those at its edges may be smaller."""
+    return -(-out_features // size[0]), -(-in_features // size[1])
+
+
+def _listed(block: Any) -> str:
+    """As it is written in options: JSON has no tuples."""
+    return repr(list(block) if isinstance(block, tuple) else block)
 
 
 ROWWISE = Call("fp8-row", numerics.scaled_linear, numerics.quantize_rowwise)
@@ -151,3 +211,15 @@ TENSORWISE = Call("fp8-tensor", numerics.scaled_linear, numerics.quantize_tensor
 WEIGHT_ONLY = Call("fp8-weight-only", numerics.weight_only_linear)
 # The same for more rows, by its own name in a graph and by the same name in a report.
 DEQUANTIZED = Call("fp8-weight-only", numerics.dequantized_linear)
+BLOCKS = {
+    size: Call(
+        f"fp8-{size[0]}x{size[1]}",
+        block_scales.blockwise_linear,
+        block_scales.quantize_blockwise,
+        reference=block_scales.reference,
+    )
+    for size in BLOCK_SIZES
+}
+WEIGHT_ONLY_BLOCKS = Call("fp8-weight-only", block_scales.blockwise_weight_only_linear)
+# For devices without a kernel for blocks: all but Hopper.
+DEQUANTIZED_BLOCKS = Call("fp8-weight-only", block_scales.dequantized_linear)

@@ -39,12 +39,16 @@ class Call:
             as it is written, on the weight that the constants stand for.
         quantize: an activation ``[..., K]`` to what ``linear`` takes; None if that is the activation itself.
         reason: why ``linear`` is None.
+        reference: what ``linear`` must agree with, of the same arguments; a GPU whose kernel does not, for a shape, is
+            taken for one that refuses it. For kernels that are wrong without a word where they are. None: it is only
+            asked whether ``linear`` runs.
     """
 
     name: str
     linear: Callable[..., Tensor] | None
     quantize: Callable[[Tensor], Any] | None = None
     reason: str = ""
+    reference: Callable[..., Tensor] | None = None
 
 
 def high_precision(reason: str) -> Call:
@@ -106,6 +110,16 @@ class Scheme(abc.ABC):
 
         Args:
             m: rows of the activation (its elements, by K); infinite if that is known only at run time.
+        """
+
+    @classmethod  # noqa: B027
+    def check_given(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that a user gave and that exclude each other, whatever their values.
+
+        A scheme does not know whether a value was given or is the default.
+
+        Raises:
+            OptionError: names both.
         """
 
     def check_at_load(self) -> None:  # noqa: B027

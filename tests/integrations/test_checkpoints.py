@@ -14,7 +14,9 @@ from torch import Tensor
 
 import fp8_compile
 from fp8_compile import QuantizedWeight, numerics
+from fp8_compile.schemes.fp8 import Fp8
 from tests.support.blocks import Model, model, tokens
+from tests.support.sqnr import sqnr
 
 FILE = "model.safetensors"
 Tensors = dict[str, Tensor]
@@ -41,6 +43,26 @@ def comfyui(state: Tensors) -> Tensors:
     """One scale in all, as a vector; a mark for the file."""
     made = _fp8(state, "scale_weight", lambda w: (w.float().abs().amax() / 448).reshape(1))
     return {**made, "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+
+
+def deepseek(state: Tensors, height: int = 128) -> Tensors:
+    """One scale for each block, in bfloat16 as in Qwen3's files; and one for the activation, which others have."""
+    made = {}
+    for name, value in state.items():
+        if value.dim() == 2 and "to_k" not in name:
+            n, k = (-size % block for size, block in zip(value.shape, (height, 128), strict=True))
+            blocks = (
+                torch.nn.functional.pad(value.float(), (0, k, 0, n)).unflatten(1, (-1, 128)).unflatten(0, (-1, height))
+            )
+            scale = (blocks.abs().amax((1, 3)) / 448).bfloat16()
+            wide = scale.float().repeat_interleave(height, 0).repeat_interleave(128, 1)
+            values = value.float() / wide[: value.shape[0], : value.shape[1]]
+            made[name] = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+            made[f"{name}_scale_inv"] = scale
+            made[name.replace("weight", "activation_scale")] = torch.tensor(0.01)
+        else:
+            made[name] = value
+    return made
 
 
 def _fp8(state: Tensors, leaf: str, scale_of: Callable[[Tensor], Tensor]) -> Tensors:
@@ -79,12 +101,58 @@ def test_the_bytes_of_others_are_used_as_they_are(
     x = tokens()
     expected = m(x)
     m.compile_whole(min_features=8)
-    from tests.support.sqnr import sqnr
-
     assert sqnr(expected, m(x)) > 24
     rows = {row.path: row for row in fp8_compile.report(m).layers}
     assert rows["blocks.0.to_q"].scheme == ("fp8-row" if layout is compressed_tensors else "fp8-tensor")
     assert rows["blocks.0.to_k"].reason == "not in FP8 in the checkpoint"
+
+
+@pytest.mark.parametrize("height", [128, 1])
+def test_a_scale_for_each_block_is_read(height: int, tmp_path: Path) -> None:
+    def build() -> Any:
+        linears = torch.nn.Linear(400, 272), torch.nn.GELU(), torch.nn.Linear(272, 400)
+        return torch.nn.Sequential(*linears).bfloat16().eval()
+
+    original = build()
+    tensors = deepseek(original.state_dict(), height)
+    save_file(tensors, tmp_path / FILE)
+    fp8_compile.load_fp8_checkpoint(m := build(), tmp_path / FILE)
+    for name in ("0.weight", "2.weight"):
+        weight = m.get_parameter(name)
+        assert weight.scheme == Fp8(weight_block_size=(height, 128))
+        assert torch.equal(weight.qdata.view(torch.uint8), tensors[name].view(torch.uint8))
+        assert torch.equal(weight.scale, tensors[f"{name}_scale_inv"].float())
+        assert sqnr(original.get_parameter(name), weight.dequantize()) > 29  # the scale's bfloat16 costs some
+    x = torch.randn(16, 400, dtype=torch.bfloat16)
+    expected = m(x)
+    compiled = torch.compile(m, backend="fp8_diffusion", fullgraph=True, options={"inner_backend": "aot_eager"})
+    assert sqnr(expected, compiled(x)) > 28
+    assert {row.scheme for row in fp8_compile.report(m).layers} == {f"fp8-{height}x128"}
+    fp8_compile.save_fp8_checkpoint(m, tmp_path / "ours.safetensors")
+    fp8_compile.load_fp8_checkpoint(again := build(), tmp_path / "ours.safetensors")
+    assert again.get_parameter("0.weight").scheme == m.get_parameter("0.weight").scheme
+    assert torch.equal(again.get_parameter("0.weight").scale, m.get_parameter("0.weight").scale)
+
+
+def test_a_single_block_is_one_scale_in_all(tmp_path: Path) -> None:
+    tensors = deepseek(model(1).state_dict())
+    save_file(tensors, tmp_path / FILE)
+    fp8_compile.load_fp8_checkpoint(m := model(1), tmp_path / FILE)
+    assert m.get_parameter(NAME).scheme == Fp8("tensor")
+    assert m.get_parameter("blocks.0.img_mlp.0.weight").scheme == Fp8(weight_block_size=(128, 128))
+
+
+def test_blocks_of_another_size_are_refused_with_those_that_can_be_read(tmp_path: Path) -> None:
+    tensors = deepseek(model(1).state_dict())
+    name = "blocks.0.img_mlp.0.weight_scale_inv"
+    save_file({**tensors, name: torch.ones(4, 1)}, tmp_path / FILE)
+    with pytest.raises(fp8_compile.CheckpointError, match="blocks") as error:
+        fp8_compile.load_fp8_checkpoint(model(1), tmp_path / FILE)
+    assert str(error.value).endswith(
+        "has shape [4, 1]; a scale for values of shape [256, 64] has one element, [256, 1], or [2, 1] for blocks of "
+        "[128, 128], or [256, 1] for blocks of [1, 128]"
+    )
+    assert error.value.tensor == name
 
 
 def test_names_may_differ_and_a_directory_may_hold_several_files(tmp_path: Path) -> None:

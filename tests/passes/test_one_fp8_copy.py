@@ -18,6 +18,7 @@ from torch._inductor.graph import GraphLowering
 from torch.fx import Graph, Node
 
 from fp8_compile import numerics
+from fp8_compile.block_scales import MATMUL
 from fp8_compile.inductor import inner
 from fp8_compile.inductor.inner import PostGradPasses
 from fp8_compile.numerics import FP8_DTYPE, _has_rowwise_kernel
@@ -107,6 +108,28 @@ reshape_default_2 = reshape.default(inductor_force_stride_order_default, (16, 64
 _scaled_mm_default_2 = _scaled_mm.default(reshape_default_2, ...)""",
     )
     assert asked(graph) == [[False, True, True, True]] * 3
+
+
+def test_with_blocks_the_scales_of_the_activation_are_written_once_too() -> None:
+    build = Aten()
+    x = build.input("x", 16, 256)
+    values = build.quantize(x)
+    scales = build.call(aten.clone.default, build.input("amax", 2, 16, dtype=torch.float32))
+    results = []
+    for name in "qk":
+        weight = build.input(f"{name}_weight", 32, 256, dtype=FP8_DTYPE)
+        operands = values, scales, weight, build.input(f"{name}_scale", 1, 4, dtype=torch.float32), 128, torch.float32
+        node = build.call(MATMUL, *operands, val=torch.empty(16, 32, device="meta"))
+        node.meta["eager_input_vals"] = torch.fx.map_arg(operands, lambda n: n.meta["val"]), {}
+        results.append(node)
+    graph = build.output(*results)
+    assert one_fp8_copy(graph, CONTEXT) == 2
+    for node in results:
+        assert [v is not None for v in node.meta["eager_input_vals"][0]] == [False, False, True, True, True, True]
+    forced = graph.find_nodes(op="call_function", target=prims.inductor_force_stride_order.default)
+    assert {node.args[0] for node in forced} == {values, scales}
+    assert {operand for node in results for operand in node.args[:2]} == set(forced)
+    assert one_fp8_copy(graph, CONTEXT) == 0
 
 
 def test_only_the_request_for_the_first_operand_goes() -> None:

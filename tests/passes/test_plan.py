@@ -13,7 +13,15 @@ from torch.testing._internal.two_tensor import TwoTensor
 from fp8_compile import Fp8Options
 from fp8_compile.passes.context import Decision
 from fp8_compile.schemes import Call as How
-from fp8_compile.schemes.fp8 import ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from fp8_compile.schemes.fp8 import (
+    BLOCKS,
+    DEQUANTIZED_BLOCKS,
+    ROWWISE,
+    ROWWISE_UNFUSED_SCALES,
+    TENSORWISE,
+    WEIGHT_ONLY,
+    Fp8,
+)
 from tests.support.graphs import Call, capture, plan, rand
 
 Function = Callable[..., Any]
@@ -419,6 +427,16 @@ def test_a_refused_shape_has_its_scales_applied_afterwards() -> None:
 def test_a_shape_refused_altogether_is_kept() -> None:
     (decision,) = refused(ROWWISE, ROWWISE_UNFUSED_SCALES)
     assert (decision.decision, decision.call, decision.reason) == ("unquantized", None, "no fp8-row-unfused-scales")
+
+
+def test_where_no_kernel_takes_blocks_the_weight_is_dequantized_and_the_reason_said() -> None:
+    def refusal(scheme: Fp8, call: How, *what: Any) -> str | None:
+        return "only on SM90" if call in BLOCKS.values() else None
+
+    captured = capture(linear(64, 32), rand(2, 8, 64))
+    (decision,) = plan(captured, refusal, weight_block_size=[128, 128]).decisions
+    assert (decision.decision, decision.call) == ("quantized", DEQUANTIZED_BLOCKS)
+    assert decision.reason == "only on SM90"
 
 
 def test_an_ignored_layer_is_not_tried_on_the_device() -> None:

@@ -60,6 +60,30 @@ return (scaled_linear,)""",
     ]
 
 
+def test_linears_with_a_scale_for_each_block() -> None:
+    captured = capture(
+        Call(lambda m, x: (F.linear(x, m.a, m.bias), F.linear(x[:3], m.b)), a=(304, 208), b=(32, 208), bias=(304,)),
+        rand(8, 208),
+    )
+    gm, constants = rewritten(captured, weight_block_size=[128, 128], min_m=4)
+    assert_expected_inline(
+        show(gm.graph),
+        """\
+self.bias: bfloat16[304]
+x: bfloat16[8, 208]
+a_weight: float8_e4m3fn[304, 208]
+a_weight_scale: float32[3, 2]
+b_weight: float8_e4m3fn[32, 208]
+b_weight_scale: float32[1, 2]
+quantize_blockwise = quantize_blockwise(x)
+blockwise_linear = blockwise_linear(quantize_blockwise, a_weight, a_weight_scale, self.bias, torch.bfloat16)
+getitem = getitem(x, slice(None, 3, None))
+blockwise_weight_only_linear = blockwise_weight_only_linear(getitem, b_weight, b_weight_scale, None, torch.bfloat16)
+return (blockwise_linear, blockwise_weight_only_linear)""",
+    )
+    assert [made.scheme for made in constants] == [Fp8(weight_block_size=(128, 128), min_m=4)] * 2
+
+
 def test_linears_that_share_an_activation_share_its_quantization() -> None:
     captured = qkv()
     assert_expected_inline(

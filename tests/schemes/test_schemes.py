@@ -29,7 +29,18 @@ from fp8_compile.checks import parse_options, scheme_for
 from fp8_compile.runtime.constants import _make
 from fp8_compile.schemes import finite, scheme_named
 from fp8_compile.schemes import scheme as scheme_module
-from fp8_compile.schemes.fp8 import DEQUANTIZED, ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from fp8_compile.schemes.fp8 import (
+    BLOCK_SIZES,
+    BLOCKS,
+    DEQUANTIZED,
+    DEQUANTIZED_BLOCKS,
+    ROWWISE,
+    ROWWISE_UNFUSED_SCALES,
+    TENSORWISE,
+    WEIGHT_ONLY,
+    WEIGHT_ONLY_BLOCKS,
+    Fp8,
+)
 from fp8_compile.schemes.int8 import Int8
 from tests.support import methods as ours
 from tests.support.blocks import LOAD, OPTIONS, WIDTH, model, tokens
@@ -37,11 +48,14 @@ from tests.support.methods import HOW, Doubled
 from tests.support.sqnr import sqnr
 
 CPU = torch.device("cpu")
+BLOCKWISE = [Fp8(weight_block_size=size) for size in BLOCK_SIZES]
 NONE = Fp8(activation_scheme="none")
 ALL = [
     Fp8(),
     Fp8("tensor"),
     NONE,
+    *BLOCKWISE,
+    Fp8(activation_scheme="none", weight_block_size=(128, 128)),
     Fp8(min_m=3, small_m="keep"),
     Int8(),
     Int8(3, "keep"),
@@ -111,6 +125,10 @@ def test_how_fp8_runs() -> None:
     assert Fp8("tensor").for_call(8, CPU) == (TENSORWISE,)
     assert Fp8().for_call(7, CPU) == Fp8("tensor").for_call(7, CPU) == (WEIGHT_ONLY,)
     assert Fp8(min_m=7).for_call(7, CPU)[0] == ROWWISE
+    for size, scheme in zip(BLOCK_SIZES, BLOCKWISE, strict=True):
+        assert scheme.for_call(8, CPU) == (BLOCKS[size], DEQUANTIZED_BLOCKS)
+        assert scheme.for_call(7, CPU) == (WEIGHT_ONLY_BLOCKS,)
+        assert scheme.label == BLOCKS[size].name
     (kept,) = Fp8(small_m="keep").for_call(7, CPU)
     assert (kept.linear, kept.reason) == (None, "M is below min_m 8")
     (unknown,) = Fp8().for_call(float("inf"), CPU)
