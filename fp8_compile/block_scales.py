@@ -30,8 +30,8 @@ from .numerics import Quantized
 COLUMNS = 128
 """The columns of a block."""
 
-# Scales for each row lie M apart, since torch has no other way to say how far. TransformerEngine gives cuBLASLt multiples
-# of 4 only (https://github.com/NVIDIA/TransformerEngine, tests/pytorch/references, CuBLASScaleMunger), and so do we.
+# Scales for each row lie M apart, since torch has no other way to say how far. TransformerEngine gives cuBLASLt only
+# multiples of 4 (https://github.com/NVIDIA/TransformerEngine, tests/pytorch/references, CuBLASScaleMunger), as we do.
 _ALIGNED = 4
 
 
