@@ -30,8 +30,8 @@ from .numerics import Quantized
 COLUMNS = 128
 """The columns of a block."""
 
-# cuBLASLt reads scales of rows with a stride that is a multiple of 16 bytes, and torch passes it the number of rows. As
-# TransformerEngine pads: https://github.com/NVIDIA/TransformerEngine, tests/pytorch/references of its block-wise GEMM.
+# Scales for each row lie M apart, since torch has no other way to say how far. TransformerEngine gives cuBLASLt only
+# multiples of 4 (https://github.com/NVIDIA/TransformerEngine, tests/pytorch/references, CuBLASScaleMunger), as we do.
 _ALIGNED = 4
 
 
