@@ -31,6 +31,8 @@ from .common import parser, table, write
 SCHEMES: dict[str, dict[str, Any]] = {
     "fp8, one scale per row": {},
     "fp8, one scale per tensor": {"granularity": "tensor"},
+    "fp8, blocks of 128 x 128": {"weight_block_size": [128, 128]},
+    "fp8, blocks of 1 x 128": {"weight_block_size": [1, 128]},
     "fp8 weights, per row": {"activation_scheme": "none"},
     "fp8 weights, per tensor": {"activation_scheme": "none", "granularity": "tensor"},
     "int8, one scale per row": {"method": "int8"},
