@@ -3,8 +3,8 @@
 Method: the same captions and seeds are drawn in eager BF16 and with each scheme, transformers compiled block by block,
 every wide linear converted (``ignored_layers`` is empty). PSNR of each picture to its BF16 twin, mean and worst; how
 many pictures show all that the caption says (`fp8_compile.measure.quality.prompt_adherence`); the weights that a step
-reads. Two more rows convert at load time: all wide linears, and those of the blocks alone, as compiling block by block
-does.
+reads. Two more rows convert at load time and compile the whole transformer: all wide linears, and those of the blocks
+alone, as compiling block by block does.
 It says nothing about time, and these small models have no outliers in their activations: ``bench.outliers`` has some.
 
     python -m bench.schemes --output bench/results/schemes.json
@@ -56,13 +56,14 @@ def compiled(options: dict[str, Any]) -> Callable[[Any], None]:
     return lambda model: model.compile_repeated_blocks(backend="fp8_diffusion", options=options)
 
 
-def converted(blocks_only: bool) -> Callable[[nn.Module], None]:
+def converted(blocks_only: bool, inner: str) -> Callable[[nn.Module], None]:
     def prepare(model: nn.Module) -> None:
         blocks = [path for path, _ in repeated_blocks(model)]
         linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         outside = [path for path in linears if not any(path.startswith(f"{block}.") for block in blocks)]
         keep = [f"re:^{re.escape(path)}$" for path in outside] if blocks_only else []
         fp8_compile.quantize_(model, {"ignored_layers": keep})
+        model.compile(backend="fp8_diffusion", options={"inner_backend": inner})  # uncompiled, activations would stay
 
     return prepare
 
@@ -82,7 +83,7 @@ def main() -> None:
     for name in given.pipeline:
         reference, _ = draw(name, captions, lambda model: None)
         ways = {key: compiled({**options, "inner_backend": given.inner}) for key, options in SCHEMES.items()}
-        ways |= {key: converted(blocks_only) for key, blocks_only in AT_LOAD.items()}
+        ways |= {key: converted(blocks_only, given.inner) for key, blocks_only in AT_LOAD.items()}
         for scheme, prepare in ways.items():
             samples, model = draw(name, captions, prepare)
             totals = fp8_compile.report(model).totals
