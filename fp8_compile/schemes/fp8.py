@@ -97,22 +97,14 @@ class Fp8(Scheme):
             return numerics.quantize_weight_rowwise(weight)
         return numerics.quantize_weight_tensorwise(weight)
 
+    @property
+    def rows_together(self) -> int:
+        return 1 if self.weight_block_size is None else self.weight_block_size[0]
+
     def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
-        if weight.numel() == 0:
+        if self.granularity == "row" or weight.numel() == 0:
             return super().quantize_in_chunks(weight, device)
         device = weight.device if device is None else device
-        if self.weight_block_size is not None:
-            height = self.weight_block_size[0]
-            blocks = max(1, chunk_rows(weight) // height)
-            specs = self.specs(*weight.shape).values()
-            made = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs)
-            places = zip(torch.split(made[0], blocks * height), torch.split(made[1], blocks), strict=True)
-            for chunk, place in zip(torch.split(weight, blocks * height), places, strict=True):
-                for whole, part in zip(place, self.quantize_weight(chunk.to(device)), strict=True):
-                    whole.copy_(part)
-            return made
-        if self.granularity == "row":
-            return super().quantize_in_chunks(weight, device)
         chunks = torch.split(weight, chunk_rows(weight))
         amax = torch.stack([chunk.to(device).abs().amax() for chunk in chunks]).amax()
         parts = (numerics.quantize_weight_with(chunk.to(device), amax)[0] for chunk in chunks)

@@ -136,19 +136,27 @@ class Scheme(abc.ABC):
     def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
         """`quantize_weight`, on ``device``, where a few rows are at a time; None leaves them where they are.
 
-        The default is in chunks where the first dimension of each constant is N, so that rows do not depend on each
-        other, and else at once.
+        The default is in chunks where the first dimension of each constant is N, or N over `rows_together`, so that
+        rows do not depend on others, and else at once.
         """
-        specs = self.specs(*weight.shape)
+        specs, together = self.specs(*weight.shape), self.rows_together
         device = weight.device if device is None else device
-        if weight.numel() == 0 or any(spec.shape[:1] != weight.shape[:1] for spec in specs.values()):
+        along = {weight.shape[0], -(-weight.shape[0] // together)}
+        if weight.numel() == 0 or any(not along & {*spec.shape[:1]} for spec in specs.values()):
             return self.quantize_weight(weight.to(device))
         made = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs.values())
-        rows = chunk_rows(weight)
-        for start, chunk in zip(range(0, weight.shape[0], rows), torch.split(weight, rows), strict=True):
-            for whole, part in zip(made, self.quantize_weight(chunk.to(device)), strict=True):
-                whole[start : start + rows].copy_(part)
+        rest = made
+        for chunk in torch.split(weight, max(1, chunk_rows(weight) // together) * together):
+            parts = self.quantize_weight(chunk.to(device))
+            for whole, part in zip(rest, parts, strict=True):
+                whole[: part.shape[0]].copy_(part)
+            rest = tuple(whole[part.shape[0] :] for whole, part in zip(rest, parts, strict=True))
         return made
+
+    @property
+    def rows_together(self) -> int:
+        """How many rows of a weight share one of a constant, as in a block with one scale; by default 1."""
+        return 1
 
     @property
     def label(self) -> str:
