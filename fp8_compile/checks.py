@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from .errors import NothingConvertedError, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
-from .options import COMMON, RECOMMENDED, Fp8Options, check_choice, check_inductor, inductor_settings
+from .options import COMMON, RECOMMENDED, Fp8Options, check_choice, check_inductor, expanded, inductor_settings
 from .patterns import check_unmatched
 from .recipes import RECIPES, recipes_in, recommended
-from .schemes import DEFAULT_METHOD, Scheme, method_named, own_options, owner_of, scheme_named
+from .schemes import DEFAULT_METHOD, Scheme, own_options, owner_of, scheme_named
 
 
 def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | None = None) -> Fp8Options:
@@ -46,8 +46,7 @@ def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | No
 
         for name in parsed.disabled_passes:
             check_choice("disabled_passes", name, DISABLEABLE)
-    scheme_for(parsed)
-    method_named(parsed.method or DEFAULT_METHOD).check_given(parsed.method_options)
+    scheme_for(parsed).check_given(parsed.method_options)
     return parsed
 
 
@@ -96,9 +95,7 @@ def with_recipe(options: Fp8Options, model: nn.Module, stacklevel: int) -> Fp8Op
         return options
     if not recipes_in(model):
         warn_of_no_recipe([type(model).__name__], stacklevel=stacklevel + 1)
-    keep = recommended(model)
-    given = (p for pattern in options.ignored_layers for p in (keep if pattern == RECOMMENDED else (pattern,)))
-    return replace(options, ignored_layers=tuple(dict.fromkeys(given)))
+    return replace(options, ignored_layers=expanded(options.ignored_layers, recommended(model)))
 
 
 def warn_of_no_recipe(kinds: Sequence[str], stacklevel: int) -> None:
@@ -129,8 +126,9 @@ def check_agreement(options: Fp8Options, scheme: Scheme) -> None:
             raise OptionError(
                 f"{name} belongs to method {owner_of(name)!r}, and the weights were quantized with {scheme.method!r}"
             )
-    own_choices = {name: value for name, value in scheme.options.items() if value != own_options(scheme.method)[name]}
-    type(scheme).check_given({**own_choices, **options.method_options})
+    defaults = own_options(scheme.method)
+    own_choices = {name: value for name, value in scheme.options.items() if value != defaults[name]}
+    scheme.check_given({**own_choices, **options.method_options})
     asked = scheme_named(scheme.method, {**scheme.options, **options.method_options})
     for name in options.method_options:
         own, value = scheme.options[name], asked.options[name]

@@ -60,7 +60,9 @@ class Fp8Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given: Any = (RECOMMENDED,) if str(self.ignored_layers) == RECOMMENDED else self.ignored_layers
+        given: Any = self.ignored_layers
+        if given == RECOMMENDED:
+            given = (RECOMMENDED,)
         if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
             raise PatternError(given, "expected a list of patterns, for example ['img_mlp'], or 'recommended'")
         object.__setattr__(self, "ignored_layers", tuple(given))
@@ -123,6 +125,13 @@ class Fp8Options:
             for name, value in given.items()
             if name in WEIGHT_OPTIONS or name in self.method_options
         }
+
+
+def expanded(patterns: tuple[str, ...], keep: tuple[str, ...]) -> tuple[str, ...]:
+    """``patterns`` with ``keep`` in the place of `RECOMMENDED`."""
+    if RECOMMENDED not in patterns:
+        return patterns
+    return tuple(dict.fromkeys(p for given in patterns for p in (keep if given == RECOMMENDED else (given,))))
 
 
 WEIGHT_OPTIONS = ("method", "ignored_layers", "min_features", "strict")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..options import RECOMMENDED, Fp8Options
+from ..options import Fp8Options, expanded
 from ..patterns import first_match_of
 from ..schemes import Scheme
 from .layers import Layer
@@ -56,10 +56,7 @@ def pattern_of(layer: Layer, options: Fp8Options) -> str | None:
     """The entry of ``ignored_layers`` that names ``layer``, or of the recipe that it stands for; none an adapter's."""
     if layer.adapter:
         return None
-    given = options.ignored_layers
-    if RECOMMENDED in given:
-        given = tuple(p for pattern in given for p in (layer.keeps if pattern == RECOMMENDED else (pattern,)))
-    return first_match_of(given, layer.names)
+    return first_match_of(expanded(options.ignored_layers, layer.keeps), layer.names)
 
 
 def kept_by_name(layer: Layer, options: Fp8Options) -> str | None:
