@@ -44,8 +44,9 @@ def provenance(node: Node) -> dict[str, Any]:
 
 
 def call(origin: Node, function: Any, *args: Any, **kwargs: Any) -> Node:
-    """A new node at the graph's insertion point, which calls ``function`` in the place of ``origin``."""
-    node = origin.graph.call_function(function, args, kwargs)
+    """A new node at the graph's insertion point, which calls a function, or a method by name, in ``origin``'s place."""
+    make = origin.graph.call_method if isinstance(function, str) else origin.graph.call_function
+    node = make(function, args, kwargs)
     node.meta = provenance(origin)
     return node
 

@@ -107,9 +107,13 @@ def _table(product: Node, freqs: Node) -> tuple[Node, Node]:
     for dim in reversed(dims):
         real = call(product, torch.unsqueeze, real, dim)
     cos, sin = (call(product, operator.getitem, real, (..., slice(half, half + 1))) for half in range(2))
-    half = call(product, torch.arange, 2, device=example(freqs).device)
-    sign = call(product, operator.sub, call(product, operator.mul, half, 2), 1)
-    return cos, call(product, operator.mul, sin, sign)
+    return cos, call(product, operator.mul, sin, signs(product, example(freqs).device))
+
+
+def signs(origin: Node, device: torch.device) -> Node:
+    """``[-1, 1]``, which the sines of the two halves of a pair are multiplied by; index arithmetic in a kernel."""
+    half = call(origin, torch.arange, 2, device=device)
+    return call(origin, operator.sub, call(origin, operator.mul, half, 2), 1)
 
 
 def _unsqueezed(node: Node) -> Node | None:

@@ -52,7 +52,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .context import Context
-from .graphs import call, example, is_call, provenance, storages, written_storages
+from .graphs import call, example, is_call, storages, written_storages
+from .real_rotary import signs
 
 _EVEN, _ODD = ((Ellipsis, slice(start, None, 2)) for start in range(2))
 
@@ -227,7 +228,7 @@ def _rewrite(found: _Rotation) -> None:
             for part in parts:
                 length: Any = example(part).shape[dim]
                 if not isinstance(length, int):
-                    length = _method(last, "size", part, dim)
+                    length = call(last, "size", part, dim)
                 tables = (
                     table if example(table).shape[dim] == 1 else call(last, torch.narrow, table, dim, start, length)
                     for table in (found.cos, found.sin)
@@ -247,21 +248,14 @@ def _rewrite(found: _Rotation) -> None:
 def _rotated(found: _Rotation, x: Node, cos: Node, sin: Node) -> Node:
     origin = found.nodes[-1]
     if found.widened:
-        x = _method(origin, "float", x)
+        x = call(origin, "float", x)
     pairs = call(origin, torch.unflatten, x, -1, (-1, 2))
     of_pairs = example(found.cos).shape[-1] < example(found.x).shape[-1]
     for_each = (torch.unsqueeze, -1) if of_pairs else (torch.unflatten, -1, (-1, 2))
     cos, sin = (call(origin, for_each[0], table, *for_each[1:]) for table in (cos, sin))
-    half = call(origin, torch.arange, 2, device=example(found.x).device)
-    sign = call(origin, operator.sub, call(origin, operator.mul, half, 2), 1)
+    sign = signs(origin, example(found.x).device)
     flipped = call(origin, torch.flip, pairs, (-1,))
     crossed = call(origin, operator.mul, flipped, call(origin, operator.mul, sin, sign))
     total = call(origin, operator.add, call(origin, operator.mul, pairs, cos), crossed)
     flat = call(origin, torch.flatten, total, -2)
-    return flat if found.dtype is None else _method(origin, "to", flat, found.dtype)
-
-
-def _method(origin: Node, name: str, *args: Any) -> Node:
-    node = origin.graph.call_method(name, args)
-    node.meta = provenance(origin)
-    return node
+    return flat if found.dtype is None else call(origin, "to", flat, found.dtype)
