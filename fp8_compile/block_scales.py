@@ -166,7 +166,7 @@ def dequantized_linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` of the dequantized weight, in ``dtype``: for many rows where no kernel takes blocks."""
     matrix = dequantize(weight, weight_scale, block_rows(weight, weight_scale), dtype)
-    return functional.linear(x.to(dtype), matrix, None if bias is None else bias.to(dtype))
+    return numerics.linear_in(x, matrix, bias, dtype)
 
 
 # --- the operator ---

@@ -259,7 +259,6 @@ def weight_only_linear(
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-@as_written
 def dequantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -272,8 +271,13 @@ def dequantized_linear(
     Returns:
         ``[..., N]`` in ``dtype``.
     """
-    bias = None if bias is None else bias.to(dtype)
-    return torch.nn.functional.linear(x.to(dtype), dequantize(weight, weight_scale, dtype), bias)
+    return linear_in(x, dequantize(weight, weight_scale, dtype), bias, dtype)
+
+
+@as_written
+def linear_in(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x @ weight.T + bias`` on a weight ``[N, K]`` in ``dtype``, to which the other operands are cast."""
+    return torch.nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
 
 def _has_tensorwise_kernel(device_type: str) -> bool:
