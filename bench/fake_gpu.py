@@ -72,7 +72,12 @@ class Gpu:
         Int8 counts as FP8, as in the data sheets of H100, H200 and B200. GeForce cards, whose FP8 is halved by
         accumulation in float32, multiply int8 faster than this says.
         """
-        return self.fp8_flops if dtypes.startswith(("float8", "int8")) else self.bf16_flops
+        return self.fp8_flops if in_8_bits(dtypes) else self.bf16_flops
+
+
+def in_8_bits(dtypes: str) -> bool:
+    """Whether a matmul of these dtypes, as in `Gpu.flops`, multiplies FP8 or int8."""
+    return dtypes.startswith(("float8", "int8"))
 
 
 GPUS = {

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .blocks import BLOCKS, make
@@ -61,7 +62,8 @@ def measure(model: str, tokens: int, backend: str) -> dict[str, float]:
     torch._dynamo.reset()
     block, arguments = make(model, tokens)
     torch.manual_seed(0)
-    for value in (*block.parameters(), *_tensors(arguments)):
+    given = [value for value in pytree.tree_leaves(arguments) if isinstance(value, Tensor)]
+    for value in (*block.parameters(), *given):
         value.copy_(torch.randn(value.shape, dtype=value.dtype, device=value.device) * 0.05)
     if backend.startswith("torchao-"):
         quantize_with_torchao(block, backend.removeprefix("torchao-"))
@@ -78,13 +80,6 @@ def measure(model: str, tokens: int, backend: str) -> dict[str, float]:
     for event in profile.key_averages():
         times[event.key] += event.self_device_time_total / CALLS
     return dict(times)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def modelled(models: Sequence[str], tokens: int, backends: Sequence[str], device: str) -> list[dict[str, Any]]:

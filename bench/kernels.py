@@ -42,7 +42,7 @@ from unittest import mock
 
 from .blocks import BLOCKS
 from .common import parser, table, write
-from .fake_gpu import GPUS, FakeGpuError, Gpu, fake_gpu
+from .fake_gpu import GPUS, FakeGpuError, Gpu, fake_gpu, in_8_bits
 from .lower import BACKENDS, Kernel, Lowered, lower, options
 
 # Boost clocks of the data sheets' SXM cards, in Hz; those of the 4090 and 5090 are their reference boost.
@@ -222,8 +222,8 @@ def compile_block(lowered: Lowered) -> Block:
         sum(_library_us(k, lowered.device) for k in lowered.of_kind(kind)) for kind in ("matmul", "attention", "eager")
     )
     matmuls = lowered.of_kind("matmul")
-    in_8_bits = sum(k.flops for k in matmuls if k.dtypes.startswith(("float8", "int8"))) / sum(k.flops for k in matmuls)
-    return Block(lowered.model, lowered.backend, lowered.device, tuple(kernels), matmul, attention, rest, in_8_bits)
+    share = sum(k.flops for k in matmuls if in_8_bits(k.dtypes)) / sum(k.flops for k in matmuls)
+    return Block(lowered.model, lowered.backend, lowered.device, tuple(kernels), matmul, attention, rest, share)
 
 
 def _library_us(kernel: Kernel, device: str) -> float:

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 import fp8_compile
-from fp8_compile.embedded import EMBEDDED_CALLS, default_pipeline_dir
+from fp8_compile.embedded import EMBEDDED_CALLS
 from fp8_compile.measure.quality import Sample, generate, prompt_adherence, psnr
 from fp8_compile.measure.scenes import scenes
 from fp8_compile.pipelines.denoisers import repeated_blocks
 
 from .common import parser, table, write
+from .outliers import load
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "fp8, one scale per row": {},
@@ -42,12 +43,8 @@ AT_LOAD = {"fp8 at load, all layers": False, "fp8 at load, layers of the blocks"
 
 def draw(name: str, captions: list[str], prepare: Callable[[nn.Module], None]) -> tuple[tuple[Sample, ...], nn.Module]:
     """The pictures of a pipeline whose transformer ``prepare`` was called with, and the transformer."""
-    import diffusers
-
-    torch._dynamo.reset()
-    kind: Any = {"qwen-image": diffusers.QwenImagePipeline, "z-image": diffusers.ZImagePipeline}[name]
-    pipe = kind.from_pretrained(default_pipeline_dir(name), torch_dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
+    torch.compiler.reset()
+    pipe = load(name)
     prepare(pipe.transformer)
     return generate(pipe, captions, [0, 1], **EMBEDDED_CALLS[name]), pipe.transformer
 
