@@ -22,10 +22,10 @@ class UnknownMethodError(OptionError):
 
 
 class PatternError(Fp8Error, ValueError):
-    """An entry of ``ignored_layers`` is malformed or misspelt, or names layers of which nothing tells the name."""
+    """An entry of ``ignored_layers`` or ``layers`` is malformed or misspelt, or names unnamed layers."""
 
-    def __init__(self, pattern: object, problem: str) -> None:
-        super().__init__(f"ignored_layers: {pattern!r}: {problem}")
+    def __init__(self, pattern: object, problem: str, option: str = "ignored_layers") -> None:
+        super().__init__(f"{option}: {pattern!r}: {problem}")
         self.pattern = pattern
 
 
@@ -90,7 +90,7 @@ class NothingConvertedWarning(UserWarning):
 
 
 class UnmatchedPatternWarning(UserWarning):
-    """An entry of ``ignored_layers`` matched no linear of a model."""
+    """An entry of ``ignored_layers`` or ``layers`` matched no linear of a model."""
 
 
 class RecompileLimitWarning(UserWarning):

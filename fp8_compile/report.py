@@ -57,7 +57,7 @@ class Report:
 
     Attributes:
         layers: a row per linear of the model, and one per stack of experts.
-        unmatched_patterns: entries of ``ignored_layers`` that named no linear in any graph of the model.
+        unmatched_patterns: entries of ``ignored_layers`` and ``layers`` that named no linear in any graph of the model.
         graphs: identifiers of the compilations that ran with the model's weights, in their order.
         passes: what each pass did to each of these graphs, by its identifier.
         extra_bytes: FP8 constants held beside the model's own weights.
@@ -104,7 +104,7 @@ class Report:
             f"{totals['extra_bytes'] / 1e6:.1f} MB beside the model; {len(self.graphs)} graph(s) compiled"
         )
         lines.extend(_of_passes(self.passes))
-        lines.extend(f"ignored_layers: {pattern!r} matched nothing" for pattern in self.unmatched_patterns)
+        lines.extend(f"pattern {pattern!r} matched nothing" for pattern in self.unmatched_patterns)
         return "\n".join(lines)
 
 
@@ -258,7 +258,7 @@ def _without_parameter(records: Sequence[GraphRecord]) -> Iterator[LayerReport]:
 
 
 def _unmatched(records: Sequence[GraphRecord], tree: Tree) -> tuple[str, ...]:
-    given = dict.fromkeys(p for record in records for p in record.plan.ignored_layers)
+    given = dict.fromkeys(p for record in records for p in record.plan.patterns)
     matched = {d.pattern for record in records for d in record.plan.decisions} | matching(given, tree.names)
     if tree.has_recipe:
         matched.add(RECOMMENDED)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fp8_compile import Fp8Error, Fp8Options, OptionError, PatternError
-from fp8_compile.checks import check_agreement, parse_options, scheme_for
+from fp8_compile.checks import check_agreement, parse_options
+from fp8_compile.schemes import scheme_for
 from fp8_compile.schemes.few_rows import SMALL_M
 from fp8_compile.schemes.fp8 import GRANULARITIES, Fp8
 
@@ -17,6 +18,7 @@ def test_defaults() -> None:
         "method": None,
         "method_options": {},
         "ignored_layers": (),
+        "layers": {},
         "min_features": 256,
         "strict": False,
         "inner_backend": "inductor",

@@ -88,7 +88,7 @@ class Tree:
     """All modules below a root.
 
     Attributes:
-        marked: for which patterns its modules bear marks (`fp8_compile.weights.marks`).
+        marked: for which options its modules bear marks (`fp8_compile.weights.marks`).
         count: of the root's linears that are no adapters.
         names: all that a pattern may match: their paths.
         others: the same of its other matrices, which a graph may find to be those of linears.
@@ -99,7 +99,7 @@ class Tree:
         self._places: weakref.WeakKeyDictionary[nn.Module, list[_Place]] = weakref.WeakKeyDictionary()
         owners: dict[int, dict[tuple[int, str], tuple[weakref.ref[nn.Module], str]]] = {}
         self._root = weakref.ref(root)
-        self.marked: set[tuple[str, ...]] = set()
+        self.marked: set[str] = set()
         self.count = 0
         unrecorded, linears, others = False, [], []
         places: dict[str, _Place] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..options import Fp8Options
+from ..options import KEEP, Fp8Options
 from ..patterns import first_match_of, spellings
 
 NOT_A_LINEAR = "no nn.Linear's weight, which is all that quantize_ converts"
@@ -17,6 +17,11 @@ NOT_A_LINEAR = "no nn.Linear's weight, which is all that quantize_ converts"
 def ignored_by(pattern: str) -> str:
     """The reason of a layer that ``pattern`` names."""
     return f"ignored_layers: {pattern}"
+
+
+def kept_by_plan(pattern: str) -> str:
+    """The reason of a layer that ``layers`` says shall stay."""
+    return f"layers: {pattern}: {KEEP}"
 
 
 def narrower(features: tuple[int, int], least: int) -> str | None:
@@ -34,7 +39,7 @@ class Record:
     Attributes:
         options: as the flat dict that the user may give.
         kept: the reason, by path within the module, for each linear that stayed.
-        unmatched: entries of ``ignored_layers`` that named no linear.
+        unmatched: entries of ``ignored_layers`` and ``layers`` that named no linear.
     """
 
     options: Mapping[str, Any]
@@ -52,6 +57,10 @@ class Record:
         pattern = first_match_of(patterns, spellings(path))
         if pattern is not None:
             return ignored_by(pattern)
+        plan = self.options.get("layers", {})
+        entry = first_match_of(plan, spellings(path))
+        if entry is not None and plan[entry] == KEEP:
+            return kept_by_plan(entry)
         if leaf != "weight" or not isinstance(module, nn.Linear):
             return NOT_A_LINEAR
         least = self.options.get("min_features", Fp8Options.min_features)

@@ -56,7 +56,7 @@ def test_default_decision() -> None:
             scheme=Fp8(min_m=1),
             call=ROWWISE,
             rows=8,
-            stays_by_name=False,
+            verdict="converts",
         )
     ]
 
