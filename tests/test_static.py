@@ -18,7 +18,7 @@ from fp8_compile.errors import CheckpointError, OptionError
 from fp8_compile.schemes import MOST_ROWS, scheme_named
 from fp8_compile.schemes.fp8 import Fp8
 from fp8_compile.weights.quantized_weight import QuantizedWeight
-from tests.support.blocks import LOAD, OPTIONS, Model, model, tokens
+from tests.support.blocks import LOAD, Model, model, tokens
 from tests.support.sqnr import sqnr
 
 NAMES = ("to_q", "to_k", "img_mlp.0", "img_mlp.2")
@@ -196,7 +196,7 @@ def test_two_layers_that_read_one_activation_must_have_one_scale(
 def test_a_weight_that_is_written_into_keeps_its_input_scale(
     calibrated: tuple[Model, Tensor, dict[str, float]],
 ) -> None:
-    made, x, scales = calibrated
+    made, _, scales = calibrated
     fp8_compile.quantize_(made, {**LOAD, **static(scales)})
     weight: Any = made.blocks[0].to_q.weight
     before, scale = weight.input_scale.clone(), weight.scale.clone()

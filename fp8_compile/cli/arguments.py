@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+import re
+import tomllib
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -65,6 +69,18 @@ class Settings:
     small_m: Annotated[str | None, typer.Option(help="Layers that see few rows: weight-only (default), or keep.")] = (
         None
     )
+    weight_block_size: Annotated[
+        str | None, typer.Option(help="A scale for each block of a weight: 128x128 or 1x128. Default: one per row.")
+    ] = None
+    activation_scheme: Annotated[
+        str | None, typer.Option(help="Scales of activations: dynamic (default), static (calibrated), or none.")
+    ] = None
+    activation_scales: Annotated[
+        Path | None, typer.Option(help="Of static activations: a file that a calibration was saved to.")
+    ] = None
+    layers: Annotated[
+        Path | None, typer.Option(help="What holds for single layers: a JSON or TOML file, such as search writes.")
+    ] = None
     inner_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph, and the BF16 twin.")] = (
         "inductor"
     )
@@ -86,6 +102,10 @@ class Settings:
             "method": self.quantization,
             "granularity": self.granularity,
             "small_m": self.small_m,
+            "weight_block_size": _block_size(self.weight_block_size),
+            "activation_scheme": self.activation_scheme,
+            "activation_scales": _calibration(self.activation_scales),
+            "layers": _plan(self.layers),
             "mode": self.compile_mode,
         }
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -140,6 +160,33 @@ class MeasureSettings(Settings):
         call = session.arguments(**self.call())
         session.check_call(prompt=self.prompts[0], **call)
         return session, call
+
+
+def _block_size(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        fail(f"--weight-block-size {text!r}: expected ROWSxCOLUMNS, for example 128x128")
+    return [int(found[1]), int(found[2])]
+
+
+def _calibration(path: Path | None) -> Any:
+    if path is None:
+        return None
+    from ..calibration import load_calibration
+
+    return load_calibration(path)
+
+
+def _plan(path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        text = path.read_text("utf-8")
+        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        fail(f"--layers {path}: cannot be read as {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}")
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

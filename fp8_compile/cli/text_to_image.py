@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from ..report import Report
 
 
+QUANTIZING = (
+    "quantization",
+    "ignored_layers",
+    "layers",
+    "granularity",
+    "small_m",
+    "weight_block_size",
+    "activation_scheme",
+    "activation_scales",
+    "show_layers",
+)
+
+
 @with_options
 @errors_as_messages()
 def text_to_image(
@@ -31,14 +44,14 @@ def text_to_image(
         list[str] | None,
         typer.Option(
             help="Layers that stay as they are; repeat it, or separate patterns by commas. Default: those of the "
-            "model's recipe, if the weights are not quantized yet; none: convert all."
+            "model's recipe, if the weights are not quantized yet and --layers is not given; none: convert all."
         ),
     ] = None,
     whole: Whole = False,
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
 ) -> None:
     """Draw one picture from a text."""
-    for name in ("quantization", "ignored_layers", "granularity", "small_m", "show_layers") if no_quantization else ():
+    for name in QUANTIZING if no_quantization else ():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             fail(f"--{name.replace('_', '-')} and --no-quantization exclude each other; leave one out")
@@ -56,7 +69,7 @@ def text_to_image(
     if no_quantization:
         session.compile_unquantized(settings.inner_backend, settings.compile_mode, whole)
     else:
-        if not patterns:
+        if not patterns and settings.layers is None:
             options |= _recommended(session)
         session.compile(options, whole)
     with StepClock(session.device) as clock:
@@ -94,7 +107,7 @@ def _print_summary(reports: dict[str, Report], clock: StepClock, show_layers: bo
             f"weights {totals['bytes_before'] / 1e6:.1f} MB -> {totals['bytes_after'] / 1e6:.1f} MB"
         )
         for pattern in found.unmatched_patterns:
-            typer.secho(f"{name}: ignored_layers {pattern!r} matched nothing", fg="yellow")
+            typer.secho(f"{name}: pattern {pattern!r} matched nothing", fg="yellow")
     if not reports:
         typer.echo("unquantized")
     per_step = clock.seconds_per_step
