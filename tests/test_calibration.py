@@ -100,7 +100,7 @@ def _samples(kind: str) -> Tensor:
     if kind == "outliers":
         x[:20] *= 300
     elif kind == "heavy":
-        x = x.sign() * x.abs() ** 5
+        x = x.sign() * x.abs() ** 3
     elif kind == "zeros":
         x[::2] = 0
     elif kind == "tiny":
@@ -384,9 +384,14 @@ def test_everything_is_as_before_also_after_an_error() -> None:
         return lambda *args: (calls.append(1), graph(*args))[1]
 
     compiled = torch.compile(m, backend=backend)
-    with torch.compiler.set_stance("default"), pytest.raises(ZeroDivisionError), calibrate(compiled) as calibration:
-        compiled(x)
-        raise ZeroDivisionError
+    calibration: Calibration | None = None
+    try:
+        with calibrate(compiled) as calibration:
+            compiled(x)
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    assert calibration is not None
     assert len(calibration.models["model"].layers) == 12  # what was seen is kept
     assert not calls
     compiled(x)
@@ -430,7 +435,7 @@ def test_another_thread_is_refused() -> None:
 
 
 def test_lora_records_the_layer_below() -> None:
-    plain, x = lora.TINY.build(), None
+    plain = lora.TINY.build()
     expected = recorded_run(plain)
     m = lora.build("a")
     # The inputs of the layers behind an adapter differ; their paths and the first one's input do not.
@@ -440,7 +445,6 @@ def test_lora_records_the_layer_below() -> None:
     assert record.layers.keys() == expected.models["model"].layers.keys()
     assert not any("lora" in path or "base_layer" in path for path in record.layers)
     assert found.scales(plain).keys() == expected.scales(m).keys()
-    assert x is None
 
 
 def recorded_run(m: nn.Module, **options: Any) -> Calibration:
@@ -620,11 +624,9 @@ def test_generations_of_a_pipeline(name: str, tmp_path: Path) -> None:
 
 def test_layers_that_never_ran_are_named() -> None:
     m = model(2)
-    with pytest.warns(
-        UncalibratedLayersWarning, match=r"4 of the 8 linears of 'model' \(Model\) never ran, .*blocks\.1"
-    ):  # noqa: SIM117
-        with calibrate(m, progress=False) as calibration:
-            m.blocks[0](tokens())
+    message = r"4 of the 8 linears of 'model' \(Model\) never ran, .*blocks\.1"
+    with pytest.warns(UncalibratedLayersWarning, match=message), calibrate(m, progress=False) as calibration:
+        m.blocks[0](tokens())
     assert calibration.scales(m).keys() == {f"blocks.0.{name}" for name in ("to_q", "to_k", "img_mlp.0", "img_mlp.2")}
     assert calibration.problems(m).keys() == {f"blocks.1.{name}" for name in ("to_q", "to_k", "img_mlp.0", "img_mlp.2")}
     with pytest.raises(CalibrationError, match="no linear of Model ran in this block"), calibrate(m, progress=False):

@@ -38,6 +38,8 @@ def write(records: Sequence[ModelRecord], environment: Mapping[str, str], path: 
         "bins_per_octave": BINS_PER_OCTAVE,
         "models": [_model_to_dict(record) for record in records],
     }
+    from safetensors import SafetensorError
+
     scratch = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         if path.suffix == ".json":
@@ -45,7 +47,7 @@ def write(records: Sequence[ModelRecord], environment: Mapping[str, str], path: 
         else:
             _write_tensors(data, scratch)
         os.replace(scratch, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CalibrationError(f"cannot be written: {error}", file=path) from error
     finally:
         scratch.unlink(missing_ok=True)

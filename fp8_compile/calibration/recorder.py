@@ -250,8 +250,7 @@ class _Watch(TorchFunctionMode):
         self._owners: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         # What was made of a weight by transposing or casting it.
         self._origins: Any = WeakIdKeyDictionary()
-        # Parameters, and modules that hold some, that are of none of the models: until the next step.
-        self._strangers: Any = WeakIdKeyDictionary()
+        # Modules that are in none of the models, until the next step.
         self._foreign: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
         self._layers: dict[tuple[int, int, str], Layer | None] = {}
         self._trees: dict[int, Any] = {}
@@ -279,7 +278,6 @@ class _Watch(TorchFunctionMode):
             )
         recording.depth += 1
         if recording.depth == 1:
-            self._strangers.clear()
             self._foreign.clear()
             recording.begin(args, kwargs)
 
@@ -304,7 +302,9 @@ class _Watch(TorchFunctionMode):
         if func in _RELAYOUTS and isinstance(result, Tensor) and args and result is not args[0]:
             weight = self._origins.get(args[0], args[0])
             same = result.dim() == weight.dim() == 2 and result.numel() == weight.numel()
-            if same and (weight is not args[0] or isinstance(weight, nn.Parameter)):
+            # No other class: a module that is moved swaps its quantized weights for the moved ones, which torch refuses
+            # to do with what is referred to weakly.
+            if same and type(result) is Tensor and (weight is not args[0] or isinstance(weight, nn.Parameter)):
                 self._origins[result] = weight
         return result
 
@@ -343,8 +343,10 @@ class _Watch(TorchFunctionMode):
 
     def _find(self, weight: Tensor) -> tuple[nn.Module, str] | None:
         """The module that holds ``weight``, and under which name; None if it is of none of the models."""
+        if isinstance(weight._base, nn.Parameter) and weight._base.numel() == weight.numel():  # a view of the whole
+            weight = weight._base
         known = self._known(weight)
-        if known is not None or weight in self._strangers:
+        if known is not None:
             return known
         # Offloading may put new parameters into modules at each call. The one that is running is mostly the one.
         for module in running_modules():
@@ -352,13 +354,10 @@ class _Watch(TorchFunctionMode):
             if leaf is not None:
                 self._owners[id(weight)] = weakref.ref(module), leaf
                 return module, leaf
-        # A wrapped parameter, or a view, has its memory.
-        if isinstance(weight, nn.Parameter) or weight._base is not None:
-            self._look()
-            known = self._known(weight) or self._by_memory(weight)
-            if known is None:
-                self._strangers[weight] = True
-        return known
+        if not isinstance(weight, nn.Parameter | QuantizedWeight):
+            return None
+        self._look()
+        return self._known(weight) or self._by_memory(weight)
 
     def _known(self, weight: Tensor) -> tuple[nn.Module, str] | None:
         ref, leaf = self._owners.get(id(weight), (None, ""))
@@ -375,6 +374,7 @@ class _Watch(TorchFunctionMode):
         }
 
     def _by_memory(self, weight: Tensor) -> tuple[nn.Module, str] | None:
+        """The parameter that another one, ``weight``, was made of."""
         memory = _memory(weight)
         for recording in self._recordings if memory else ():
             for _, module, leaf, parameter in all_parameters(recording.root):
@@ -383,9 +383,11 @@ class _Watch(TorchFunctionMode):
         return None
 
 
-def _memory(weight: Tensor) -> tuple[torch.device, int] | None:
-    """Where the values of ``weight`` are; None if it has no memory of its own."""
-    if isinstance(weight, QuantizedWeight) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+def _memory(weight: Tensor) -> object:
+    """What tells whether two tensors hold the same values; None if nothing does."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.identity
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.numel():
         return None
     return weight.device, weight.data_ptr()
 
