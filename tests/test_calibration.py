@@ -622,6 +622,20 @@ def test_generations_of_a_pipeline(name: str, tmp_path: Path) -> None:
 # --- what is refused ---
 
 
+def test_layers_that_are_made_within_the_block() -> None:
+    m = model(1)
+    message = r"the layers of 'model' changed .*this model has no blocks\.0\.to_k"
+
+    def change(module: Any, *_: Any) -> None:
+        module.to_qk = nn.Linear(K, 2 * K)
+        del module.to_k
+
+    m.blocks[0].register_forward_hook(change)
+    with pytest.raises(CalibrationError, match=message), calibrate(m, progress=False) as calibration:
+        m(tokens())
+    assert not calibration.models
+
+
 def test_layers_that_never_ran_are_named() -> None:
     m = model(2)
     message = r"4 of the 8 linears of 'model' \(Model\) never ran, .*blocks\.1"

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ def calibrate(*models: nn.Module, progress: bool = True, **named: nn.Module) -> 
     Raises:
         TypeError: one of ``models`` is no module.
         CalibrationError: no model is given, or one twice; no linear ran in the block; a model is called from another
-            thread than this one, where its linears cannot be seen; a tensor has no values (meta).
+            thread than this one, where its linears cannot be seen; an input has no values (meta); a model has got
+            other layers in the block, as by fusing projections.
 
     Warns:
         UncalibratedLayersWarning: some linears never ran. It names them.
@@ -99,6 +101,7 @@ def calibrate(*models: nn.Module, progress: bool = True, **named: nn.Module) -> 
         raise CalibrationError("a model is given twice" if recordings else "expected a model, such as pipe.transformer")
     calibration = Calibration({}, environment())
     watch = _Watch(recordings, _bar(progress))
+    before = {recording.name: matrices_of(recording.root) for recording in recordings}
     try:
         with watch.watching():
             yield calibration
@@ -110,7 +113,15 @@ def calibrate(*models: nn.Module, progress: bool = True, **named: nn.Module) -> 
         raise CalibrationError(
             f"no linear of {classes} ran in this block. Is it the model that the pipeline calls, and is it called here?"
         )
-    for record in calibration.models.values():
+    for record in list(calibration.models.values()):
+        linears, others = before[record.name]
+        earlier = replace(record, linears=linears, others=others)
+        changed = earlier.difference(record.class_name, record.linears, record.others)
+        if changed:
+            calibration.models.clear()
+            raise CalibrationError(
+                f"the layers of {record.name!r} changed while it was calibrated ({changed}): calibrate it as you use it"
+            )
         if record.unseen:
             warnings.warn(_unseen(record), UncalibratedLayersWarning, stacklevel=3)
 
@@ -185,7 +196,6 @@ class _Recording:
         self._inputs: Counter[tuple[tuple[str, tuple[tuple[int, ...], ...]], ...]] = Counter()
         self._timesteps: list[Tensor | float | None] = []
         self._ranges: list[dict[str, Tensor]] = []
-        self._linears, self._others = matrices_of(root)
         # Offloading puts functions of its own in place of a module's forward.
         self._arguments = list(inspect.signature(type(root).forward).parameters)[1:]
 
@@ -223,8 +233,7 @@ class _Recording:
         return ModelRecord(
             self.name,
             type(self.root).__name__,
-            self._linears,
-            self._others,
+            *matrices_of(self.root),
             tuple(Inputs(dict(shapes), calls) for shapes, calls in self._inputs.items()),
             tuple(generations_of([None if t is None else float(t) for t in self._timesteps])),
             {path: layer.record(ranges[path]) for path, layer in self.layers.items()},

@@ -12,10 +12,13 @@ from ..calibration import Calibration
 from ..calibration.clipping import DEFAULT_PERCENTILE
 from ..calibration.records import LayerRecord, ModelRecord, Step
 from ..calibration.result import TABLE_HEADER, Summary, about, clips_of, summaries
-from .html import Plot, Point, render
+from .html import Axis, Plot, Point, render
 
 # Sparklines: their size, and how many octaves below the amax they show.
 _WIDTH, _HEIGHT, _OCTAVES = 160, 32, 8
+
+# Octaves that a plot shows at least: less would make mountains of what no scale can tell apart.
+_SPAN = 3
 
 # Calls in a plot: more could not be told apart.
 _CALLS = 400
@@ -111,9 +114,28 @@ def _plot(summary: Summary, steps: tuple[Step, ...], clips: dict[str, float]) ->
     ]
     if not points:
         return None
-    rules = [(math.log2(clip), f"{name}: {clip:.4g}") for name, clip in clips.items() if 0 < clip < summary.layer.amax]
-    rules.append((math.log2(summary.layer.amax), f"amax: {summary.layer.amax:.4g}"))
-    return Plot.of(points, "call of the model", "log2 of the largest magnitude", rules, path=True)
+    top = math.log2(summary.layer.amax)
+    rules = [(top, f"amax: {summary.layer.amax:.4g}")]
+    rules += [(math.log2(clip), f"{name}: {clip:.4g}") for name, clip in clips.items() if 0 < clip < summary.layer.amax]
+    heights = [*(point.y for point in points), *(y for y, _ in rules), top - _SPAN]
+    return Plot(
+        Axis.over("call of the model", [point.x for point in points], 64, 624),
+        Axis.over("log2 of the largest magnitude", heights, 344, 16),
+        tuple(points),
+        _apart(rules, (max(heights) - min(heights)) / 20),
+        path=True,
+    )
+
+
+def _apart(rules: list[tuple[float, str]], least: float) -> tuple[tuple[float, str], ...]:
+    """``rules`` from above, those that are too near to the one before written beside it."""
+    found: list[tuple[float, str]] = []
+    for y, text in sorted(rules, reverse=True):
+        if found and found[-1][0] - y < least:
+            found[-1] = found[-1][0], f"{found[-1][1]}, {text}"
+        else:
+            found.append((y, text))
+    return tuple(found)
 
 
 def _at(step: Step) -> str:

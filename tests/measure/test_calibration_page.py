@@ -66,7 +66,8 @@ def test_a_line_for_each_generation_and_a_mark_for_each_call(calibration: Calibr
 def test_rules_are_drawn_where_clipping_is(calibration: Calibration) -> None:
     text = calibration_page.html(calibration, worst=100)
     assert text.count(">amax: ") == 12 + 4
-    assert ">mse: " in text
+    assert "percentile: " in text
+    assert ", mse: " in text
 
 
 def test_a_layer_that_was_always_zero_has_no_plot() -> None:
