@@ -171,6 +171,7 @@ class Written(nn.Module):
         self.way = way
         self.proj = nn.Linear(K, K, dtype=torch.bfloat16)
         self.table = nn.Parameter(torch.randn(K, K, dtype=torch.bfloat16))
+        self.patches = nn.Conv2d(K, K, 1, dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         w, bias, inputs = self.proj.weight, self.proj.bias, x.reshape(-1, K)
@@ -193,32 +194,25 @@ class Written(nn.Module):
             "data": lambda: nn.functional.linear(x, w.data),
             "wrapped": lambda: nn.functional.linear(x, nn.Parameter(w)),
             "a view": lambda: nn.functional.linear(x, w.view(-1).view(K, K)),
+            "a view of a view": lambda: nn.functional.linear(x, w.view(-1).view(K, K).T.mT),
             "aten": lambda: torch.ops.aten.linear.default(x, w, bias),
             "aten mm": lambda: torch.ops.aten.mm.default(inputs, torch.ops.aten.t.default(w)),
         }
         ways[self.way]()
-        # These are no linears: a product of activations, a row of a matrix, a weight that is computed, a part of one.
+        # These are no linears: a product of activations, a row of a matrix, a weight that is computed, a part of one,
+        # that of a convolution.
         _ = inputs @ inputs.T
         _ = nn.functional.embedding(torch.zeros(1, dtype=torch.long), self.table)
         _ = inputs @ (self.table * 2)
         _ = nn.functional.linear(inputs, self.table[:4])
+        _ = nn.functional.linear(inputs, self.patches.weight.view(K, K))
         return x
 
 
 WAYS = [
     *("module", "linear", "keywords", "at T", "at mT", "at a parameter", "matmul", "method", "mm", "mm of keywords"),
-    *(
-        "addmm",
-        "addmm method",
-        "contiguous",
-        "twice transposed",
-        "cast",
-        "data",
-        "wrapped",
-        "a view",
-        "aten",
-        "aten mm",
-    ),
+    *("addmm", "addmm method", "contiguous", "twice transposed", "cast", "data", "wrapped", "a view"),
+    *("a view of a view", "aten", "aten mm"),
 ]
 
 
@@ -411,6 +405,21 @@ def test_an_error_within_a_step_ends_it() -> None:
     record = calibration.models["model"]
     assert [layer.ranges.count(None) for layer in record.layers.values()] == [1] * 12
     assert len(record.steps) == 3
+
+
+def test_an_interrupt_within_a_step_ends_it(tmp_path: Path) -> None:
+    m = model(2)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = m.blocks[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), calibrate(m, progress=False) as calibration:
+        m(tokens())
+    hook.remove()
+    assert [len(layer.ranges) for layer in calibration.models["model"].layers.values()] == [1] * 8
+    calibration.save(tmp_path / "scales.json")
+    assert same(load_calibration(tmp_path / "scales.json"), calibration)
 
 
 def test_another_thread_is_refused() -> None:
@@ -883,6 +892,21 @@ def test_what_cannot_be_written(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="cannot be written"):
         calibration.save(tmp_path / "none" / "scales.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_denoiser_that_never_ran_and_one_that_ran_in_no_step(tmp_path: Path, suffix: str) -> None:
+    high, low = model(1), model(2)
+    with pytest.warns(UncalibratedLayersWarning), calibrate(high=high, low=low, progress=False) as calibration:
+        high.blocks[0](tokens())
+    calibration.save(tmp_path / f"scales.{suffix}")
+    loaded = load_calibration(tmp_path / f"scales.{suffix}")
+    assert loaded.scales(high) == calibration.scales(high)
+    assert len(loaded.scales(high)) == 4
+    with pytest.raises(CalibrationError, match="no linear of 'low' ran while it was calibrated"):
+        loaded.scales(low)
+    assert len(loaded.problems(low)) == 8
+    assert "low: Model, 0 layers in 0 steps of 0 generations" in loaded.table()
 
 
 # --- the table ---

@@ -166,7 +166,7 @@ def _write_tensors(data: dict[str, Any], path: Path) -> None:
         ranges = [[math.nan if amax is None else amax for amax in layer.pop("ranges")] for layer in layers]
         histograms = [layer.pop("histogram") for layer in layers]
         pairs = torch.tensor([pair for histogram in histograms for pair in histogram], dtype=torch.int64).view(-1, 2)
-        tensors[f"{number}.ranges"] = torch.tensor(ranges, dtype=torch.float32).view(len(layers), -1)
+        tensors[f"{number}.ranges"] = torch.tensor(ranges, dtype=torch.float32).view(len(layers), len(model["steps"]))
         tensors[f"{number}.lengths"] = torch.tensor([len(h) for h in histograms], dtype=torch.int64)
         tensors[f"{number}.bins"] = pairs[:, 0].to(torch.int16)
         tensors[f"{number}.counts"] = pairs[:, 1].contiguous()
@@ -360,7 +360,7 @@ def _layer(part: _Part, steps: int) -> LayerRecord:
     if sum(count for _, count in histogram) + nonfinite != values:
         raise part.wrong("histogram", f"its counts and nonfinite ({nonfinite}) do not add up to values ({values})")
     top = max((i for i, count in histogram if count), default=0)
-    if int(bin_of(torch.tensor(amax))) != top:
+    if int(bin_of(torch.tensor(amax, dtype=torch.float32))) != top:
         raise part.wrong("amax", f"{amax:.9g} is not in the highest bin of the histogram, {top}")
     loudest = max((_float32(r) for r in ranges if r is not None), default=0.0)
     if loudest > amax:

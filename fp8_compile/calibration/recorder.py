@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import threading
 import warnings
 import weakref
@@ -225,6 +226,8 @@ class _Recording:
 
     def finished(self) -> ModelRecord:
         """What was seen of the model."""
+        if self.depth:  # an interrupt, after which torch calls no hooks
+            self.end()
         steps = [list(zip(amaxes, _floats(list(amaxes.values())), strict=True)) for amaxes in self._ranges]
         ranges: dict[str, list[float | None]] = {path: [None] * len(steps) for path in self.layers}
         for index, step in enumerate(steps):
@@ -235,9 +238,14 @@ class _Recording:
             type(self.root).__name__,
             *matrices_of(self.root),
             tuple(Inputs(dict(shapes), calls) for shapes, calls in self._inputs.items()),
-            tuple(generations_of([None if t is None else float(t) for t in self._timesteps])),
+            tuple(generations_of([_finite(t) for t in self._timesteps])),
             {path: layer.record(ranges[path]) for path, layer in self.layers.items()},
         )
+
+
+def _finite(timestep: Tensor | float | None) -> float | None:
+    value = math.nan if timestep is None else float(timestep)
+    return value if math.isfinite(value) else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -352,8 +360,9 @@ class _Watch(TorchFunctionMode):
 
     def _find(self, weight: Tensor) -> tuple[nn.Module, str] | None:
         """The module that holds ``weight``, and under which name; None if it is of none of the models."""
-        if isinstance(weight._base, nn.Parameter) and weight._base.numel() == weight.numel():  # a view of the whole
-            weight = weight._base
+        base = weight._base
+        if isinstance(base, nn.Parameter) and base.dim() == 2 and base.numel() == weight.numel():  # a view of it all
+            weight = base
         known = self._known(weight)
         if known is not None:
             return known

@@ -89,7 +89,7 @@ class Calibration:
                 `fp8_compile.calibration.clipping`.
             percentile: for "percentile".
             name: which of several equal models; see `record`.
-            ignored_layers: patterns of layers that get no scale, as for quantization.
+            ignored_layers: patterns of the paths of layers that get no scale, as for quantization.
 
         Returns:
             By path, as `fp8_compile.patterns.layer_path` gives it, the clipping value / 448: a positive float32.
@@ -98,12 +98,14 @@ class Calibration:
         Raises:
             OptionError: ``algorithm`` or ``percentile`` is not valid.
             PatternError: an entry of ``ignored_layers`` is malformed.
-            CalibrationError: it is a calibration of another model; or layers have no honest scale: NaN or Inf in the
-                input, or nothing but zeros. It names them.
+            CalibrationError: it is a calibration of another model; the model never ran; or layers have no honest scale:
+                NaN or Inf in the input, or nothing but zeros. It names them.
         """
         check_algorithm(algorithm, percentile)
         patterns = tuple(Pattern(text).text for text in ignored_layers)
         record = self.record(model, name)
+        if not record.layers:
+            raise CalibrationError(f"no linear of {record.name!r} ran while it was calibrated", record.unseen)
         layers = [
             layer
             for layer in record.layers.values()
