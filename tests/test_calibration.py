@@ -759,6 +759,13 @@ def test_both_formats_hold_the_same(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["scales.json", "scales.safetensors"]
 
 
+def test_json_can_be_read_by_people(saved: Path) -> None:
+    lines = (saved / "scales.json").read_text().splitlines()
+    assert '   "class": "Model",' in lines
+    assert sum(line.startswith('     "paths": ["blocks.0.') for line in lines) == 4
+    assert sum(line.startswith('    "blocks.0.') for line in lines) == 4  # linears
+
+
 Damage = Callable[[dict[str, Any]], Any]
 
 

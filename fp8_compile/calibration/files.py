@@ -43,7 +43,7 @@ def write(records: Sequence[ModelRecord], environment: Mapping[str, str], path: 
     scratch = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         if path.suffix == ".json":
-            scratch.write_text(_readable(data), encoding="utf-8")
+            scratch.write_text(_readable(data) + "\n", encoding="utf-8")
         else:
             _write_tensors(data, scratch)
         os.replace(scratch, path)
@@ -133,28 +133,22 @@ def _short(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _readable(data: Mapping[str, Any]) -> str:
-    """JSON in which what belongs together stands in a line."""
-
-    def text(value: Any, indent: int) -> str:
-        flat = not isinstance(value, dict | list) or all(
-            not isinstance(v, dict | list)
-            or (isinstance(value, list) and not any(isinstance(w, list | dict) for w in v))
-            for v in (value.values() if isinstance(value, dict) else value)
-        )
-        if flat:
-            return json.dumps(value, allow_nan=False)
-        pad = "\n" + " " * (indent + 1)
-        if isinstance(value, dict):
-            inner = f",{pad}".join(f"{json.dumps(key)}: {text(item, indent + 1)}" for key, item in value.items())
-            return f"{{{pad}{inner}{pad[:-1]}}}"
-        return f"[{pad}{f',{pad}'.join(text(item, indent + 1) for item in value)}{pad[:-1]}]"
-
-    return text(data, 0) + "\n"
+# How many levels below these keys have a line for each of their parts. All else is one line.
+_LEVELS = {"models": 2, "layers": 2, "linears": 1, "others": 1}
 
 
-# In a safetensors file these of all layers of a model are tensors, and the rest is JSON in the metadata.
-_ARRAYS = ("ranges", "histogram")
+def _readable(value: Any, levels: int = 1, pad: str = "\n") -> str:
+    """JSON with a line for what a reader looks for, and no more lines than that."""
+    if levels == 0 or not isinstance(value, dict | list) or not value:
+        return json.dumps(value, allow_nan=False)
+    inner = f"{pad} "
+    if isinstance(value, dict):
+        parts = [
+            f"{json.dumps(key)}: {_readable(item, max(levels - 1, _LEVELS.get(key, 0)), inner)}"
+            for key, item in value.items()
+        ]
+        return f"{{{inner}{f',{inner}'.join(parts)}{pad}}}"
+    return f"[{inner}{f',{inner}'.join(_readable(item, levels - 1, inner) for item in value)}{pad}]"
 
 
 def _write_tensors(data: dict[str, Any], path: Path) -> None:
