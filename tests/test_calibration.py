@@ -670,8 +670,11 @@ def test_nan_and_zeros_are_no_scales() -> None:
     assert error.value.layers == ("blocks.0.to_q", "blocks.0.to_k")
     kept = calibration.scales(m, ignored_layers=["blocks.0.to_*"])
     assert len(kept) == 6
-    with pytest.raises(PatternError):
-        calibration.scales(m, ignored_layers=[""])
+    for misspelt in ("", "img_mpl"):
+        with pytest.raises(PatternError):
+            calibration.scales(m, ignored_layers=[misspelt])
+    with pytest.warns(fp8_compile.UnmatchedPatternWarning, match="'unknown' matched no layer"):
+        assert calibration.scales(m, ignored_layers=["blocks.0.to_*", "unknown"]) == kept
 
     with calibrate(m, progress=False) as calibration:
         m(0 * x)

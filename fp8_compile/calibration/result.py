@@ -6,6 +6,7 @@ import datetime
 import math
 import platform
 import statistics
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, UnmatchedPatternWarning
 from ..numerics import FP8_MAX, SCALE_FLOOR
-from ..patterns import Pattern, first_match_of, spellings
+from ..patterns import Pattern, check_unmatched, first_match_of, matching, spellings
 from ..version import __version__
 from . import files
 from .clipping import DEFAULT_PERCENTILE, Fit, check_algorithm, clipping, fit
@@ -97,7 +98,7 @@ class Calibration:
 
         Raises:
             OptionError: ``algorithm`` or ``percentile`` is not valid.
-            PatternError: an entry of ``ignored_layers`` is malformed.
+            PatternError: an entry of ``ignored_layers`` is malformed or misspelt.
             CalibrationError: it is a calibration of another model; the model never ran; or layers have no honest scale:
                 NaN or Inf in the input, or nothing but zeros. It names them.
         """
@@ -106,6 +107,7 @@ class Calibration:
         record = self.record(model, name)
         if not record.layers:
             raise CalibrationError(f"no linear of {record.name!r} ran while it was calibrated", record.unseen)
+        _check_patterns(patterns, (*record.linears, *record.layers))
         layers = [
             layer
             for layer in record.layers.values()
@@ -161,6 +163,15 @@ class Calibration:
             ]
             parts.append("\n".join([f"{record.name}: {about(record)}", *(line.rstrip() for line in lines)]))
         return "\n\n".join(parts)
+
+
+def _check_patterns(patterns: Iterable[str], paths: tuple[str, ...]) -> None:
+    """Complain of patterns that name none of ``paths``."""
+    matched = matching(patterns, (name for path in paths for name in spellings(path)))
+    for pattern in patterns:
+        if pattern not in matched:
+            check_unmatched(pattern, paths)
+            warnings.warn(f"ignored_layers: {pattern!r} matched no layer", UnmatchedPatternWarning, stacklevel=3)
 
 
 def _refuse(problems: Mapping[str, str]) -> None:
