@@ -209,6 +209,25 @@ class Written(nn.Module):
         return x
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.proj(x) * 100)
+
+
+class Hidden(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(K, 2)
+        self.proj = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.attn(x, x, x)[0])
+
+
 WAYS = [
     *("module", "linear", "keywords", "at T", "at mT", "at a parameter", "matmul", "method", "mm", "mm of keywords"),
     *("addmm", "addmm method", "contiguous", "twice transposed", "cast", "data", "wrapped", "a view"),
@@ -259,14 +278,6 @@ def test_values_by_hand() -> None:
 
 
 def test_autocast_and_a_layer_that_is_called_twice_in_a_step() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Linear(K, K)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.proj(self.proj(x) * 100)
-
     m, x = Twice(), torch.randn(3, K)
     with torch.autocast("cpu", torch.bfloat16), calibrate(m, progress=False) as calibration:
         m(x)
@@ -438,6 +449,43 @@ def test_another_thread_is_refused() -> None:
         m(tokens())
     assert "from another thread" in str(errors[0])
     assert len(calibration.models["model"].steps) == 1
+
+
+def test_what_torch_hides_is_said() -> None:
+    m, x = Hidden().eval(), torch.randn(3, 1, K)
+    message = r"1 of the 2 linears of 'model' \(Hidden\) never ran, and have no static scale: attn\.out_proj"
+    with pytest.warns(UncalibratedLayersWarning, match=message), calibrate(m, progress=False):
+        m(x)
+    traced = torch.jit.trace(m, x)
+    with pytest.raises(CalibrationError, match="no linear of "), calibrate(traced, progress=False):
+        traced(x)
+
+
+def test_an_exported_module() -> None:
+    m, x = model(), tokens()
+    exported = torch.export.export(m, (x,)).module()
+    found, expected = recorded(exported, x).models["model"], recorded(m, x).models["model"]
+    assert found.layers.keys() == expected.layers.keys()
+    assert all(_same_layer(layer, expected.layers[path]) for path, layer in found.layers.items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_step_cache_leaves_out_steps() -> None:
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    m: Any = TINY.build()
+    expected = recorded_run(m).models["model"]
+    m.enable_cache(FirstBlockCacheConfig(threshold=0.2))
+    with m.cache_context("cond"), calibrate(m, progress=False) as calibration:
+        run(m)
+        run(m)
+    found = calibration.models["model"].layers
+    assert found.keys() == expected.layers.keys()
+    assert found["transformer_blocks.0.attn.to_q"].calls == 2
+    assert found["transformer_blocks.1.attn.to_q"].ranges == (
+        expected.layers["transformer_blocks.1.attn.to_q"].amax,
+        None,
+    )
 
 
 # --- what is around a model ---

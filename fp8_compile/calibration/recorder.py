@@ -197,8 +197,9 @@ class _Recording:
         self._inputs: Counter[tuple[tuple[str, tuple[tuple[int, ...], ...]], ...]] = Counter()
         self._timesteps: list[Tensor | float | None] = []
         self._ranges: list[dict[str, Tensor]] = []
-        # Offloading puts functions of its own in place of a module's forward.
-        self._arguments = list(inspect.signature(type(root).forward).parameters)[1:]
+        # Of the class: offloading puts functions of its own in place of a module's forward. TorchScript's is none.
+        forward = inspect.getattr_static(type(root), "forward")
+        self._arguments = list(inspect.signature(forward).parameters)[1:] if inspect.isfunction(forward) else []
 
     def see(self, layer: Layer, x: Tensor) -> None:
         path = layer.paths[0]

@@ -158,10 +158,10 @@ class Calibration:
             rows = [TABLE_HEADER, *(summary.cells for summary in summaries(record)[:worst])]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines = [
-                "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
+                "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
                 for row in rows
             ]
-            parts.append("\n".join([f"{record.name}: {about(record)}", *(line.rstrip() for line in lines)]))
+            parts.append("\n".join([f"{record.name}: {about(record)}", *lines]))
         return "\n\n".join(parts)
 
 
