@@ -78,6 +78,20 @@ class CheckpointError(Fp8Error, ValueError):
         self.tensor = tensor
 
 
+class CalibrationError(Fp8Error, ValueError):
+    """A calibration that found nothing, is of another model, cannot give scales, or cannot be read or written.
+
+    Attributes:
+        layers: paths of the layers that have no scale, where that is the reason.
+        file: what was read or written, or None.
+    """
+
+    def __init__(self, problem: str, layers: Sequence[str] = (), file: object = None) -> None:
+        super().__init__(problem if file is None else f"{file}: {problem}")
+        self.layers = tuple(layers)
+        self.file = None if file is None else str(file)
+
+
 class NothingConvertedError(Fp8Error, RuntimeError):
     """None of the linears became FP8, or at load time not all that should.
 
@@ -91,6 +105,10 @@ class NothingConvertedWarning(UserWarning):
 
 class UnmatchedPatternWarning(UserWarning):
     """An entry of ``ignored_layers`` or ``layers`` matched no linear of a model."""
+
+
+class UncalibratedLayersWarning(UserWarning):
+    """Linears of a model did not run while it was calibrated: they have no static scale."""
 
 
 class RecompileLimitWarning(UserWarning):

@@ -256,7 +256,7 @@ def _is_call(code: CodeType) -> bool:
     return any(code is call for call in _CALLS)
 
 
-def _running() -> list[nn.Module]:
+def running_modules() -> list[nn.Module]:
     """The modules whose methods are being executed, the innermost first."""
     found: dict[int, nn.Module] = {}
     for frame in stack():
@@ -315,7 +315,7 @@ class Namer:
         Args:
             anew: look at these modules again even where nothing has moved: parameters may have been tied since.
         """
-        running = _running()
+        running = running_modules()
         owners = _owners(weights.values(), running)
         if len(owners) < len({id(weight) for weight in weights.values()}):  # a function was compiled
             bases = [module for ref in self._bases if (module := ref()) is not None]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fp8_compile
 from fp8_compile import block_scales, numerics
+from fp8_compile.calibration import histogram
 from fp8_compile.device import refusal
 from fp8_compile.runtime import constants
 from fp8_compile.schemes import Call, int8
@@ -423,3 +424,36 @@ def test_gelu_and_rotations_in_generated_code(dynamic: bool) -> None:
         with torch.no_grad():
             for got, expected in zip(compiled(*inputs), module(*inputs), strict=True):
                 assert sqnr(expected, got) > 50
+
+
+# --- calibration ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_magnitudes_are_counted_as_on_the_cpu_and_without_waiting(dtype: torch.dtype) -> None:
+    x = gaussian(4096, 3072, dtype=dtype) ** 3
+    x[0, :3] = torch.tensor([torch.inf, torch.nan, 0.0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counts, amax = histogram.count(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected, largest = histogram.count(x.cpu())
+    assert torch.equal(counts.cpu(), expected)
+    assert torch.equal(amax.cpu(), largest)
+
+
+def test_a_step_is_calibrated_without_waiting() -> None:
+    m, x = model(), gaussian(2, 64, WIDTH)
+    with torch.no_grad(), fp8_compile.calibrate(m, progress=False) as calibration:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            m(x)
+            m(2 * x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad(), fp8_compile.calibrate(m.cpu(), progress=False) as expected:
+        m(x.cpu())
+        m(2 * x.cpu())
+    found, same = (c.scales(m)["blocks.0.to_q"] for c in (calibration, expected))
+    assert found == pytest.approx(same, rel=0.01)  # layer norm rounds differently
