@@ -19,6 +19,7 @@ from .errors import (
     UnknownMethodError,
     UnmatchedPatternWarning,
     UnsupportedDeviceError,
+    UnusedScaleWarning,
 )
 from .integrations import registration
 from .integrations.checkpoints import load_fp8_checkpoint, save_fp8_checkpoint
@@ -57,6 +58,7 @@ __all__ = [
     "UnknownMethodError",
     "UnmatchedPatternWarning",
     "UnsupportedDeviceError",
+    "UnusedScaleWarning",
     "__version__",
     "calibrate",
     "high_precision",

@@ -56,8 +56,6 @@ def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | No
 
 def _from_flat_dict(options: Mapping[str, Any]) -> Fp8Options:
     common = {key: value for key, value in options.items() if key in COMMON}
-    if hasattr(common.get("activation_scales"), "scales"):  # a calibration, in a room above this one
-        common["activation_scales"] = common["activation_scales"].scales()
     given = common.get("method")
     method = given if isinstance(given, str) else DEFAULT_METHOD
     own = own_options(method)

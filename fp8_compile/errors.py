@@ -107,6 +107,10 @@ class UnmatchedPatternWarning(UserWarning):
     """An entry of ``ignored_layers`` or ``layers`` matched no linear of a model."""
 
 
+class UnusedScaleWarning(UserWarning):
+    """A file has scales of activations that cannot be used with its weights."""
+
+
 class UncalibratedLayersWarning(UserWarning):
     """Linears of a model did not run while it was calibrated: they have no static scale."""
 

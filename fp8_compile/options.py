@@ -14,6 +14,7 @@ import struct
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from .errors import OptionError, PatternError
@@ -28,6 +29,18 @@ KEEP = "keep"
 DEFAULT_METHOD = "fp8"
 
 UNCALIBRATED = ("error", "dynamic")
+
+
+class Scales(dict[str, float]):
+    """Input scales by the paths of layers, and where they come from.
+
+    Attributes:
+        about: what was calibrated, for reports; empty if nobody said.
+    """
+
+    def __init__(self, scales: Mapping[str, float] = MappingProxyType({}), about: str = "") -> None:
+        super().__init__(scales)
+        self.about = about
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Fp8Options:
         layers: what holds for single layers in the place of the options for all: by pattern, `KEEP`, or a dict of the
             method and its own options. The first that names a layer counts.
         activation_scales: of ``activation_scheme="static"``: what stands for a unit of each layer's activation, by the
-            layer's path, as a calibration gives it (`fp8_compile.calibrate`).
+            layer's path, as ``calibration.scales(model)`` gives it (`fp8_compile.calibrate`).
         uncalibrated: "error" refuses layers that are to be static and have no scale, "dynamic" leaves them dynamic.
         min_features: a linear with fewer input or output features stays as it is.
         strict: raise `NothingConvertedError` where a graph with linears would only warn that none was converted.
@@ -68,7 +81,7 @@ class Fp8Options:
     method_options: Mapping[str, Any] = field(default_factory=dict)
     ignored_layers: tuple[str, ...] = ()
     layers: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
-    activation_scales: Mapping[str, float] = field(default_factory=dict, repr=False)
+    activation_scales: Mapping[str, float] = field(default_factory=Scales, repr=False)
     uncalibrated: str = "error"
     min_features: int = 256
     strict: bool = False
@@ -96,10 +109,11 @@ class Fp8Options:
         scales: Any = self.activation_scales
         if not isinstance(scales, Mapping):
             raise OptionError(
-                f"activation_scales={scales!r}: expected a calibration, or a dict of scales by the path of the layer"
+                f"activation_scales: expected a dict of scales by the path of the layer, as calibration.scales(model) "
+                f"gives it, got {type(scales).__name__}"
             )
         checked = {path: check_scale(f"activation_scales: {path!r}", scale) for path, scale in scales.items()}
-        object.__setattr__(self, "activation_scales", checked)
+        object.__setattr__(self, "activation_scales", Scales(checked, getattr(scales, "about", "")))
         check_choice("uncalibrated", self.uncalibrated, UNCALIBRATED)
         check_count("min_features", self.min_features)
         if not isinstance(self.strict, bool):
@@ -133,7 +147,7 @@ class Fp8Options:
     def names_key(self) -> str:
         """What tells options apart that decide otherwise by the names of layers."""
         asked: tuple[Any, ...] = (self.ignored_layers,)
-        if self.layers or self.activation_scales:
+        if self.layers or self.uncalibrated == "dynamic":
             calibrated = sorted(self.activation_scales) if self.uncalibrated == "dynamic" else ()
             asked += repr(self.layers), self.method, repr(self.method_options), self.uncalibrated, calibrated
         return hashlib.sha256(repr(asked).encode()).hexdigest()[:12]

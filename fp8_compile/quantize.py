@@ -282,7 +282,8 @@ def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -
         if is_matrix(parameter) and not (isinstance(module, nn.Linear) and leaf == "weight") and not is_adapter(path):
             note_kept(module, leaf, NOT_A_LINEAR)
     unmatched = tuple(dict.fromkeys((*unmatched, *_unmatched_of(choices, options))))
-    write_record(model, Record(_all_asked(model, options).of_weights(), kept, unmatched))
+    about = getattr(options.activation_scales, "about", "") or ("" if earlier is None else earlier.calibrated)
+    write_record(model, Record(_all_asked(model, options).of_weights(), kept, unmatched, about))
     _decide_anew(model)
 
 

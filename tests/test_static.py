@@ -270,7 +270,7 @@ def test_combinations_that_make_no_sense() -> None:
     for options, message in (
         ({"activation_scheme": "static", "weight_block_size": [128, 128]}, "exclude each other"),
         ({"input_scale": 0.1}, r"input_scale=0.1 is of use with activation_scheme='static' only"),
-        ({"activation_scales": 0.1}, "expected a calibration, or a dict"),
+        ({"activation_scales": 0.1}, "expected a dict of scales by the path of the layer"),
         ({"uncalibrated": "skip"}, "uncalibrated='skip' is not valid; valid: error, dynamic"),
     ):
         with pytest.raises(OptionError, match=message):

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import CalibrationError, UnmatchedPatternWarning
 from ..numerics import FP8_MAX, SCALE_FLOOR
+from ..options import Scales
 from ..patterns import Pattern, check_unmatched, first_match_of, matching, spellings
 from ..version import __version__
 from . import files
@@ -82,7 +83,7 @@ class Calibration:
         percentile: float = DEFAULT_PERCENTILE,
         name: str | None = None,
         ignored_layers: Iterable[str] = (),
-    ) -> dict[str, float]:
+    ) -> Scales:
         """The static input scales of ``model``'s linears.
 
         Args:
@@ -93,7 +94,8 @@ class Calibration:
             ignored_layers: patterns of the paths of layers that get no scale, as for quantization.
 
         Returns:
-            By path, as `fp8_compile.patterns.layer_path` gives it, the clipping value / 448: a positive float32.
+            A dict for the option ``activation_scales``: by path, as `fp8_compile.patterns.layer_path` gives it, the
+            clipping value / 448, a positive float32.
             Linears that share a weight share a scale. One that never ran has none (`problems` names those).
 
         Raises:
@@ -125,7 +127,9 @@ class Calibration:
             }
         )
         scales = (torch.tensor(clips, dtype=torch.float64) / FP8_MAX).float().tolist()
-        return {path: scale for layer, scale in zip(layers, scales, strict=True) for path in layer.paths}
+        found = {path: scale for layer, scale in zip(layers, scales, strict=True) for path in layer.paths}
+        chosen = f"{algorithm} {percentile:g}" if algorithm == "percentile" else algorithm
+        return Scales(found, f"{chosen} of {about(record)}; sizes: {sizes(record)}; {self.environment.get('date', '')}")
 
     def problems(self, model: nn.Module, name: str | None = None) -> dict[str, str]:
         """By path, why a linear of ``model`` has no scale: it never ran, or see `scales`.
@@ -299,6 +303,19 @@ def summaries(record: ModelRecord) -> list[Summary]:
             )
         )
     return sorted(found, key=lambda summary: summary.badness, reverse=True)
+
+
+def sizes(record: ModelRecord) -> str:
+    """The largest tensor among the arguments, for each size that the model ran at."""
+    named = [
+        max(
+            ((name, shape) for name, shapes in inputs.shapes.items() for shape in shapes), key=lambda n: math.prod(n[1])
+        )
+        for inputs in record.inputs
+        if any(inputs.shapes.values())
+    ]
+    shown = dict.fromkeys(f"{name} {list(shape)}" for name, shape in named)
+    return ", ".join(list(shown)[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
 def about(record: ModelRecord) -> str:

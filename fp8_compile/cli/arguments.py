@@ -75,9 +75,6 @@ class Settings:
     activation_scheme: Annotated[
         str | None, typer.Option(help="Scales of activations: dynamic (default), static (calibrated), or none.")
     ] = None
-    activation_scales: Annotated[
-        Path | None, typer.Option(help="Of static activations: a file that a calibration was saved to.")
-    ] = None
     layers: Annotated[
         Path | None, typer.Option(help="What holds for single layers: a JSON or TOML file, such as search writes.")
     ] = None
@@ -104,7 +101,6 @@ class Settings:
             "small_m": self.small_m,
             "weight_block_size": _block_size(self.weight_block_size),
             "activation_scheme": self.activation_scheme,
-            "activation_scales": _calibration(self.activation_scales),
             "layers": _plan(self.layers),
             "mode": self.compile_mode,
         }
@@ -169,14 +165,6 @@ def _block_size(text: str | None) -> list[int] | None:
     if found is None:
         fail(f"--weight-block-size {text!r}: expected ROWSxCOLUMNS, for example 128x128")
     return [int(found[1]), int(found[2])]
-
-
-def _calibration(path: Path | None) -> Any:
-    if path is None:
-        return None
-    from ..calibration import load_calibration
-
-    return load_calibration(path)
 
 
 def _plan(path: Path | None) -> Any:

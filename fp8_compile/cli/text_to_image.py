@@ -47,6 +47,9 @@ def text_to_image(
             "model's recipe, if the weights are not quantized yet and --layers is not given; none: convert all."
         ),
     ] = None,
+    activation_scales: Annotated[
+        Path | None, typer.Option(help="Of static activations: a file that a calibration was saved to.")
+    ] = None,
     whole: Whole = False,
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
 ) -> None:
@@ -57,6 +60,7 @@ def text_to_image(
             fail(f"--{name.replace('_', '-')} and --no-quantization exclude each other; leave one out")
     check_picture(output)
 
+    from ..calibration import load_calibration
     from ..pipelines.session import Session
     from ..pipelines.step_clock import StepClock
 
@@ -71,7 +75,7 @@ def text_to_image(
     else:
         if not patterns and settings.layers is None:
             options |= _recommended(session)
-        session.compile(options, whole)
+        session.compile(options, whole, None if activation_scales is None else load_calibration(activation_scales))
     with StepClock(session.device) as clock:
         image = session.call(seed, callback_on_step_end=clock.step, **arguments).images[0]
     reports = {} if no_quantization else session.reports()

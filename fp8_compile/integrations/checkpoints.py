@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import quantize
-from ..errors import CheckpointError, NothingConvertedWarning, QuantizedWeightError
+from ..errors import CheckpointError, NothingConvertedWarning, QuantizedWeightError, UnusedScaleWarning
 from ..options import Fp8Options
 from ..patterns import join as join_path
 from ..quantize import choose, remember
@@ -249,6 +249,9 @@ def join(
     Returns:
         The state dict with `QuantizedWeight`s and without marks, and the tensors whose other parts are not in it.
 
+    Warns:
+        UnusedScaleWarning: a scale of activations is of no use with its weight.
+
     Raises:
         CheckpointError: values or scales are not what they should be, or do not fit together.
     """
@@ -272,6 +275,7 @@ def join(
                 raise CheckpointError(problem, where(name), name)
             others[suffix] = name
     parts: dict[str, Tensor] = {}
+    unused = []
     for weight, of_weight in weights.items():
         tensors = {suffix: state_dict[name] for suffix, name in of_weight.items()}
         if "" not in tensors and weight in state_dict:
@@ -280,9 +284,19 @@ def join(
             raise CheckpointError(problem, where(name), name)
         scheme = names.scheme(weight, tensors[""]) if "" in tensors else None
         if scheme is not None and tensors.keys() >= names.needed(weight, scheme):
-            joined[weight] = _weight(scheme, tensors, dtype_of(weight), where, of_weight)
+            joined[weight] = made = _weight(scheme, tensors, dtype_of(weight), where, of_weight)
+            if INPUT_SCALE in tensors and INPUT_SCALE not in made.scheme.suffixes():
+                unused.append(of_weight[INPUT_SCALE])
         else:
             parts |= {of_weight[suffix]: tensor for suffix, tensor in tensors.items()}
+    if unused:
+        warnings.warn(
+            f"{', '.join(map(str, where(unused[0])))}: static scales of activations are not used where weights have a "
+            f"scale for each block; activations are quantized by their own values there: {unused[0]} and "
+            f"{len(unused) - 1} more",
+            UnusedScaleWarning,
+            stacklevel=4,
+        )
     return joined, parts
 
 

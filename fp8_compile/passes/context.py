@@ -65,11 +65,13 @@ class Plan:
 
     Attributes:
         patterns: all entries that name layers, of whichever option.
+        calibrated: where static input scales come from; empty if there are none.
     """
 
     decisions: tuple[Decision, ...]
     patterns: tuple[str, ...]
     min_features: int = Fp8Options.min_features
+    calibrated: str = ""
 
     @property
     def quantized(self) -> tuple[Decision, ...]:

@@ -39,7 +39,9 @@ def plan_linears(graph: Graph, context: Context) -> int:
     for name, linear in _inside_higher_order_operators(context.module):
         decision = _decide(linear, "inside a higher-order operator", context)
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
-    context.plan = Plan(tuple(decisions), tuple(context.options.patterns), context.options.min_features)
+    options = context.options
+    calibrated = getattr(options.activation_scales, "about", "")
+    context.plan = Plan(tuple(decisions), tuple(options.patterns), options.min_features, calibrated)
     return len(context.plan.quantized)
 
 
@@ -102,7 +104,8 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
     in_features, out_features = linear.features
     rows = row_count(example(linear.input).shape)
     # With several schemes, one may take what this one does not.
-    named = call is not None or (by_name is not None and other is None) or bool(options.layers)
+    several = len(marks.verdicts(options)) > 2
+    named = call is not None or (by_name is not None and other is None) or several
     return Decision(
         node=linear.node.name,
         path=layer.path(layer_path(running_path(linear))) or within,

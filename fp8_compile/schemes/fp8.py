@@ -254,14 +254,8 @@ class Fp8(Scheme):
             weight_block_size=block,
         )
         given = tensors.get(INPUT_SCALE)
-        if given is None:
+        if given is None or block is not None:
             return scheme, (qdata.contiguous(), fitting.contiguous())
-        if block is not None:
-            raise QuantizedWeightError(
-                "is a static scale of activations, which weights with a scale for each block cannot be multiplied with "
-                "here; load them with input_scales=False",
-                INPUT_SCALE,
-            )
         given = given.float().reshape(-1)
         if not given.is_meta and not ((given > 0) & (given <= LARGEST_SCALE)).all():
             raise QuantizedWeightError("is an input scale that is NaN, infinite, zero or negative", INPUT_SCALE)

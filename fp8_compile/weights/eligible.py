@@ -159,7 +159,7 @@ def handed_over(model: nn.Module) -> dict[int, str]:
     return found
 
 
-UNNAMED = "nothing names this layer, and ignored_layers or layers may mean it"
+UNNAMED = "nothing names this layer, and a pattern may mean it"
 
 
 def _written(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:

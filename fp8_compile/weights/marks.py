@@ -23,23 +23,30 @@ from .layers import Layer, tree_of
 
 _PREFIX = "_fp8_mark_"
 
-STAYS = "stays"
+STAYS, CONVERTS = "stays", "converts"
 
 
 def verdict(layer: Layer, options: Fp8Options) -> str:
     """What a mark says of ``layer``: that it stays, or the scheme that it gets, or is called with."""
     if eligible.kept_by_name(layer, options) is not None:
         return STAYS
-    return _of(eligible.scheme_of(layer, options))
+    return _of(eligible.scheme_of(layer, options)) if _several(options) else CONVERTS
 
 
 def verdicts(options: Fp8Options) -> set[str]:
     """All that marks may say under ``options``."""
+    if not _several(options):
+        return {STAYS, CONVERTS}
     entries = [pattern for pattern, entry in options.layers.items() if entry != KEEP]
     schemes = {scheme_for(options, pattern) for pattern in (None, *entries)}
     if options.uncalibrated == "dynamic":
         schemes |= {scheme.with_input_scale(None) for scheme in schemes if scheme.input_scale_missing}
     return {STAYS, *map(_of, schemes)}
+
+
+def _several(options: Fp8Options) -> bool:
+    """Whether layers may get different schemes."""
+    return bool(options.layers) or options.uncalibrated == "dynamic"
 
 
 def _of(scheme: Scheme) -> str:

@@ -40,11 +40,13 @@ class Record:
         options: as the flat dict that the user may give.
         kept: the reason, by path within the module, for each linear that stayed.
         unmatched: entries of ``ignored_layers`` and ``layers`` that named no linear.
+        calibrated: where static input scales come from; empty if there are none.
     """
 
     options: Mapping[str, Any]
     kept: Mapping[str, str]
     unmatched: tuple[str, ...]
+    calibrated: str = ""
 
     def reason(self, module: nn.Module, leaf: str, path: str) -> str | None:
         """Why the parameter ``leaf`` of ``module``, at ``path`` within the recorded module, stays, or None.
@@ -70,7 +72,9 @@ class Record:
 def record_of(module: nn.Module) -> Record | None:
     """What ``module`` itself remembers, or None."""
     found = module.__dict__.get(_RECORD)
-    return None if found is None else Record(found["options"], found["kept"], tuple(found["unmatched"]))
+    if found is None:
+        return None
+    return Record(found["options"], found["kept"], tuple(found["unmatched"]), found.get("calibrated", ""))
 
 
 def write_record(module: nn.Module, record: Record) -> None:
@@ -79,6 +83,7 @@ def write_record(module: nn.Module, record: Record) -> None:
         "options": dict(record.options),
         "kept": dict(record.kept),
         "unmatched": list(record.unmatched),
+        "calibrated": record.calibrated,
     }
 
 
