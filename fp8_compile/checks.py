@@ -88,7 +88,7 @@ def with_recipe(options: Fp8Options, model: nn.Module, stacklevel: int) -> Fp8Op
     """
     if RECOMMENDED not in options.ignored_layers:
         return options
-    if not recipes_in(model):
+    if not recipes_in(model) and not recommended(model):
         warn_of_no_recipe([type(model).__name__], stacklevel=stacklevel + 1)
     return replace(options, ignored_layers=expanded(options.ignored_layers, recommended(model)))
 
@@ -96,8 +96,8 @@ def with_recipe(options: Fp8Options, model: nn.Module, stacklevel: int) -> Fp8Op
 def warn_of_no_recipe(kinds: Sequence[str], stacklevel: int) -> None:
     """Say that ``ignored_layers="recommended"`` keeps nothing in models of these classes."""
     warnings.warn(
-        f"ignored_layers: 'recommended': there is no recipe for {', '.join(kinds) or 'a function'}, so it keeps "
-        f"nothing; there are some for {', '.join(RECIPES)}",
+        f"ignored_layers: 'recommended': there is no recipe for {', '.join(kinds) or 'a function'}, and no repeated "
+        f"blocks are known, so it keeps nothing; there are recipes for {', '.join(RECIPES)}",
         UnmatchedPatternWarning,
         stacklevel=stacklevel + 1,
     )

@@ -87,18 +87,20 @@ def text_to_image(
 def _recommended(session: Session) -> dict[str, Any]:
     """What is kept where nothing is said; none of a pipeline of the package, which was measured without."""
     from ..embedded import embedded_name
+    from ..options import RECOMMENDED
     from ..pipelines.denoisers import has_fp8_weights
-    from ..recipes import recommended
+    from ..recipes import recipe_of, recommended
 
     denoisers = session.denoisers.values()
     if embedded_name(session.model) is not None or any(map(has_fp8_weights, denoisers)):
         return {}
-    keep = {type(module).__name__: recommended(module) for module in denoisers}
-    for name, patterns in keep.items():
-        if patterns:
+    for module in {type(module): module for module in denoisers}.values():
+        name, patterns = type(module).__name__, recommended(module)
+        if recipe_of(module) is None and patterns:
+            tell(f"{name}: keeps what is outside of its repeated blocks; --ignored-layers none converts everything")
+        elif patterns:
             tell(f"{name}: keeps {', '.join(patterns)}, as others recommend; --ignored-layers none converts everything")
-    # Of all denoisers, since one dict of options is for all of them.
-    return {"ignored_layers": list(dict.fromkeys(p for patterns in keep.values() for p in patterns))}
+    return {"ignored_layers": [RECOMMENDED]} if any(map(recommended, denoisers)) else {}
 
 
 def _print_summary(reports: dict[str, Report], clock: StepClock, show_layers: bool) -> None:

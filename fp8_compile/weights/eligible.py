@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, PatternError
-from ..options import KEEP, Fp8Options, expanded
+from ..options import KEEP, RECOMMENDED, Fp8Options, expanded
 from ..patterns import first_match_of
 from ..schemes import Scheme, scheme_for
 from .layers import Layer
@@ -89,6 +89,8 @@ def kept_by_name(layer: Layer, options: Fp8Options) -> str | None:
     pattern = pattern_of(layer, options)
     if pattern is not None:
         return kept_by_plan(pattern) if pattern in options.layers else ignored_by(pattern)
+    if layer.outside and RECOMMENDED in options.ignored_layers:
+        return ignored_by(OUTSIDE)
     if not layer.paths and (options.ignored_layers or options.layers):
         return UNNAMED
     return layer.recorded
@@ -159,6 +161,7 @@ def handed_over(model: nn.Module) -> dict[int, str]:
     return found
 
 
+OUTSIDE = f"{RECOMMENDED}: outside of the repeated blocks"
 UNNAMED = "nothing names this layer, and a pattern may mean it"
 
 
