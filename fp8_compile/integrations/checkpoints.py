@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from .. import quantize
 from ..errors import CheckpointError, NothingConvertedWarning, QuantizedWeightError, UnusedScaleWarning
-from ..options import Fp8Options
+from ..options import Fp8Options, check_choice
 from ..patterns import join as join_path
 from ..quantize import choose, remember
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
 from ..schemes.fp8 import INPUT_SCALE
 from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .files import write_tensors
+from .formats import COMFY_FORMAT, FORMATS, tensors_of
 
 Where = Callable[[str], Sequence[Any]]
 """Which files hold the tensor of a name, for errors."""
@@ -52,27 +53,46 @@ _MARK = "scaled_fp8"
 
 # ComfyUI says so, as JSON, in a tensor beside each weight, or of all of them in the file's metadata.
 # https://github.com/comfyanonymous/ComfyUI/blob/master/QUANTIZATION.md
-_COMFY_ENTRY, _COMFY_METADATA, _COMFY_FORMATS = "comfy_quant", "_quantization_metadata", ("float8_e4m3fn",)
+_COMFY_ENTRY, _COMFY_METADATA = "comfy_quant", "_quantization_metadata"
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What ComfyUI's files put before the names of a model."""
 
 
-def split(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+OWN = "fp8_compile"
+"""The format of files that hold any scheme, and name it in their metadata."""
+
+
+def split(state_dict: Mapping[str, Any], format: str = OWN) -> dict[str, Any]:
     """``state_dict`` with plain tensors only: each constant under the weight's name and the suffix of its scheme.
 
     A weight that is under several names gets constants of its own under each: any reader finds them.
+
+    Raises:
+        QuantizedWeightError: another ``format`` (`formats`) has no such weight. It names it.
     """
     plain: dict[str, Any] = {}
     repeated = {name for names in _tied(state_dict) for name in names[1:]}
     for name, value in state_dict.items():
         if isinstance(value, QuantizedWeight):
-            for suffix, constant in zip(value.scheme.suffixes(), value.constants, strict=True):
-                if suffix is not None:
-                    plain[constant_name(name, suffix)] = constant.clone() if name in repeated else constant
+            for suffix, constant in _constants(name, value, format):
+                plain[constant_name(name, suffix)] = constant.clone() if name in repeated else constant
         else:
             plain[name] = value
     return plain
+
+
+def _constants(name: str, weight: QuantizedWeight, format: str) -> Iterator[tuple[str, Tensor]]:
+    """What a file has of ``weight``, by suffix."""
+    if format == OWN:
+        for suffix, constant in zip(weight.scheme.suffixes(), weight.constants, strict=True):
+            if suffix is not None:
+                yield suffix, constant
+        return
+    try:
+        yield from tensors_of(weight, format).items()
+    except QuantizedWeightError as error:
+        raise QuantizedWeightError(f"{name!r} {error}") from error
 
 
 def constant_name(weight: str, suffix: str) -> str:
@@ -166,11 +186,13 @@ def tied_in(files: Iterable[Any]) -> list[list[str]]:
 
 def _readable(entry: Any) -> bool:
     """Whether ComfyUI's ``entry`` for a layer names a format that its tensors here are read in."""
-    return isinstance(entry, dict) and entry.get("format") in _COMFY_FORMATS
+    return isinstance(entry, dict) and entry.get("format") == COMFY_FORMAT
 
 
 def _unreadable(entry: Any) -> str:
-    return f"{entry!r}: only {', '.join(_COMFY_FORMATS)} can be read"
+    rotated = isinstance(entry, dict) and str(entry.get("format")).startswith("int8")
+    remedy = "; of the weights that it was made from, method='int8' makes its like" if rotated else ""
+    return f"{entry!r}: only {COMFY_FORMAT} can be read{remedy}"
 
 
 class Names:
@@ -444,8 +466,13 @@ def load_fp8_checkpoint(
     remember(model, choices, Fp8Options())
 
 
-def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str], format: str = OWN) -> None:
     """Write ``model`` to one safetensors file, which `load_fp8_checkpoint` reads: the constants of quantized weights.
+
+    Args:
+        format: "fp8_compile" holds every scheme. "compressed-tensors", "modelopt" and "comfyui" are for other tools,
+            with FP8 weights and scales as those know them (`fp8_compile.integrations.formats`), and without metadata of
+            ours: who reads them here gets default options. The tools' own configuration files are not written.
 
     Names are the model's own, without those of ``torch.compile``, ``DataParallel`` or ``PeftModel`` around it; adapters
     belong to the model that they are in. The file appears under its name when it is complete and on the disk; one that
@@ -455,8 +482,11 @@ def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         NothingConvertedWarning: no weight is in FP8.
 
     Raises:
+        OptionError: ``format`` is not valid.
+        QuantizedWeightError: ``format`` has no such weight as one of the model's. Nothing is written.
         CheckpointError: a tensor is on the meta device and has no values, ``path`` is no file, or cannot be written.
     """
+    check_choice("format", format, (OWN, *FORMATS))
     target = Path(os.path.realpath(path))  # a link stays one
     if target.exists() and not target.is_file():
         raise CheckpointError("is no regular file, and is not replaced by one", [target])
@@ -474,8 +504,8 @@ def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
             NothingConvertedWarning,
             stacklevel=2,
         )
-    plain = {name: t.contiguous() for name, t in split(state_dict).items()}
-    write_tensors(_without_sharing(plain), target, {"format": "pt", **metadata})
+    plain = {name: t.contiguous() for name, t in split(state_dict, format).items()}
+    write_tensors(_without_sharing(plain), target, {"format": "pt", **(metadata if format == OWN else {})})
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -281,6 +281,13 @@ SCALE = "blocks.0.to_q.weight_scale"
             "blocks.0.to_q.comfy_quant",
             "only float8_e4m3fn can be read",
         ),
+        (
+            lambda t: t.update(
+                {"blocks.0.to_q.comfy_quant": entry({"format": "int8_tensorwise", "convrot": True, "group_size": 256})}
+            ),
+            "blocks.0.to_q.comfy_quant",
+            "'int8_tensorwise', 'convrot': True, .*: only float8_e4m3fn can be read; .* method='int8' makes its like",
+        ),
     ],
 )
 def test_a_broken_file_is_named_with_the_tensor_and_changes_nothing(
