@@ -281,7 +281,8 @@ def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -
     for path, module, leaf, parameter in all_parameters(model):
         if is_matrix(parameter) and not (isinstance(module, nn.Linear) and leaf == "weight") and not is_adapter(path):
             note_kept(module, leaf, NOT_A_LINEAR)
-    unmatched = tuple(dict.fromkeys((*unmatched, *_unmatched_of(choices, options))))
+    matched = matching(options.patterns, Tree(model).names)  # what files hold in FP8 is no choice any more
+    unmatched = tuple(dict.fromkeys((*unmatched, *(p for p in options.patterns if p not in matched))))
     about = getattr(options.activation_scales, "about", "") or ("" if earlier is None else earlier.calibrated)
     write_record(model, Record(_all_asked(model, options).of_weights(), kept, unmatched, about))
     _decide_anew(model)

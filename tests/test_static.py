@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from fp8_compile.schemes.fp8 import Fp8
 from fp8_compile.weights.quantized_weight import QuantizedWeight
 from tests.support.blocks import LOAD, Model, model, tokens
 from tests.support.sqnr import sqnr
+from tests.support.zoo import MODELS
 
 NAMES = ("to_q", "to_k", "img_mlp.0", "img_mlp.2")
 
@@ -291,3 +293,34 @@ def test_a_pickle_keeps_the_scale(tmp_path: Path) -> None:
 def test_ones_are_enough_for_a_video() -> None:
     # HunyuanVideo, 129 frames of 720 x 1280: 33 latent frames of 90 x 160, in patches of 1 x 2 x 2; and a batch of 2.
     assert MOST_ROWS > 2 * 33 * 45 * 80
+
+
+@torch.no_grad()
+def test_through_diffusers_own_loading_and_saving(tmp_path: Path) -> None:
+    """With a plan of other schemes beside it. Scales are in the weights' file, and not in the configuration."""
+    tiny = MODELS["QwenImage"]
+    made: Any = tiny.build()
+    with fp8_compile.calibrate(made, progress=False) as calibration:
+        made(**tiny.inputs(0))
+    made.save_pretrained(tmp_path / "bf16")
+    plan = {"txt_mlp": {"method": "int8"}, "img_mod": {"activation_scheme": "none"}}
+    config = fp8_compile.Fp8DiffusionConfig(**static(calibration.scales(made), min_features=64, layers=plan))
+    kind = diffusers.QwenImageTransformer2DModel
+    loaded = kind.from_pretrained(tmp_path / "bf16", quantization_config=config, torch_dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "fp8", max_shard_size="200KB")
+    assert len(list((tmp_path / "fp8").glob("*.safetensors"))) > 1
+    assert "activation_scales" not in (tmp_path / "fp8/config.json").read_text()
+    again = kind.from_pretrained(tmp_path / "fp8", torch_dtype=torch.bfloat16)
+    outputs, schemes = [], []
+    for m in (loaded, again):
+        m.compile(backend="fp8_diffusion", options={"inner_backend": "aot_eager"})
+        outputs.append(m(**tiny.inputs(0))[0])
+        schemes.append({row.path: row.scheme for row in fp8_compile.report(m).layers})
+        assert fp8_compile.report(m).unmatched_patterns == ()
+    assert torch.equal(*outputs)
+    assert schemes[0] == schemes[1]
+    found = schemes[0]
+    assert found["transformer_blocks.1.txt_mlp.net.2"] == "int8-row"
+    assert found["transformer_blocks.1.img_mod.1"] == "fp8-weight-only"
+    assert found["transformer_blocks.1.attn.to_q"] == "fp8-row-static"
+    assert "amax of QwenImageTransformer2DModel, 48 layers in 1 steps" in str(fp8_compile.report(loaded))

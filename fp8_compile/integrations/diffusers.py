@@ -93,8 +93,9 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for ``config.json``."""
-        return {**vars(self), "quant_method": self.quant_method.value}
+        """Plain data, for ``config.json``; without scales, which weights hold."""
+        plain = {name: value for name, value in vars(self).items() if name != "activation_scales"}
+        return {**plain, "quant_method": self.quant_method.value}
 
     @property
     def options(self) -> Fp8Options:
