@@ -236,6 +236,24 @@ def test_static_values_saturate_and_what_is_not_finite_stays_so() -> None:
     assert numerics.quantize_static_tensorwise(largest, tiny)[0].float().item() == 448
 
 
+@pytest.mark.inductor
+@torch.no_grad()
+def test_inductor_keeps_what_is_not_finite() -> None:
+    """A compiler that took ``x * 0.0`` for zero would make numbers of infinities."""
+    m = nn.Linear(64, 64).bfloat16()
+    x = torch.randn(1, 16, 64, dtype=torch.bfloat16)
+    x[0, 1, 3], x[0, 2, 3], x[0, 3, 3], x[0, 4, 3] = torch.nan, torch.inf, -torch.inf, 1e30
+    options = {"min_features": 64, "activation_scheme": "static", "input_scale": 0.01}
+    outs = []
+    for inner in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        outs.append(torch.compile(m, backend="fp8_diffusion", options={**options, "inner_backend": inner})(x)[0])
+    for out in outs:
+        assert out[1:4].isnan().all()
+        assert out[4:].isfinite().all()
+    assert torch.equal(*(out.nan_to_num() for out in outs))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_floors(granularity: str, dtype: torch.dtype) -> None:

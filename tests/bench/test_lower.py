@@ -119,7 +119,6 @@ def test_static_activations_leave_no_reduction_for_a_scale(tmp_path: Path) -> No
     for found in lower(tmp_path, "--model", "qwen-image", "wan", "--options", json.dumps(options)):
         name, bounds = found["model"], BOUNDS[found["model"]]
         kernels = [kernel["name"] for kernel in found["kernels"] if kernel["kind"] == "triton"]
-        assert any("clamp" in kernel for kernel in kernels), name
         assert not [kernel for kernel in kernels if "amax" in kernel], name
         assert [a["tensors"] for a in found["activations"]] == [1] * bounds.activations, name
         assert found["launches"] <= bounds.launches, name
