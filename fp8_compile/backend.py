@@ -21,9 +21,10 @@ from .checks import (
     parse_options,
     warn_of_no_recipe,
     warn_of_unmatched,
+    warn_of_unused_scales,
 )
 from .device import check_device, refusal
-from .errors import GradientError, PatternError, RecompileLimitWarning
+from .errors import GradientError, OptionError, PatternError, RecompileLimitWarning
 from .inductor import dynamo
 from .inductor.failed import forgets_guards
 from .inductor.inner import compile_inner
@@ -105,7 +106,21 @@ def fp8_diffusion(
         arguments=list(given),
         kept_arguments=[node.name for node in _placeholders(rewritten) if node.name in given],
         namer=namer,
+        check=partial(_check_unchanged, options, mode, opts),
     )
+
+
+def _check_unchanged(given: Fp8Options | Mapping[str, Any] | None, mode: str | None, options: Fp8Options) -> None:
+    """Refuse a dict that was written into since a graph was compiled by it: to Dynamo, it is the same dict.
+
+    Raises:
+        OptionError: it says something else now.
+    """
+    if isinstance(given, Mapping) and parse_options(given, mode) != options:
+        raise OptionError(
+            "the dict of options was changed after a graph was compiled with it, and torch takes it for the same: give "
+            "each model a dict of its own"
+        )
 
 
 def _guard(gm: GraphModule, plan: Plan, given: Mapping[str, Any], options: Fp8Options) -> None:
@@ -158,6 +173,7 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
         count=sum(tree.count for tree in trees) if names else len(plan.decisions),
         stacklevel=4,
     )
+    warn_of_unused_scales(options, [*names, *others], "this model", stacklevel=4)
     unnamed = [d.within or d.node for d in plan.decisions if d.reason.startswith(UNNAMED)]
     if unnamed and options.strict:
         pattern, option = next(iter(options.patterns.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,11 +46,19 @@ def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | No
 
         for name in parsed.disabled_passes:
             check_choice("disabled_passes", name, DISABLEABLE)
+    static = False
     for pattern in (None, *(p for p, entry in parsed.layers.items() if entry != KEEP)):
         try:
-            scheme_for(parsed, pattern).check_given(parsed.asked_of(pattern)[1])
+            scheme = scheme_for(parsed, pattern)
+            scheme.check_given(parsed.asked_of(pattern)[1])
         except OptionError as error:
             raise error if pattern is None else type(error)(f"layers: {pattern!r}: {error}") from error
+        static |= scheme.input_scale_missing
+    given = "activation_scales" if parsed.activation_scales else "uncalibrated"
+    if not static and (parsed.activation_scales or parsed.uncalibrated != Fp8Options.uncalibrated):
+        raise OptionError(
+            f"{given} is of use with activation_scheme='static', where input_scale does not say it already"
+        )
     return parsed
 
 
@@ -127,6 +135,8 @@ def check_agreement(options: Fp8Options, scheme: Scheme, entry: str | None = Non
     own_choices = {name: value for name, value in scheme.common_options.items() if value != defaults[name]}
     scheme.check_given({**own_choices, **given})
     asked = scheme_named(scheme.method, {**scheme.options, **given})
+    if options.uncalibrated == "dynamic" and asked.input_scale_missing and not scheme.static:
+        asked = asked.with_input_scale(None)  # what such a layer was quantized with
     for name in given:
         own, value = scheme.options[name], asked.options[name]
         if value != own and (name not in scheme.call_options or name not in asked.call_options):
@@ -153,6 +163,22 @@ def warn_of_unmatched(
             UnmatchedPatternWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def warn_of_unused_scales(options: Fp8Options, names: Collection[str], what: str, stacklevel: int) -> None:
+    """Complain of ``activation_scales`` that name none of the layers at ``names``.
+
+    Raises:
+        OptionError: under ``strict``.
+    """
+    unused = sorted(options.activation_scales.keys() - set(names))
+    if not unused or not names:
+        return
+    shown = ", ".join(map(repr, unused[:5])) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+    message = f"activation_scales: {shown} name no layer of {what}"
+    if options.strict:
+        raise OptionError(message)
+    warnings.warn(message, UnmatchedPatternWarning, stacklevel=stacklevel + 1)
 
 
 def complain_of_nothing(reasons: Counter[str], what: str, *, strict: bool, stacklevel: int) -> None:

@@ -26,6 +26,9 @@ FP8_MAX = torch.finfo(FP8_DTYPE).max
 # float32 changes no other row: bfloat16 and float16 values that small are far below what a matmul can resolve.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
 
+# That of the largest bfloat16; what a larger one stands for may be infinite.
+LARGEST_SCALE = torch.finfo(torch.bfloat16).max / FP8_MAX
+
 _TWO_SQRT = 2 * math.sqrt(2 / math.pi)
 
 # Up to so many rows, `weight_only_linear` writes a matrix multiplication as a sum for each row.

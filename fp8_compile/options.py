@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import OptionError, PatternError
+from .numerics import LARGEST_SCALE, SCALE_FLOOR
 from .patterns import Pattern
 
 RECOMMENDED = "recommended"
@@ -244,8 +245,10 @@ def check_scale(name: str, value: object) -> float:
         number: float = struct.unpack("f", struct.pack("f", value))[0] if ok else math.nan
     except OverflowError:
         number = math.inf
-    if not 0 < number < math.inf:
-        raise OptionError(f"{name}={value!r}: expected a positive finite number in the range of float32")
+    if not SCALE_FLOOR <= number <= LARGEST_SCALE:
+        raise OptionError(
+            f"{name}={value!r}: expected a positive finite number, between {SCALE_FLOOR:.3g} and {LARGEST_SCALE:.3g}"
+        )
     return number
 
 

@@ -144,8 +144,10 @@ def first_match(patterns: Iterable[str], path: str) -> str | None:
 
 
 def first_match_of(patterns: Iterable[str], names: Iterable[str]) -> str | None:
-    """The first of ``patterns`` that names the first of ``names`` that any does."""
-    return next((p for name in names if (p := first_match(patterns, name)) is not None), None)
+    """The first of ``patterns`` that names one of ``names``."""
+    patterns = tuple(patterns)
+    found = {p for name in names if (p := first_match(patterns, name)) is not None}
+    return min(found, key=patterns.index, default=None)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_agreement, complain_of_nothing, parse_options, warn_of_unmatched, with_recipe
+from .checks import (
+    check_agreement,
+    complain_of_nothing,
+    parse_options,
+    warn_of_unmatched,
+    warn_of_unused_scales,
+    with_recipe,
+)
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
 from .options import KEEP, Fp8Options
@@ -76,11 +83,12 @@ def quantize_(
     options = with_recipe(parse_options(options), model, stacklevel=2)
     target = None if device is None else torch.device(device)
     choices = choose(model, options)
+    check_scales(choices)
     if target is not None:
         for scheme in dict.fromkeys(choice.scheme for choice in choices if choice.reason is None):
             check_device(target, scheme)
     prequantized = _prequantized(model)
-    check_choices(choices, options, prequantized)
+    check_choices(choices, options, prequantized, Tree(model).others)
     some = bool(prequantized) or any(choice.reason is None for choice in choices)
     try:
         convert(model, choices, options, target)
@@ -148,6 +156,11 @@ class Choice:
     pattern: str | None
     names: tuple[str, ...]
 
+    @property
+    def needs_scale(self) -> bool:
+        """Whether its constants cannot be made for want of an input scale."""
+        return self.scheme.input_scale_missing and not isinstance(self.weight, QuantizedWeight)
+
     def put(self, parameter: Tensor) -> None:
         """Make ``parameter`` the weight of these linears. The old one is free then, before the next is quantized."""
         self.weight = parameter
@@ -177,7 +190,6 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         PatternError: a layer is named by ``ignored_layers`` and by ``layers``.
     """
     check_at_load(options)
-    missing = []
     schemes: dict[Any, Scheme] = {}  # one object where that is possible: guards compare it at every call
     owners: dict[int, dict[tuple[int, str], str]] = {}  # a module that has two paths is one
     for path, module, leaf, parameter in all_parameters(model):
@@ -211,10 +223,17 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         if choice.reason is None and len(choice.modules) < len(owners[key]):
             others = [n for n in owners[key].values() if layer_path(n.rpartition(".")[0]) not in choice.paths]
             choice.reason = f"weight is shared with {', '.join(others)}"
-        if choice.reason is None and choice.scheme.input_scale_missing:
-            missing += choice.paths
-    eligible.check_calibrated(missing)
     return list(choices.values())
+
+
+def check_scales(choices: Iterable[Choice]) -> None:
+    """Refuse layers that are to be static and have no scale.
+
+    Raises:
+        OptionError: there is one; it names all.
+    """
+    missing = [path for choice in choices if choice.reason is None for path in choice.paths if choice.needs_scale]
+    eligible.check_calibrated(missing)
 
 
 def _prequantized(model: nn.Module) -> list[str]:
@@ -226,11 +245,14 @@ def _prequantized(model: nn.Module) -> list[str]:
     ]
 
 
-def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: Sequence[str] = ()) -> None:
+def check_choices(
+    choices: Sequence[Choice], options: Fp8Options, prequantized: Sequence[str] = (), others: Sequence[str] = ()
+) -> None:
     """Complain of patterns that matched nothing, and of a model in which nothing will be converted.
 
     Args:
         prequantized: paths of linears that are no choice any more.
+        others: paths of matrices that are no linears', which a calibration may have scales of.
     """
     paths = [path for choice in choices for path in choice.paths]
     unmatched = _unmatched_of(choices, options)
@@ -242,6 +264,7 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
             message = f"{option}: {pattern!r} names {late[0]} too, which is in FP8 already and stays so"
             warnings.warn(message, UnmatchedPatternWarning, stacklevel=4)
     linears = [*paths, *prequantized]
+    warn_of_unused_scales(options, [*linears, *others], "this model", stacklevel=4)
     warn_of_unmatched(unmatched, linears, "this model", count=len(linears), stacklevel=4)
     if prequantized and not choices:
         message = f"all {len(prequantized)} linears of this model are in FP8 already; these options changed nothing"
@@ -283,7 +306,9 @@ def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -
             note_kept(module, leaf, NOT_A_LINEAR)
     matched = matching(options.patterns, Tree(model).names)  # what files hold in FP8 is no choice any more
     unmatched = tuple(dict.fromkeys((*unmatched, *(p for p in options.patterns if p not in matched))))
-    about = getattr(options.activation_scales, "about", "") or ("" if earlier is None else earlier.calibrated)
+    static = any(isinstance(p, QuantizedWeight) and p.scheme.static for p in model.parameters())
+    about = getattr(options.activation_scales, "about", "") if static else ""
+    about = about or ("" if earlier is None else earlier.calibrated)
     write_record(model, Record(_all_asked(model, options).of_weights(), kept, unmatched, about))
     _decide_anew(model)
 
@@ -295,8 +320,9 @@ def _all_asked(model: nn.Module, options: Fp8Options) -> Fp8Options:
     layers = {} if earlier is None else earlier.options.get("layers", {})
     return replace(
         options,
-        ignored_layers=tuple(dict.fromkeys((*patterns, *options.ignored_layers))),
-        layers={**layers, **options.layers},
+        # What was said last counts.
+        ignored_layers=tuple(p for p in dict.fromkeys((*patterns, *options.ignored_layers)) if p not in options.layers),
+        layers={**{p: e for p, e in layers.items() if p not in options.ignored_layers}, **options.layers},
     )
 
 

@@ -159,7 +159,7 @@ def test_a_sample_runs_alike_alone_and_in_a_batch(loaded: bool) -> None:
     if loaded:
         fp8_compile.quantize_(made, LOAD)
     made.compile(backend="fp8_diffusion", fullgraph=True, dynamic=False, options=OPTIONS)
-    x, temb = torch.randn(40, 16, WIDTH).bfloat16(), torch.randn(40, WIDTH).bfloat16()
+    x, temb = torch.randn(30, 16, WIDTH).bfloat16(), torch.randn(30, WIDTH).bfloat16()
     alone = torch.cat([made(x[i : i + 1], temb[i : i + 1]) for i in range(8)])
     # As far as each is from the exact result, they are from one another without this: FP8 activations against none.
     assert sqnr(exact(x[:8].float(), temb[:8].float()), alone) < 35
@@ -170,3 +170,28 @@ def test_a_sample_runs_alike_alone_and_in_a_batch(loaded: bool) -> None:
         "time": "fp8-weight-only",
         "mlp": "fp8-row",
     }
+
+
+def test_the_order_of_entries_counts_whichever_name_of_a_layer_they_mean() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.to_qkv = (nn.Linear(WIDTH, WIDTH).bfloat16() for _ in range(3))
+            self.b.weight = self.a.weight
+
+    for named, path in (("b", "a"), ("to_q", "to_qkv")):
+        plan = {named: {"method": "int8"}, "*": "keep"}
+        fp8_compile.quantize_(made := Tied(), {**LOAD, "layers": plan})
+        weight: Any = made.get_submodule(path).weight
+        assert weight.scheme.method == "int8"
+
+
+def test_what_was_said_last_counts() -> None:
+    made = model(1)
+    fp8_compile.quantize_(made, {**LOAD, "ignored_layers": ["to_q"]})
+    with pytest.warns(fp8_compile.NothingConvertedWarning):
+        fp8_compile.quantize_(made, {**LOAD, "layers": {"to_q": "keep"}})
+    assert schemes(made)["blocks.0.to_q"] == "layers: to_q: keep"
+    with pytest.warns(fp8_compile.NothingConvertedWarning):
+        fp8_compile.quantize_(made, {**LOAD, "ignored_layers": ["to_q"]})
+    assert schemes(made)["blocks.0.to_q"] == "ignored_layers: to_q"

@@ -19,7 +19,7 @@ from fp8_compile.errors import CheckpointError, OptionError
 from fp8_compile.schemes import MOST_ROWS, scheme_named
 from fp8_compile.schemes.fp8 import Fp8
 from fp8_compile.weights.quantized_weight import QuantizedWeight
-from tests.support.blocks import LOAD, Model, model, tokens
+from tests.support.blocks import LOAD, OPTIONS, Model, model, tokens
 from tests.support.sqnr import sqnr
 from tests.support.zoo import MODELS
 
@@ -342,3 +342,134 @@ def test_through_diffusers_own_loading_and_saving(tmp_path: Path) -> None:
     assert found["transformer_blocks.1.img_mod.1"] == "fp8-weight-only"
     assert found["transformer_blocks.1.attn.to_q"] == "fp8-row-static"
     assert "amax of QwenImageTransformer2DModel, 48 layers in 1 steps" in str(fp8_compile.report(loaded))
+
+
+# --- found by a reviewer ---
+
+
+@torch.no_grad()
+def test_no_layer_gets_the_scale_of_another_by_the_end_of_its_path(
+    calibrated: tuple[Model, Tensor, dict[str, float]],
+) -> None:
+    made, x, scales = calibrated
+    some = {**scales, "to_q": 100.0, "": 100.0}
+    del some["blocks.1.to_q"]
+    with pytest.raises(OptionError, match=r"no input scale for blocks\.1\.to_q;"):
+        fp8_compile.quantize_(copy.deepcopy(made), {**LOAD, **static(some)})
+    whole = copy.deepcopy(made).compile_whole(**static(some, uncalibrated="dynamic"))
+    with pytest.warns(fp8_compile.UnmatchedPatternWarning, match="activation_scales: '', 'to_q' name no layer of this"):
+        whole(x)
+    assert {row.path: row.scheme for row in fp8_compile.report(whole).layers}["blocks.1.to_q"] == "fp8-row"
+
+
+@torch.no_grad()
+def test_a_dict_of_options_that_was_changed_is_refused(calibrated: tuple[Model, Tensor, dict[str, float]]) -> None:
+    made, x, scales = calibrated
+    options = {**OPTIONS, **static(scales)}
+    first, second = copy.deepcopy(made), copy.deepcopy(made)
+    first.compile(backend="fp8_diffusion", options=options)
+    before = first(x)
+    options["activation_scales"] = {name: 50 * scale for name, scale in scales.items()}
+    second.compile(backend="fp8_diffusion", options=options)
+    with pytest.raises(OptionError, match="the dict of options was changed after a graph was compiled with it"):
+        second(x)
+    assert torch.equal(first(x), before)
+
+
+@torch.no_grad()
+def test_scales_that_are_not_used_are_refused(calibrated: tuple[Model, Tensor, dict[str, float]]) -> None:
+    made, x, scales = calibrated
+    for options in ({"activation_scales": scales}, {"uncalibrated": "dynamic"}):
+        with pytest.raises(OptionError, match=f"{next(iter(options))} is of use with activation_scheme='static'"):
+            fp8_compile.quantize_(made, {**LOAD, **options})
+    with pytest.raises(OptionError, match="activation_scales is of use with activation_scheme='static', where input"):
+        fp8_compile.quantize_(made, {**LOAD, **static(scales, input_scale=0.5)})
+    fp8_compile.quantize_(made, {**LOAD, **static(scales)})
+    other = {name: 2 * scale for name, scale in scales.items()}
+    with pytest.raises(Exception, match=r"activation_scales: the weight of blocks.0.to_. was quantized with another"):
+        copy.deepcopy(made).compile_whole(**static(other))(x)
+    made.compile_whole(**static(scales))(x)
+
+
+@torch.no_grad()
+def test_what_a_model_was_quantized_with_may_be_said_again(
+    calibrated: tuple[Model, Tensor, dict[str, float]],
+) -> None:
+    made, x, scales = calibrated
+    some = {name: scale for name, scale in scales.items() if not name.startswith("blocks.1.")}
+    options = static(some, uncalibrated="dynamic")
+    fp8_compile.quantize_(made, {**LOAD, **options})
+    expected = copy.deepcopy(made).compile_blocks()(x)
+    assert torch.equal(made.compile_whole(**options)(x), expected)
+    assert {row.path: row.scheme for row in fp8_compile.report(made).layers}["blocks.1.to_q"] == "fp8-row"
+
+
+def test_a_state_dict_brings_its_input_scales(calibrated: tuple[Model, Tensor, dict[str, float]]) -> None:
+    made, _, scales = calibrated
+    other = copy.deepcopy(made)
+    fp8_compile.quantize_(made, {**LOAD, **static(scales)})
+    fp8_compile.quantize_(other, {**LOAD, **static({name: 4 * scale for name, scale in scales.items()})})
+    made.load_state_dict(other.state_dict())
+    weights: list[Any] = [m.blocks[1].to_q.weight for m in (made, other)]
+    assert weights[0].scheme.input_scale == weights[1].scheme.input_scale
+    assert all(map(torch.equal, weights[0].constants[1:], weights[1].constants[1:]))
+
+
+def test_a_static_weight_without_a_scale_is_refused_in_words() -> None:
+    with pytest.raises(OptionError, match="activation_scheme='static' needs an input_scale"):
+        QuantizedWeight.quantize(torch.randn(64, 64).bfloat16(), Fp8(activation_scheme="static"))
+
+
+@torch.no_grad()
+def test_the_device_is_not_asked_of_layers_without_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where each call is tried first."""
+    asked: list[Any] = []
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr("fp8_compile.backend.refusal", lambda *given: asked.append(given))
+    with pytest.raises(Exception, match=r"no input scale for blocks\.0\.to_q"):
+        model(1).compile_whole(activation_scheme="static")(tokens())
+    assert asked == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["nothing", "dynamic", "static", "other", "int8"])
+def test_static_files_of_others_through_from_pretrained(given: str, tmp_path: Path) -> None:
+    tiny = MODELS["QwenImage"]
+    made: Any = tiny.build()
+    made.save_pretrained(tmp_path / "theirs")
+    fp8_compile.quantize_(made, {"min_features": 64, "activation_scheme": "static", "input_scale": 0.02})
+    (file,) = (tmp_path / "theirs").glob("*.safetensors")
+    fp8_compile.save_fp8_checkpoint(made, file, format="compressed-tensors")
+    options: dict[str, Any] = {
+        "nothing": {},
+        "dynamic": {"activation_scheme": "dynamic"},
+        "static": {"activation_scheme": "static"},
+        "other": static({"img_in": 0.5}, uncalibrated="dynamic"),
+        "int8": {"layers": {"to_q": {"method": "int8"}}},
+    }[given]
+    config = fp8_compile.Fp8DiffusionConfig(**options, min_features=64)
+
+    def load() -> Any:
+        return diffusers.QwenImageTransformer2DModel.from_pretrained(
+            tmp_path / "theirs", quantization_config=config, torch_dtype=torch.bfloat16
+        )
+
+    if given == "int8":
+        with pytest.raises(OptionError, match="method='int8': the weights were quantized with method='fp8'"):
+            load()
+        return
+    weight = load().transformer_blocks[0].attn.to_q.weight
+    assert weight.scheme.static == (given != "dynamic")
+    assert weight.scheme.input_scale == (None if given == "dynamic" else pytest.approx(0.02))
+
+
+@torch.no_grad()
+def test_a_static_model_with_a_linear_left_in_bf16_is_read_back(tmp_path: Path) -> None:
+    tiny = MODELS["QwenImage"]
+    made: Any = tiny.build()
+    fp8_compile.quantize_(made, {"min_features": 64, "activation_scheme": "static", "input_scale": 0.02})
+    made.proj_out = nn.Linear(made.proj_out.in_features, made.proj_out.out_features).bfloat16()
+    made.save_pretrained(tmp_path)
+    again = diffusers.QwenImageTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert again.transformer_blocks[0].attn.to_q.weight.scheme.static
+    assert not isinstance(again.proj_out.weight, QuantizedWeight)

@@ -202,7 +202,7 @@ class Names:
         schemes: of the weights, by name, as the files' metadata has them.
         default: of the others.
         own: names that are the model's own, whatever they look like.
-        given: names of all tensors: of weights that no metadata names, these say whether they have an input scale.
+        given: names of all tensors, which say what weights have an input scale.
         input_scales: use those; else they are nothing, and activations are quantized by their own values.
     """
 
@@ -226,7 +226,7 @@ class Names:
         self._leaves = {constant_name("weight", suffix): suffix for suffix in default.suffixes()[1:] if suffix}
         if default.method == DEFAULT_METHOD:
             self._leaves |= _SCALES
-        self._static: dict[str, str] = {}  # the weight of each input scale that no metadata names
+        self._static: dict[str, str] = {}  # the weight of each input scale
         scaled = {of[0] for name in given if (of := self.constant(name)) is not None}
         for name in given if input_scales else ():
             path, _, leaf = name.rpartition(".")

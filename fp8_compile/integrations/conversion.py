@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import QuantizedWeightError
 from ..schemes import Scheme
+from ..schemes.fp8 import INPUT_SCALE
 from ..weights.quantized_weight import QuantizedWeight
 
 _aten = torch.ops.aten
@@ -116,6 +117,10 @@ def _together(pieces: Sequence[Rows]) -> Rows:
         raise _NotByRowsError
     parts: dict[str, Tensor] = {}
     for suffix, part in first.parts.items():
+        if suffix == INPUT_SCALE:  # they read one activation
+            if all(suffix in piece.parts for piece in pieces):
+                parts[suffix] = torch.stack([piece.parts[suffix].reshape(()) for piece in pieces]).amax()
+            continue
         if all(not _by_rows(piece.parts[suffix], piece) and torch.equal(piece.parts[suffix], part) for piece in pieces):
             parts[suffix] = part
         else:

@@ -25,7 +25,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from .. import quantize
-from ..checks import complain_of_nothing, parse_options, with_recipe
+from ..checks import check_agreement, complain_of_nothing, parse_options, with_recipe
 from ..errors import (
     CheckpointError,
     NonFiniteWeightError,
@@ -34,8 +34,10 @@ from ..errors import (
     OptionError,
 )
 from ..options import COMMON, RECOMMENDED, WEIGHT_OPTIONS, Fp8Options
-from ..quantize import Choice, check_at_load, check_choices, choose, convert, quantized
+from ..quantize import Choice, check_at_load, check_choices, check_scales, choose, convert, quantized
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_for, scheme_named
+from ..weights import eligible
+from ..weights.layers import Layer, Tree
 from ..weights.quantized_weight import QuantizedWeight
 from .checkpoints import (
     Names,
@@ -133,8 +135,9 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         self._scheme: Scheme = scheme_for(self.options)
         if self._scheme.input_scale_missing:  # of FP8 in files, these say so
             self._scheme = self._scheme.with_input_scale(None)
-        self._names = Names({}, self._default({}))
         self._given: list[str] = []
+        self._entries: dict[str, str | None] = {}
+        self._names = self._names_of({})
         self._parts: dict[str, Tensor] = {}
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
@@ -164,10 +167,15 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         self._files = list(checkpoint_files)
         self._given = loaded_keys
-        self._names = Names(schemes := schemes_in(self._files), self._default(schemes), given=self._given)
+        self._names = self._names_of(schemes_in(self._files))
         constants = {key: self._names.constant(key) for key in loaded_keys}
         self._fp8 = {*self._names.schemes, *(of[0] for of in constants.values() if of is not None)}
         return [key for key, of in constants.items() if of is None and not self._names.is_mark(key)]
+
+    def _names_of(self, schemes: Mapping[str, Scheme]) -> Names:
+        """What the files' tensors are; a file's input scales are nothing where the user asked for other activations."""
+        static = self.options.method_options.get("activation_scheme", "static") == "static" or self._saved_so
+        return Names(schemes, self._default(schemes), self._expected, self._given, static)
 
     def _default(self, named: Mapping[str, Scheme]) -> Scheme:
         """The scheme of quantized weights that no file names: that of other tools' files, unless all is our own."""
@@ -189,7 +197,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
             self.quantization_config = config_of(self.options)
         self._float32 = list(keep_in_fp32_modules or [])
         self._expected = dict(model.state_dict())
-        self._names = Names(self._names.schemes, self._names.default, self._expected, self._given)
+        self._names = self._names_of(self._names.schemes)
         if state_dict is not None:  # a single file's, whose names are the model's by now
             state_dict.update({name: value.weight() for name, value in state_dict.items() if isinstance(value, Rows)})
             for parameter in filter(Tensor.is_floating_point, model.parameters()):
@@ -202,7 +210,11 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         for choice in choices:
             if choice.pattern is None and any(f"{path}.weight" in self._fp8 for path in choice.paths):
                 choice.reason = None  # it is in FP8, however narrow
-        check_choices(choices, self.options)
+        check_scales(c for c in choices if not any(f"{path}.weight" in self._fp8 for path in c.paths))
+        check_choices(choices, self.options, others=Tree(model).others)
+        self._entries = {
+            f"{path}.weight": eligible.entry_of(Layer((path,)), self.options) for c in choices for path in c.paths
+        }
         self._wanted = {f"{path}.weight": c for c in choices if c.reason is None for path in c.paths}
         self._ignored = {f"{path}.weight" for c in choices if c.pattern is not None for path in c.paths}
 
@@ -216,7 +228,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Make `QuantizedWeight`s of the constants in a shard. Those whose others are elsewhere wait."""
         if self._single_file:
-            self._names = Names({}, self._names.default, given=list(state_dict))
+            self._given = list(state_dict)
+            self._names = self._names_of({})
         together = {**self._parts, **state_dict}
         state_dict, self._parts = join(together, self._where, self._names, lambda name: self._dtype)
         if self._single_file:  # whose names are converted before it is loaded
@@ -245,6 +258,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         if isinstance(param_value, QuantizedWeight):
             if param_name in self._ignored:  # asked to be no FP8: the numbers that it stands for
                 param_value = param_value.dequantize()
+            elif not self._saved_so:
+                check_agreement(self.options, param_value.scheme, self._entries.get(param_name))
             made = parameter_of(param_value.to(target_device), module, param_value.dtype)
         else:
             scheme = self._wanted[param_name].scheme

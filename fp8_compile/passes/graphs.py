@@ -64,8 +64,11 @@ def row_count(shape: Sequence[int | torch.SymInt]) -> float:
     return math.prod(size_hint(size) for size in shape[:-1])
 
 
-LARGEST_BATCH = 64
-"""A first dimension that is smaller counts as the batch, and else as rows of one sample: tokens."""
+LARGEST_BATCH = 32
+"""A first dimension that is smaller counts as the batch, and else as rows of one sample: tokens.
+
+Packed tokens come in as few: Z-Image pads captions to multiples of 32.
+"""
 
 
 def rows_of_a_sample(shape: Sequence[int | torch.SymInt]) -> float:

@@ -40,7 +40,8 @@ def plan_linears(graph: Graph, context: Context) -> int:
         decision = _decide(linear, "inside a higher-order operator", context)
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
     options = context.options
-    calibrated = getattr(options.activation_scales, "about", "")
+    static = any(d.call is not None and d.call.takes for d in decisions)
+    calibrated = getattr(options.activation_scales, "about", "") if static else ""
     context.plan = Plan(tuple(decisions), tuple(options.patterns), options.min_features, calibrated)
     return len(context.plan.quantized)
 
@@ -104,8 +105,7 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
     in_features, out_features = linear.features
     rows = row_count(example(linear.input).shape)
     # With several schemes, one may take what this one does not.
-    several = len(marks.verdicts(options)) > 2
-    named = call is not None or (by_name is not None and other is None) or several
+    named = call is not None or (by_name is not None and other is None) or marks.several(options)
     return Decision(
         node=linear.node.name,
         path=layer.path(layer_path(running_path(linear))) or within,
@@ -136,7 +136,8 @@ def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None
         if call.linear is None:
             return None, call.reason
         if ONES in call.takes and row_count(x.shape) > MOST_ROWS:
-            refused = refused or f"more rows than {MOST_ROWS}"
+            reason = f"more than {MOST_ROWS} rows"
+            refused = refused or reason
             continue
         if call.quantize is not None:  # of a weight that is quantized already, nobody has asked before
             in_features, out_features = linear.features
@@ -144,7 +145,7 @@ def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None
             if reason is not None:
                 refused = refused or reason
                 continue
-        if context.refusal is None:
+        if context.refusal is None or scheme.input_scale_missing:  # an error, when all layers of its kind are known
             return call, None if call.quantize else refused
         bias = linear.bias is not None
         reason = context.refusal(scheme, call, x.device, math.prod(x.shape[:-1]), linear.features, x.dtype, bias)

@@ -21,7 +21,8 @@ from ..calibration import Calibration
 from ..checks import parse_options
 from ..embedded import EMBEDDED_CALLS, default_pipeline_dir, embedded_name
 from ..errors import Fp8Error, NothingConvertedError, OptionError
-from ..options import RECOMMENDED
+from ..options import KEEP, expanded
+from ..recipes import recommended
 from ..report import Report, report
 from .denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps
 
@@ -92,7 +93,8 @@ class Session:
             scales = {}
             if calibration is not None:
                 known = name if name in calibration.models else None
-                keep = [pattern for pattern in parsed.ignored_layers if pattern != RECOMMENDED]
+                keep = [*expanded(parsed.ignored_layers, recommended(module))]
+                keep += [pattern for pattern, entry in parsed.layers.items() if entry == KEEP]
                 scales = {"activation_scales": calibration.scales(module, name=known, ignored_layers=keep)}
             self._compile(module, whole, marked, backend="fp8_diffusion", options={**options, **scales})
 

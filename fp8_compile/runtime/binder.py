@@ -83,6 +83,7 @@ class BoundGraph:
         arguments: Sequence[str],
         kept_arguments: Sequence[str],
         namer: Namer,
+        check: Callable[[], None],
     ) -> None:
         """
         Args:
@@ -91,6 +92,7 @@ class BoundGraph:
             as_written: the original graph, for parameters that the compiled one is not for.
             arguments: names of the original graph's placeholders, in order.
             kept_arguments: those of them that the rewritten graph still takes, in order.
+            check: called when parameters are new to the graph; raises if they shall not run by it.
         """
         place = {name: i for i, name in enumerate(arguments)}
         self._compiled = compiled
@@ -102,7 +104,7 @@ class BoundGraph:
         # Each with its weight's name and place among the arguments.
         self._decided = [(d.weight, place[d.weight], d) for d in record.plan.decisions if d.weight is not None]
         self._options = context.options
-        self._namer = namer
+        self._namer, self._check = namer, check
         if self._constants:
             self._weights = _getter([place[c.weight] for c in self._constants])
         else:
@@ -176,6 +178,7 @@ class BoundGraph:
 
     def _decide(self, args: tuple[Any, ...]) -> list[Decision] | None:
         """The graph's decisions for the layers that ``args`` are the weights of; None if they differ from its plan."""
+        self._check()
         of_args = {name: args[index] for name, index, _ in self._decided}
         layers, roots = self._namer.find(of_args)
         decisions = [_of_layer(d, layers[name], args[index], self._options) for name, index, d in self._decided]
@@ -202,8 +205,7 @@ class BoundGraph:
                 scales = " and ".join(f"{_scheme(d).options['input_scale']}" for d in (one, other))
                 raise OptionError(
                     f"{one.path} and {other.path} read one activation, which other layers of this kind quantize once "
-                    f"for both, and their input scales differ: {scales}. Calibrate anew, or load the weights with "
-                    "dynamic activations"
+                    f"for both, and their input scales differ: {scales}. Give both the same, as a calibration does"
                 )
 
     def _remember(self, args: tuple[Any, ...], weights: tuple[Tensor, ...], made: Sequence[Decision]) -> None:

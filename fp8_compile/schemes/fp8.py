@@ -24,9 +24,6 @@ BLOCK_SIZES = ((128, 128), (1, 128))
 INPUT_SCALE = ".input_scale"
 """Where files have what stands for a unit of a layer's activation: ``PATH.input_scale`` beside ``PATH.weight``."""
 
-# That of the largest bfloat16; what a larger one stands for may be infinite.
-LARGEST_SCALE = torch.finfo(torch.bfloat16).max / numerics.FP8_MAX
-
 
 @dataclass(frozen=True)
 class Fp8(Scheme):
@@ -94,8 +91,12 @@ class Fp8(Scheme):
 
     @property
     def static(self) -> bool:
-        """Whether scales of activations are constants."""
         return self.activation_scheme == "static"
+
+    def called_with(self, options: Mapping[str, Any]) -> Scheme:
+        # No call makes dynamic constants static ones; `uncalibrated="dynamic"` leaves such beside static ones.
+        own = {name: value for name, value in options.items() if (name, value) != ("activation_scheme", "static")}
+        return super().called_with(own)
 
     @property
     def call_options(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -147,6 +148,8 @@ class Fp8(Scheme):
         """
         if not self.static:
             return qdata, scale
+        if given is None and self.input_scale is None:
+            raise OptionError("activation_scheme='static' needs an input_scale")
         input_scale = scale.new_full((), self.input_scale) if given is None else given  # type: ignore[arg-type]
         # Multiplied here once, in one order for all entrances, so that the kernel multiplies by one scale less.
         return (qdata, scale, input_scale, *([scale * input_scale] if self.granularity == "row" else []))
@@ -238,9 +241,9 @@ class Fp8(Scheme):
         if fitting.device.type != "meta":
             if not (fitting.isfinite() & (fitting > 0)).all():
                 raise QuantizedWeightError("holds a scale that is NaN, infinite, zero or negative", "_scale")
-            if not (fitting <= LARGEST_SCALE).all():
+            if not (fitting <= numerics.LARGEST_SCALE).all():
                 raise QuantizedWeightError(
-                    f"holds a scale above {LARGEST_SCALE:.4g}, whose values are infinite", "_scale"
+                    f"holds a scale above {numerics.LARGEST_SCALE:.4g}, whose values are infinite", "_scale"
                 )
         if qdata.device.type != "meta" and qdata.dtype == numerics.FP8_DTYPE:
             # NaN is 0x7F and 0xFF. A few rows at a time, as bytes: a mask of all would be as large as the values.
@@ -257,7 +260,7 @@ class Fp8(Scheme):
         if given is None or block is not None:
             return scheme, (qdata.contiguous(), fitting.contiguous())
         given = given.float().reshape(-1)
-        if not given.is_meta and not ((given > 0) & (given <= LARGEST_SCALE)).all():
+        if not given.is_meta and not ((given > 0) & (given <= numerics.LARGEST_SCALE)).all():
             raise QuantizedWeightError("is an input scale that is NaN, infinite, zero or negative", INPUT_SCALE)
         if given.numel() == 0 or (not given.is_meta and not (given == given[0]).all()):
             raise QuantizedWeightError(f"holds {given.numel()} different input scales; expected one", INPUT_SCALE)

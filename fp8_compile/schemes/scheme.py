@@ -175,6 +175,11 @@ class Scheme(abc.ABC):
         return self.method
 
     @property
+    def static(self) -> bool:
+        """Whether a scale of activations is one of the constants."""
+        return False
+
+    @property
     def input_scale_missing(self) -> bool:
         """Whether no constants can be made before `with_input_scale` says what stands for a unit of the activation."""
         return False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, PatternError
 from ..options import KEEP, RECOMMENDED, Fp8Options, expanded
-from ..patterns import first_match_of
+from ..patterns import first_match_of, spellings
 from ..schemes import Scheme, scheme_for
 from .layers import Layer
 from .quantized_weight import QuantizedWeight
@@ -104,15 +103,13 @@ def scheme_of(layer: Layer, options: Fp8Options) -> Scheme:
     scheme = scheme_for(options, entry_of(layer, options))
     if not scheme.input_scale_missing:
         return scheme
-    scale = max(filter(None, map(functools.partial(_scale_at, options.activation_scales), layer.paths)), default=None)
+    scales = options.activation_scales
+    # A weight that several layers have reads all their activations, and a fused layer has the scales of its parts.
+    found = [scales[path] for path in layer.paths if path in scales] or [
+        scales[name] for path in layer.paths for name in spellings(path) if name in scales
+    ]
+    scale = max(found, default=None)
     return scheme if scale is None and options.uncalibrated == "error" else scheme.with_input_scale(scale)
-
-
-def _scale_at(scales: Mapping[str, float], path: str) -> float | None:
-    """That of the layer at ``path``, also where what was calibrated is a part of what runs now."""
-    while path not in scales and path:
-        path = path.partition(".")[2]
-    return scales.get(path)
 
 
 def check_calibrated(missing: Collection[str]) -> None:
@@ -122,17 +119,29 @@ def check_calibrated(missing: Collection[str]) -> None:
         OptionError: there is one.
     """
     if missing:
+        named = ", ".join(path or "a linear without a name" for path in dict.fromkeys(missing))
         raise OptionError(
-            f"activation_scheme='static': no input scale for {', '.join(dict.fromkeys(missing))}; calibrate the model "
+            f"activation_scheme='static': no input scale for {named}; calibrate the model "
             "(fp8_compile.calibrate) and give activation_scales, or uncalibrated='dynamic'"
         )
 
 
 def called(weight: Tensor, layer: Layer, options: Fp8Options) -> Scheme:
-    """The scheme by which ``weight`` runs: its own, with what may be chosen anew when a graph is compiled."""
-    if isinstance(weight, QuantizedWeight):
-        return weight.scheme.called_with(options.asked_of(entry_of(layer, options))[1])
-    return scheme_of(layer, options)
+    """The scheme by which ``weight`` runs: its own, with what may be chosen anew when a graph is compiled.
+
+    Raises:
+        OptionError: the options have another input scale for it.
+    """
+    if not isinstance(weight, QuantizedWeight):
+        return scheme_of(layer, options)
+    if weight.scheme.static and options.activation_scales:
+        asked = scheme_of(layer, options)
+        if asked.static and not asked.input_scale_missing and asked.constants_key() != weight.scheme.constants_key():
+            raise OptionError(
+                f"activation_scales: the weight of {layer.paths[0]} was quantized with another input scale; leave the "
+                "option out, or load the weights anew with it"
+            )
+    return weight.scheme.called_with(options.asked_of(entry_of(layer, options))[1])
 
 
 def read_by(name: str) -> str:

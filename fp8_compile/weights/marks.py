@@ -30,12 +30,12 @@ def verdict(layer: Layer, options: Fp8Options) -> str:
     """What a mark says of ``layer``: that it stays, or the scheme that it gets, or is called with."""
     if eligible.kept_by_name(layer, options) is not None:
         return STAYS
-    return _of(eligible.scheme_of(layer, options)) if _several(options) else CONVERTS
+    return _of(eligible.scheme_of(layer, options)) if several(options) else CONVERTS
 
 
 def verdicts(options: Fp8Options) -> set[str]:
     """All that marks may say under ``options``."""
-    if not _several(options):
+    if not several(options):
         return {STAYS, CONVERTS}
     entries = [pattern for pattern, entry in options.layers.items() if entry != KEEP]
     schemes = {scheme_for(options, pattern) for pattern in (None, *entries)}
@@ -44,13 +44,13 @@ def verdicts(options: Fp8Options) -> set[str]:
     return {STAYS, *map(_of, schemes)}
 
 
-def _several(options: Fp8Options) -> bool:
+def several(options: Fp8Options) -> bool:
     """Whether layers may get different schemes."""
     return bool(options.layers) or options.uncalibrated == "dynamic"
 
 
 def _of(scheme: Scheme) -> str:
-    return hashlib.sha256(repr(scheme).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((scheme.method, scheme.common_options)).encode()).hexdigest()[:12]
 
 
 def name_of(options: Fp8Options, leaf: str, verdict: str) -> str:

@@ -162,10 +162,13 @@ class QuantizedWeight(Tensor):
         """
         if values.shape != self.shape:
             raise QuantizedWeightError(f"values of shape {list(values.shape)} do not fit {self!r}")
-        alike = isinstance(values, QuantizedWeight) and values.scheme.constants_key() == self.scheme.constants_key()
+        # Of the same constants, and perhaps another input scale, which belongs to them.
+        alike = isinstance(values, QuantizedWeight) and values.scheme.called_with(self.scheme.options) == self.scheme
         new = values.constants if alike else _quantize(self.scheme, values)  # type: ignore[attr-defined]
         for old, made in zip(self.constants, new, strict=True):
             old.copy_(made)
+        if alike and values.scheme.constants_key() != self.scheme.constants_key():  # type: ignore[attr-defined]
+            self.scheme = values.scheme.called_with(self.scheme.options)  # type: ignore[attr-defined]
         return self
 
     # ``.data`` of a wrapper subclass would exchange the shape and the device, and leave the constants as they are.

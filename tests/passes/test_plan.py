@@ -392,16 +392,16 @@ def test_vector_as_weight_inside_a_higher_order_operator() -> None:
     assert [d.decision for d in decide(module, rand(8, 64))] == ["unquantized"]
 
 
-# A matrix of fewer than 64 rows is a batch of vectors.
+# A matrix of fewer than 32 rows is a batch of vectors.
 @pytest.mark.parametrize(
     ("shape", "few"),
     [
         ((1, 64), True),
-        ((63, 64), True),
-        ((64, 64), False),
+        ((31, 64), True),
+        ((32, 64), False),
         ((2, 7, 64), True),
         ((2, 8, 64), False),
-        ((64, 1, 64), False),
+        ((32, 1, 64), False),
     ],
 )
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
