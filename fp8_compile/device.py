@@ -98,8 +98,9 @@ def _refusal(
         try:
             make: Callable[..., Tensor] = torch.zeros if call.reference is None else _Random(device)
             x, weight = (make(size, k, dtype=dtype, device=device) for size in (rows, n))
-            constants = scheme.quantize_weight(weight)
-            named = {**dict(zip(scheme.specs(n, k), constants, strict=True)), ONES: torch.ones(rows, 1, device=device)}
+            named = dict(zip(scheme.specs(n, k), scheme.quantize_weight(weight), strict=True))
+            constants = call.operands_of(named)
+            named[ONES] = torch.ones(rows, 1, device=device)
             quantized = x if call.quantize is None else call.quantize(x, *(named[name] for name in call.takes))
             added = make(n, dtype=dtype, device=device) if bias else None
             operands = quantized, *constants, added, dtype

@@ -307,49 +307,6 @@ def weight_only_linear(
     return out.as_strided(out.shape, out.stride()).view(*x.shape[:-1], weight.shape[0])
 
 
-def static_rowwise_linear(
-    x: Quantized,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    folded: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`scaled_linear` of what `quantize_static_rowwise` made.
-
-    Args:
-        folded: ``weight_scale * input_scale``, ``[N, 1]`` float32, multiplied when the weight was quantized.
-    """
-    return scaled_linear(x, weight, folded, bias, dtype)
-
-
-def static_unfused_linear(
-    x: Quantized,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    folded: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`linear_then_scale` of what `quantize_static_rowwise` made."""
-    return linear_then_scale(x, weight, folded, bias, dtype)
-
-
-def static_tensorwise_linear(
-    x: Quantized, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """`scaled_linear` of what `quantize_static_tensorwise` made."""
-    return scaled_linear(x, weight, weight_scale, bias, dtype)
-
-
-def static_weight_only_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, *more: Any) -> Tensor:
-    """`weight_only_linear` on a weight with constants for static activations, which few rows do not need."""
-    *_, bias, dtype = more
-    return weight_only_linear(x, weight, weight_scale, bias, dtype)
-
-
 def dequantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

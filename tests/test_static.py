@@ -262,7 +262,9 @@ def test_floors(granularity: str, dtype: torch.dtype) -> None:
     gaussian = torch.randn(64, 512, dtype=dtype)
     heavy = torch.distributions.StudentT(4.0).sample((64, 512)).to(dtype)
     rows = torch.cat([gaussian[:32], torch.zeros(32, 512, dtype=dtype)])
-    for x, floor in ((gaussian, 28), (heavy, 24), (rows, 28)):
+    outliers = gaussian.clone()
+    outliers[:, ::128] *= 64
+    for x, floor in ((gaussian, 28), (heavy, 24), (rows, 28), (outliers, 28)):
         scheme = Fp8(granularity, "static", input_scale=float(x.abs().amax()) / 448)
         constants = scheme.quantize_weight(linear.weight.detach())
         call = scheme.for_call(64, torch.device("cpu"))[0]
@@ -271,7 +273,7 @@ def test_floors(granularity: str, dtype: torch.dtype) -> None:
         assert call.linear is not None
         with torch.no_grad():
             q = call.quantize(x, *(named[name] for name in call.takes))
-            out = call.linear(q, *constants, linear.bias, dtype)
+            out = call.linear(q, *call.operands_of(named), linear.bias, dtype)
             assert sqnr(linear(x).float(), out.float()) > floor
 
 

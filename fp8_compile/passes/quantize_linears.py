@@ -97,10 +97,10 @@ class _Rewriter:
         if key not in self.constants:
             self.constants[key] = self._describe(linear, scheme, decision.within)
         operands = self.constants[key][1]
+        named = dict(zip(scheme.specs(1, 1), operands, strict=True))
         with self._graph.inserting_before(node):
-            named = dict(zip(scheme.specs(1, 1), operands, strict=True))
             x = self._quantize(linear, how, scheme.constants_key() if how.takes else None, named)
-            new = call(node, how.linear, x, *operands, linear.bias, example(node).dtype)
+            new = call(node, how.linear, x, *how.operands_of(named), linear.bias, example(node).dtype)
         new.meta["example_value"] = example(node)
         node.replace_all_uses_with(new)
         self._graph.erase_node(node)

@@ -284,21 +284,21 @@ ROWWISE = Call("fp8-row", numerics.scaled_linear, numerics.quantize_rowwise)
 ROWWISE_UNFUSED_SCALES = Call("fp8-row-unfused-scales", numerics.linear_then_scale, numerics.quantize_rowwise)
 TENSORWISE = Call("fp8-tensor", numerics.scaled_linear, numerics.quantize_tensorwise)
 STATIC_ROWWISE = Call(
-    "fp8-row-static", numerics.static_rowwise_linear, numerics.quantize_static_rowwise, takes=("input_scale", ONES)
-)
-STATIC_UNFUSED = Call(
-    "fp8-row-static-unfused-scales",
-    numerics.static_unfused_linear,
+    "fp8-row-static",
+    numerics.scaled_linear,
     numerics.quantize_static_rowwise,
     takes=("input_scale", ONES),
+    operands=("qdata", "folded_scale"),
 )
+STATIC_UNFUSED = replace(STATIC_ROWWISE, name="fp8-row-static-unfused-scales", linear=numerics.linear_then_scale)
 STATIC_TENSORWISE = Call(
     "fp8-tensor-static",
-    numerics.static_tensorwise_linear,
+    numerics.scaled_linear,
     numerics.quantize_static_tensorwise,
     takes=("input_scale",),
+    operands=("qdata", "scale"),
 )
-STATIC_WEIGHT_ONLY = Call("fp8-weight-only", numerics.static_weight_only_linear)
+STATIC_WEIGHT_ONLY = Call("fp8-weight-only", numerics.weight_only_linear, operands=("qdata", "scale"))
 WEIGHT_ONLY = Call("fp8-weight-only", numerics.weight_only_linear)
 # The same for more rows, by its own name in a graph and by the same name in a report.
 DEQUANTIZED = Call("fp8-weight-only", numerics.dequantized_linear)

@@ -41,7 +41,7 @@ class Call:
 
     Attributes:
         name: what the report shows.
-        linear: ``(activation, *constants, bias | None, dtype)`` to ``[..., N]`` in ``dtype``; None if the linear runs
+        linear: ``(activation, *operands, bias | None, dtype)`` to ``[..., N]`` in ``dtype``; None if the linear runs
             as it is written, on the weight that the constants stand for.
         quantize: an activation ``[..., K]``, and what ``takes`` names, to what ``linear`` takes; None if that is the
             activation itself.
@@ -49,6 +49,7 @@ class Call:
         reference: what ``linear`` must agree with, of the same arguments; a GPU whose kernel does not, for a shape, is
             taken for one that refuses it. For kernels that are wrong without a word where they are. None: it is only
             asked whether ``linear`` runs.
+        operands: names of the constants that ``linear`` takes; None: all.
         takes: names of constants, or `ONES`. Linears that read one activation share what ``quantize`` made of it, so
             their constants of these names must be the same.
     """
@@ -59,6 +60,11 @@ class Call:
     reason: str = ""
     reference: Callable[..., Tensor] | None = None
     takes: tuple[str, ...] = ()
+    operands: tuple[str, ...] | None = None
+
+    def operands_of(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Those of ``named``, constants by their names in order, that ``linear`` takes."""
+        return tuple(named.values() if self.operands is None else (named[name] for name in self.operands))
 
 
 def high_precision(reason: str) -> Call:

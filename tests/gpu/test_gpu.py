@@ -102,7 +102,7 @@ def test_static_scales_agree_with_float64(
     assert call.quantize is not None
     assert call.linear is not None
     quantized = call.quantize(x, *(named[name] for name in call.takes))
-    out = call.linear(quantized, *constants, b, dtype)
+    out = call.linear(quantized, *call.operands_of(named), b, dtype)
     left = quantized[0].double() * float(named["input_scale"])
     expected = left @ (constants[0].double() * constants[1].double()).t() + (0 if b is None else b.double())
     assert out.dtype == dtype

@@ -120,6 +120,59 @@ return (scaled_linear, scaled_linear_1, scaled_linear_2)""",
     assert [c.placeholders[0] for c in constants] == ["to_q_weight", "to_k_weight", "to_v_weight"]
 
 
+STATIC: dict[str, Any] = {"activation_scheme": "static", "input_scale": 0.25}
+
+
+def test_static_scales_are_constants_and_ones_are_shared() -> None:
+    gm, constants = rewritten(qkv(), **STATIC, layers={"to_v": {"input_scale": 0.5}})
+    assert_expected_inline(
+        show(gm.graph),
+        """\
+self.to_q.bias: bfloat16[64]
+x: bfloat16[2, 8, 64]
+to_q_weight: float8_e4m3fn[64, 64]
+to_q_weight_scale: float32[64, 1]
+to_q_weight_input_scale: float32[]
+to_q_weight_folded_scale: float32[64, 1]
+to_k_weight: float8_e4m3fn[64, 64]
+to_k_weight_scale: float32[64, 1]
+to_k_weight_input_scale: float32[]
+to_k_weight_folded_scale: float32[64, 1]
+to_v_weight: float8_e4m3fn[64, 64]
+to_v_weight_scale: float32[64, 1]
+to_v_weight_input_scale: float32[]
+to_v_weight_folded_scale: float32[64, 1]
+ones: float32[1048576, 1]
+quantize_static_rowwise = quantize_static_rowwise(x, to_q_weight_input_scale, ones)
+scaled_linear = scaled_linear(quantize_static_rowwise, to_q_weight, to_q_weight_folded_scale, self.to_q.bias, torch.bfloat16)
+scaled_linear_1 = scaled_linear(quantize_static_rowwise, to_k_weight, to_k_weight_folded_scale, None, torch.bfloat16)
+quantize_static_rowwise_1 = quantize_static_rowwise(x, to_v_weight_input_scale, ones)
+scaled_linear_2 = scaled_linear(quantize_static_rowwise_1, to_v_weight, to_v_weight_folded_scale, None, torch.bfloat16)
+return (scaled_linear, scaled_linear_1, scaled_linear_2)""",  # noqa: E501
+    )
+    assert [c.scheme.options["input_scale"] for c in constants] == [0.25, 0.25, 0.5]
+
+
+def test_a_static_scale_in_all() -> None:
+    gm, _ = rewritten(qkv(), **STATIC, granularity="tensor", ignored_layers=["to_v", "to_k"])
+    assert_expected_inline(
+        show(gm.graph),
+        """\
+self.to_q.bias: bfloat16[64]
+x: bfloat16[2, 8, 64]
+self.to_k.weight: bfloat16[64, 64]
+self.to_v.weight: bfloat16[64, 64]
+to_q_weight: float8_e4m3fn[64, 64]
+to_q_weight_scale: float32[]
+to_q_weight_input_scale: float32[]
+quantize_static_tensorwise = quantize_static_tensorwise(x, to_q_weight_input_scale)
+scaled_linear = scaled_linear(quantize_static_tensorwise, to_q_weight, to_q_weight_scale, self.to_q.bias, torch.bfloat16)
+linear_1 = linear(x, self.to_k.weight, None)
+linear_2 = linear(x, self.to_v.weight, None)
+return (scaled_linear, linear_1, linear_2)""",  # noqa: E501
+    )
+
+
 def test_tensorwise() -> None:
     gm, constants = rewritten(qkv(), granularity="tensor", ignored_layers=["to_v"])
     assert_expected_inline(
