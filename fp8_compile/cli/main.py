@@ -14,12 +14,14 @@ except ModuleNotFoundError as error:
 
 from .ablate import ablate
 from .search import search
+from .serve import serve
 from .text_to_image import text_to_image
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(text_to_image)
 app.command()(ablate)
 app.command()(search)
+app.command()(serve)
 
 
 def _print_version(asked: bool) -> None:
