@@ -170,13 +170,13 @@ class Session:
         """How many tokens the denoiser sees of one picture.
 
         Args:
-            latents: as ``callback_on_step_end`` gives them: packed ``(batch, tokens, channels)``, or in pixels, ``(batch,
-                channels, ..., height, width)``, which the denoiser cuts into patches.
+            latents: as ``callback_on_step_end`` gives them: packed ``(batch, tokens, channels)``, or in rows and columns,
+                ``(batch, channels, ..., height, width)``, which the denoiser cuts into patches.
         """
         if latents.dim() == 3:
             return latents.shape[1]
         config: Any = next(iter(self.denoisers.values())).config
-        patch = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
+        patch: Any = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
         return latents[0, 0].numel() // int(patch if isinstance(patch, int) else patch[-1]) ** 2
 
     def _check_guidance(self, given: Mapping[str, Any]) -> None:
