@@ -170,8 +170,8 @@ class Session:
         """How many tokens the denoiser sees of one picture.
 
         Args:
-            latents: as ``callback_on_step_end`` gives them: packed ``(batch, tokens, channels)``, or in rows and columns,
-                ``(batch, channels, ..., height, width)``, which the denoiser cuts into patches.
+            latents: as ``callback_on_step_end`` gives them: packed, ``(batch, tokens, channels)``, or as the VAE takes
+                them, ``(batch, channels, ..., height, width)``, which the denoiser cuts into patches.
         """
         if latents.dim() == 3:
             return latents.shape[1]

@@ -37,7 +37,7 @@ from .engine import (
     Ticket,
     UnavailableError,
 )
-from .guard import Guard
+from .guard import MAX_BODY, Guard, too_large
 from .pictures import MEDIA_TYPES, PictureStore, encoded
 from .protocol import (
     ApiError,
@@ -54,7 +54,6 @@ from .protocol import (
 
 log = logging.getLogger("fp8_compile.serve")
 
-MAX_BODY = 2**20
 SEND_SECONDS = 30
 """How long one event of a stream may take to be sent, to a client that does not read."""
 
@@ -311,11 +310,12 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
-        codes = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
+        if error.status_code == 413:
+            return await of_api(request, too_large())
+        codes = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout"}
         messages = {
             404: f"there is no {request.method} {request.url.path}",
             405: f"{request.url.path} is not for {request.method}",
-            413: f"the body has more than {MAX_BODY} bytes",
         }
         message = messages.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})

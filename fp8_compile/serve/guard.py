@@ -23,6 +23,9 @@ from .protocol import ApiError
 
 access_log = logging.getLogger("fp8_compile.serve.access")
 
+MAX_BODY = 2**20
+"""Of a request, in bytes."""
+
 OPEN_PATHS = ("/health", "/ready")
 OPEN_FOLDER = "/v1/images/files/"
 """Answered without a key: the names of files there cannot be guessed."""
@@ -42,6 +45,11 @@ def check_host(host: str, keys: Sequence[str], forced: bool) -> None:
         raise OptionError(
             f"host={host!r} lets other machines in, and there is no API key: give one, or force it with --no-key"
         )
+
+
+def too_large() -> ApiError:
+    """The answer to a body of more than `MAX_BODY` bytes."""
+    return ApiError(413, f"the body has more than {MAX_BODY} bytes", code="request_too_large")
 
 
 class Guard:
@@ -87,12 +95,16 @@ class Guard:
             access_log.info(json.dumps({**line, "seconds": round(seconds, 4), "client": scope["state"].get("client")}))
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        """A 401, unless the request needs no key or has one. Notes whose turn in the queue the request takes."""
+        """A 401 or a 413, where one is due. Notes whose turn in the queue the request takes."""
+        headers = Headers(scope=scope)
         address = scope["client"][0] if scope.get("client") else "unknown"
         scope.setdefault("state", {})["client"] = address
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > MAX_BODY:  # longer ones without a length are cut off by the application
+            return too_large()
         if not self._keys or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
             return None
-        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        kind, _, key = headers.get("authorization", "").partition(" ")
         # All are compared, so that the time does not tell which one was nearly right.
         right = [hmac.compare_digest(key.strip().encode(), each) for each in self._keys]
         if kind.lower() == "bearer" and any(right):

@@ -52,6 +52,12 @@ class Served:
     def async_openai(self) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60)
 
+    def draw(self, prompt: str = PROMPT, **body: Any) -> list[Any]:
+        """What the synchronous client makes of ``data``."""
+        data = self.openai().images.generate(prompt=prompt, extra_body=body).data
+        assert data is not None
+        return data
+
     def post(self, json: Any = None, **how: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {self.key}"} | how.pop("headers", {})
         return httpx.post(f"{self.url}/v1/images/generations", json=json, headers=headers, timeout=60, **how)
