@@ -5,7 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..errors import Fp8Error
+
+
+class PreviewError(Fp8Error, RuntimeError):
+    """A pipeline cannot decode latents between its steps."""
 
 
 class Previews:
@@ -39,8 +46,16 @@ class Previews:
         Args:
             latents: of one picture, as ``callback_on_step_end`` gives them: ``(1, ...)``.
             **arguments: of the call that made them.
+
+        Raises:
+            PreviewError: the pipeline cannot.
         """
         # Two, because some schedulers divide by the number of steps minus one.
         arguments = {**arguments, "num_inference_steps": 2, "output_type": "pt"}
-        decoded: Tensor = self._twin(latents=latents, **arguments).images
+        try:
+            decoded: Tensor = self._twin(latents=latents, **arguments).images
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # pipelines of all kinds, with latents that may be no argument of theirs
+            raise PreviewError(f"{type(self._twin).__name__} decodes no latents between its steps: {error}") from error
         return decoded

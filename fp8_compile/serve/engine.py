@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import Fp8Error, NothingConvertedError
 from ..pipelines.denoisers import PipelineError
-from ..pipelines.previews import Previews
+from ..pipelines.previews import PreviewError, Previews
 from ..pipelines.session import CallError, Session
 from ..pipelines.step_clock import StepClock
 from .metrics import Metrics
@@ -318,24 +318,31 @@ class Engine:
                 encoder.register_forward_hook(self._note_encoded)
         self._previews = Previews(session.pipe)
         self.no_previews = self._previews.refusal()
-        first, second = WARMUP_PROMPTS
-        # Alone, with texts of equal length, and with texts that are padded.
-        batches = [(first,), (first, first), (first, second)][: 1 if self.max_batch == 1 else None]
         sizes: list[tuple[int, int] | None] = [*self._warmup] or [None]
-        todo = [(size, prompts) for size in sizes for prompts in batches]
+        first, second = WARMUP_PROMPTS
+        todo: list[tuple[tuple[int, int] | None, tuple[str, ...]]] = [(size, (first,)) for size in sizes]
+        if self.max_batch > 1:  # with texts of equal length, and with texts that are padded
+            todo += [(size, prompts) for size in sizes for prompts in ((first, first), (first, second))]
         for done, (size, prompts) in enumerate(todo):
+            if done == 1 and (reason := self._no_batches()):
+                log.warning("pictures are drawn one by one: %s", reason)
+                self.max_batch = 1
+            if len(prompts) > self.max_batch:
+                continue
             what = "" if size is None else f"{size[0]}x{size[1]}"
             self._on_progress(done, len(todo), f"{what} batch of {len(prompts)}".strip())
             given = {} if size is None else {"width": size[0], "height": size[1]}
             arguments = session.arguments(**given, num_inference_steps=2)
-            tickets = [
-                Ticket(Order(p, (0,), arguments, previews=self.no_previews is None), _log_failure) for p in prompts
-            ]
-            self._call([_Row(ticket, 0, time.monotonic()) for ticket in tickets])
-        self._on_progress(len(todo), len(todo), "ready")
-        if self.max_batch > 1 and (reason := self._no_batches()):
-            log.warning("pictures are drawn one by one: %s", reason)
-            self.max_batch = 1
+            try:
+                self._draw_for_nobody(prompts, arguments)
+            except PreviewError as error:
+                self.no_previews = str(error)
+                self._draw_for_nobody(prompts, arguments)
+        self._on_progress(len(todo), len(todo), "done")
+
+    def _draw_for_nobody(self, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
+        orders = [Order(prompt, (0,), arguments, previews=self.no_previews is None) for prompt in prompts]
+        self._call([_Row(Ticket(order, lambda _: None), 0, time.monotonic()) for order in orders])
 
     def _no_batches(self) -> str | None:
         """Why a picture would depend on which others are drawn with it; None if it does not."""
@@ -461,9 +468,3 @@ def _as_failure(error: Exception) -> Exception:
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfMemoryError("the device is out of memory; ask for a smaller picture")
     return DrawingError(f"drawing failed with {type(error).__name__}; the server's log tells more")
-
-
-def _log_failure(event: Event) -> None:
-    """What the warm-up does with events."""
-    if isinstance(event, Failed):
-        log.warning("warm-up: %s", event.error)
