@@ -7,12 +7,18 @@ import inspect
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..pipelines.session import CallError
 from .engine import Engine, Order
 from .pictures import parse_size
-from .protocol import ALIASES, LARGEST_SEED, QUALITIES, ApiError, GenerationRequest, bad_value
+from .protocol import ALIASES, LARGEST_SEED, QUALITIES, ApiError, PictureRequest, bad_value
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SEVERAL_IMAGES = ("QwenImageEditPlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
+"""Pipelines that draw one picture from several."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Admitted:
     Attributes:
         quality: the name to answer with; None where the request gave a number of steps.
         text_tokens: of the prompts of one picture.
+        given_tokens: of the pictures that were given, at their own sizes.
     """
 
     order: Order
@@ -43,6 +50,7 @@ class Admitted:
     output_format: str
     compression: int | None
     text_tokens: int
+    given_tokens: int
     safety_identifier: str | None
 
 
@@ -80,15 +88,22 @@ class Admission:
         limits_of_text = [each for each in (longest, sequence and sequence.default) if isinstance(each, int)]
         self._text_limit = min(limits_of_text, default=None)
 
-    def admit(self, request: GenerationRequest, client: str) -> Admitted:
+    def admit(
+        self, request: PictureRequest, client: str, images: Sequence[Image] = (), mask: Image | None = None
+    ) -> Admitted:
         """The order that ``request`` asks for.
+
+        Args:
+            images: that an edit starts from.
+            mask: see `fp8_compile.serve.edits.Edit`.
 
         Raises:
             ApiError: what it asks for cannot be had.
         """
         self._check_combinations(request)
         session = self._engine.session
-        size = self._size(request.size)
+        self._check_images(images)
+        size = self._size(request.size, images[0] if images else None)
         steps, quality = self._steps_of(request)
         given = {
             "num_inference_steps": steps,
@@ -97,11 +112,15 @@ class Admission:
             "guidance_scale": request.guidance_scale,
             "true_cfg_scale": request.true_cfg_scale,
             "negative_prompt": request.negative_prompt,
+            "strength": getattr(request, "strength", None),
+            "image": (images[0] if len(images) == 1 else list(images)) if images else None,
+            "mask_image": self._mask(images, mask),
         }
         try:
             arguments = session.arguments(**given)
         except CallError as error:
-            raise bad_value(str(error.argument), str(error)) from error
+            param = "mask" if error.argument == "mask_image" else error.argument
+            raise ApiError(400, str(error), param, "invalid_value") from error
         n = request.n or 1
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         if first + n - 1 > LARGEST_SEED:
@@ -120,10 +139,11 @@ class Admission:
             request.output_compression,
             self._text_tokens("prompt", request.prompt)
             + self._text_tokens("negative_prompt", request.negative_prompt or ""),
+            sum(image.width * image.height for image in images) // self._multiple**2,
             request.safety_identifier or request.user or None,
         )
 
-    def _check_combinations(self, request: GenerationRequest) -> None:
+    def _check_combinations(self, request: PictureRequest) -> None:
         if request.model is not None and request.model != self._model:
             message = f"there is no model {request.model!r}; this server has {self._model!r}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -141,10 +161,29 @@ class Admission:
             message = f"output_compression={request.output_compression}: only webp and jpeg lose anything"
             raise bad_value("output_compression", message)
 
-    def _size(self, asked: str | None) -> tuple[int, int] | None:
-        """Width and height; None for the pipeline's own."""
+    def _check_images(self, images: Sequence[Image]) -> None:
+        pipe = type(self._engine.session.pipe).__name__
+        if images and not self._engine.session.takes("image"):
+            raise bad_value("image", f"the model draws from texts alone: {pipe} takes no image")
+        if not images and self._engine.needs_image:
+            raise ApiError(400, f"the model edits pictures ({pipe}): POST /v1/images/edits", "image", "image_needed")
+        if len(images) > 1 and pipe not in SEVERAL_IMAGES:
+            raise bad_value("image", f"{len(images)} images: {pipe} takes one")
+
+    def _mask(self, images: Sequence[Image], mask: Image | None) -> Image | None:
+        """``mask``; without one, all of the picture changes, also by pipelines that need a mask."""
+        if mask is None and images and self._engine.session.takes("mask_image"):
+            from PIL import Image
+
+            return Image.new("L", images[0].size, 255)
+        return mask
+
+    def _size(self, asked: str | None, given: Image | None) -> tuple[int, int] | None:
+        """Width and height; None for the pipeline's own. By default that of the picture that is ``given``, if any."""
         if asked in (None, "auto"):
-            return self._usual_size
+            if given is None or self._limits.sizes:
+                return self._usual_size
+            asked = "x".join(str(max(1, side // self._multiple) * self._multiple) for side in given.size)
         size = parse_size(str(asked))
         if size is None:
             raise bad_value("size", f"size={asked!r}: expected 'auto', or width and height such as '1024x1024'")
@@ -158,7 +197,7 @@ class Admission:
             raise bad_value("size", f"size={asked!r}: at most {self._limits.pixels} pixels")
         return size
 
-    def _steps_of(self, request: GenerationRequest) -> tuple[int, str | None]:
+    def _steps_of(self, request: PictureRequest) -> tuple[int, str | None]:
         """How many steps, and the quality to answer with."""
         if request.num_inference_steps is None:
             asked = request.quality or "auto"

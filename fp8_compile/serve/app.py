@@ -25,6 +25,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from ..pipelines.session import CallError
 from .admission import Admission, Admitted, Limits
+from .edits import MAX_PICTURES_GIVEN, Edit, read_form
 from .engine import (
     Engine,
     Event,
@@ -37,7 +38,7 @@ from .engine import (
     Ticket,
     UnavailableError,
 )
-from .guard import MAX_BODY, Guard, too_large
+from .guard import MAX_BODY, MAX_EDIT_BODY, Guard, too_large
 from .pictures import MEDIA_TYPES, PictureStore, encoded
 from .protocol import (
     ApiError,
@@ -48,6 +49,7 @@ from .protocol import (
     Model,
     Models,
     PartialImageEvent,
+    PictureRequest,
     Usage,
     refusal,
 )
@@ -129,7 +131,7 @@ class _Images:
         self._store = store
         self._admission: Admission | None = None
 
-    async def answer(self, request: Request, body: GenerationRequest) -> Response:
+    async def answer(self, request: Request, body: PictureRequest, edit: Edit | None = None) -> Response:
         """Draw what ``body`` asks for, for as long as the client waits."""
         if not self._engine.ready:
             raise _api_error(UnavailableError("the server is not ready"))
@@ -138,14 +140,15 @@ class _Images:
             self._admission = Admission(
                 self._engine, settings.model, settings.limits, settings.usual_size, settings.steps
             )
-        admitted = await run_in_threadpool(self._admission.admit, body, request.state.client)
+        given = ((), None) if edit is None else (edit.images, edit.mask)
+        admitted = await run_in_threadpool(self._admission.admit, body, request.state.client, *given)
         events = _Events(self._settings.deadline)
         try:
             ticket = self._engine.submit(admitted.order, events.put)
         except (QueueFullError, UnavailableError) as error:
             raise _api_error(error) from error
         if body.stream:
-            stream = self._stream(admitted, ticket, events)
+            stream = self._stream("image_generation" if edit is None else "image_edit", admitted, ticket, events)
             return EventSourceResponse(stream, send_timeout=SEND_SECONDS)
         drawing = asyncio.create_task(self._pictures(admitted, events))
         leaving = asyncio.create_task(_disconnected(request))
@@ -169,7 +172,7 @@ class _Images:
         return sorted(pictures, key=lambda picture: picture.index)
 
     async def _whole(
-        self, request: Request, body: GenerationRequest, admitted: Admitted, pictures: list[Picture]
+        self, request: Request, body: PictureRequest, admitted: Admitted, pictures: list[Picture]
     ) -> Response:
         data = []
         for picture in pictures:
@@ -195,7 +198,9 @@ class _Images:
         )
         return JSONResponse(answer.model_dump(exclude_none=True))
 
-    async def _stream(self, admitted: Admitted, ticket: Ticket, events: _Events) -> AsyncIterator[ServerSentEvent]:
+    async def _stream(
+        self, kind: str, admitted: Admitted, ticket: Ticket, events: _Events
+    ) -> AsyncIterator[ServerSentEvent]:
         try:
             while True:
                 event = await events.next()
@@ -208,11 +213,11 @@ class _Images:
                     "size": _size(event),
                 }
                 if isinstance(event, Preview):
+                    common["type"] = f"{kind}.partial_image"
                     yield _sent(PartialImageEvent(partial_image_index=event.index, **common))
                     continue
-                usage = _usage(admitted, [event])
-                identifier = admitted.safety_identifier
-                yield _sent(CompletedEvent(seed=event.seed, usage=usage, safety_identifier=identifier, **common))
+                common |= {"type": f"{kind}.completed", "usage": _usage(admitted, [event]), "seed": event.seed}
+                yield _sent(CompletedEvent(safety_identifier=admitted.safety_identifier, **common))
                 return
         except ApiError as error:
             yield ServerSentEvent(event="error", data=json.dumps(error.body()))
@@ -229,7 +234,8 @@ def _size(drawn: Preview | Picture) -> str:
 
 
 def _usage(admitted: Admitted, pictures: list[Picture]) -> Usage:
-    return Usage.of(admitted.text_tokens * len(pictures), sum(picture.tokens for picture in pictures))
+    n = len(pictures)
+    return Usage.of(admitted.text_tokens * n, admitted.given_tokens * n, sum(picture.tokens for picture in pictures))
 
 
 def _sent(event: PartialImageEvent | CompletedEvent) -> ServerSentEvent:
@@ -258,6 +264,14 @@ def create_app(engine: Engine, settings: ServerSettings, store: PictureStore) ->
     @app.post("/v1/images/generations")
     async def generations(request: Request, body: GenerationRequest) -> Response:
         return await images.answer(request, body)
+
+    @app.post("/v1/images/edits", max_body_size=MAX_EDIT_BODY)
+    async def edits(request: Request) -> Response:
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise ApiError(400, "expected a form with files, multipart/form-data", code="invalid_form")
+        async with request.form(max_files=MAX_PICTURES_GIVEN + 1, max_part_size=MAX_BODY) as form:
+            edit = await read_form(form)
+        return await images.answer(request, edit.request, edit)
 
     @app.get("/v1/images/files/{name}", name="picture_file")
     async def picture_file(name: str) -> Response:
@@ -311,7 +325,7 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 413:
-            return await of_api(request, too_large())
+            return await of_api(request, too_large(request.url.path))
         codes = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout"}
         messages = {
             404: f"there is no {request.method} {request.url.path}",

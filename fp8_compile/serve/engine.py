@@ -93,8 +93,13 @@ class Order:
     client: str = ""
 
     @property
-    def batch_key(self) -> Hashable:
-        """What pictures have in common that are drawn together. The texts may differ, not whether there are any."""
+    def batch_key(self) -> Hashable | None:
+        """What pictures have in common that are drawn together. The texts may differ, not whether there are any.
+
+        None where pictures are given, which pipelines do not take for several texts alike.
+        """
+        if "image" in self.arguments:
+            return None
         texts = ("negative_prompt",)
         return tuple(sorted((name, name if name in texts else value) for name, value in self.arguments.items()))
 
@@ -180,7 +185,7 @@ class _Row:
         return self.ticket.order.client
 
     @property
-    def batch_key(self) -> Hashable:
+    def batch_key(self) -> Hashable | None:
         return self.ticket.order.batch_key
 
     @property
@@ -214,6 +219,7 @@ class Engine:
         self.metrics = Metrics()
         self.session: Session
         self.no_previews: str | None = None
+        self.needs_image = False
         self.max_batch = max_batch
         self._load = load
         self._warmup = warmup
@@ -320,6 +326,9 @@ class Engine:
         self.no_previews = self._previews.refusal()
         sizes: list[tuple[int, int] | None] = [*self._warmup] or [None]
         first, second = WARMUP_PROMPTS
+        self.needs_image = session.takes("image") and not self._draws_from_text()
+        if self.needs_image:
+            self.max_batch = 1
         todo: list[tuple[tuple[int, int] | None, tuple[str, ...]]] = [(size, (first,)) for size in sizes]
         if self.max_batch > 1:  # with texts of equal length, and with texts that are padded
             todo += [(size, prompts) for size in sizes for prompts in ((first, first), (first, second))]
@@ -333,12 +342,27 @@ class Engine:
             self._on_progress(done, len(todo), f"{what} batch of {len(prompts)}".strip())
             given = {} if size is None else {"width": size[0], "height": size[1]}
             arguments = session.arguments(**given, num_inference_steps=2)
+            if self.needs_image:
+                from PIL import Image
+
+                arguments["image"] = Image.new("RGB", size or (1024, 1024))
+                if session.takes("mask_image"):
+                    arguments["mask_image"] = Image.new("L", size or (1024, 1024), 255)
             try:
                 self._draw_for_nobody(prompts, arguments)
             except PreviewError as error:
                 self.no_previews = str(error)
                 self._draw_for_nobody(prompts, arguments)
         self._on_progress(len(todo), len(todo), "done")
+
+    def _draws_from_text(self) -> bool:
+        """Whether a pipeline that takes a picture also draws without."""
+        try:
+            self.session.check_call(prompt=WARMUP_PROMPTS[0], **self.session.arguments(num_inference_steps=2))
+        except Exception as error:  # each pipeline fails in its own way without a picture
+            log.info("the pipeline needs a picture: %s", error)
+            return False
+        return True
 
     def _draw_for_nobody(self, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
         orders = [Order(prompt, (0,), arguments, previews=self.no_previews is None) for prompt in prompts]

@@ -24,7 +24,8 @@ from .protocol import ApiError
 access_log = logging.getLogger("fp8_compile.serve.access")
 
 MAX_BODY = 2**20
-"""Of a request, in bytes."""
+MAX_EDIT_BODY = 50 * 2**20
+"""Of a request, in bytes; the second of one that brings pictures."""
 
 OPEN_PATHS = ("/health", "/ready")
 OPEN_FOLDER = "/v1/images/files/"
@@ -47,9 +48,14 @@ def check_host(host: str, keys: Sequence[str], forced: bool) -> None:
         )
 
 
-def too_large() -> ApiError:
-    """The answer to a body of more than `MAX_BODY` bytes."""
-    return ApiError(413, f"the body has more than {MAX_BODY} bytes", code="request_too_large")
+def largest_body(path: str) -> int:
+    """How many bytes a request for ``path`` may have."""
+    return MAX_EDIT_BODY if path == "/v1/images/edits" else MAX_BODY
+
+
+def too_large(path: str) -> ApiError:
+    """The answer to a body of more bytes."""
+    return ApiError(413, f"the body has more than {largest_body(path)} bytes", code="request_too_large")
 
 
 class Guard:
@@ -100,8 +106,8 @@ class Guard:
         address = scope["client"][0] if scope.get("client") else "unknown"
         scope.setdefault("state", {})["client"] = address
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > MAX_BODY:  # longer ones without a length are cut off by the application
-            return too_large()
+        if length.isdecimal() and int(length) > largest_body(scope["path"]):
+            return too_large(scope["path"])  # longer ones that do not tell their length are cut off by the application
         if not self._keys or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
             return None
         kind, _, key = headers.get("authorization", "").partition(" ")

@@ -69,10 +69,10 @@ Text = Annotated[str, Field(max_length=MAX_PROMPT)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class GenerationRequest(BaseModel):
-    """The body of ``POST /v1/images/generations``; the second half is this server's own."""
+class PictureRequest(BaseModel):
+    """What both kinds of requests hold; from ``seed`` on it is this server's own."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
     model: str | None = None
@@ -85,10 +85,8 @@ class GenerationRequest(BaseModel):
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto"] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     safety_identifier: Annotated[str, Field(max_length=512)] | None = None
-    style: Unsupported = None
     complexity: Unsupported = None
     frame_count: Unsupported = None
     frame_duration_ms: Unsupported = None
@@ -101,6 +99,27 @@ class GenerationRequest(BaseModel):
     negative_prompt: Text | None = None
 
 
+class GenerationRequest(PictureRequest):
+    """The body of ``POST /v1/images/generations``."""
+
+    model_config = ConfigDict(strict=True)
+
+    moderation: Literal["auto"] | None = None
+    style: Unsupported = None
+
+
+class EditRequest(PictureRequest):
+    """The texts of the form of ``POST /v1/images/edits``; its files are ``image`` or ``image[]``, and ``mask``."""
+
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    input_fidelity: Unsupported = None
+    markup: Unsupported = None
+
+
+FILES = ("image", "image[]", "mask")
+"""Fields of the form of an edit that hold files."""
+
+
 def refusal(model: type[BaseModel], errors: Sequence[Any]) -> ApiError:
     """Of pydantic's ``errors`` about a body that should have been a ``model``, the first, as a 400."""
     error = errors[0]
@@ -111,7 +130,7 @@ def refusal(model: type[BaseModel], errors: Sequence[Any]) -> ApiError:
     if param is None:
         return ApiError(400, "expected a JSON object in the body, sent as application/json", code="invalid_json")
     if kind == "extra_forbidden":
-        valid = ", ".join(model.model_fields)
+        valid = ", ".join((*model.model_fields, *(FILES if model is EditRequest else ())))
         return ApiError(400, f"unknown parameter {param!r}; valid: {valid}", param, "unknown_parameter")
     if kind == "missing":
         return ApiError(400, f"{param} is missing", param, "missing_required_parameter")
@@ -137,13 +156,13 @@ class Usage(BaseModel):
     total_tokens: int
 
     @classmethod
-    def of(cls, text: int, pictures: int) -> Usage:
-        """``text`` tokens of all prompts, and tokens of all pictures that were drawn."""
+    def of(cls, text: int, given: int, pictures: int) -> Usage:
+        """Of ``text`` tokens of all prompts, and tokens of the pictures that were ``given`` and that were drawn."""
         return cls(
-            input_tokens=text,
-            input_tokens_details=InputTokens(text_tokens=text, image_tokens=0),
+            input_tokens=text + given,
+            input_tokens_details=InputTokens(text_tokens=text, image_tokens=given),
             output_tokens=pictures,
-            total_tokens=text + pictures,
+            total_tokens=text + given + pictures,
         )
 
 
@@ -171,7 +190,7 @@ class ImagesResponse(BaseModel):
 class PartialImageEvent(BaseModel):
     """A preview in a stream."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     b64_json: str
     partial_image_index: int
     created_at: int
@@ -184,7 +203,7 @@ class PartialImageEvent(BaseModel):
 class CompletedEvent(BaseModel):
     """The last event of a stream."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"]
     b64_json: str
     seed: int
     created_at: int

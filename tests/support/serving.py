@@ -8,7 +8,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,12 @@ def serving(
     engine: Engine | None = None,
     max_batch: int = 4,
     max_waiting: int = 16,
+    warmup: Sequence[tuple[int, int]] = (),
     **settings: Any,
 ) -> Iterator[Served]:
     """Serve with ``session``, or over an ``engine`` that goes on afterwards."""
     own = engine is None
-    engine = engine or Engine(lambda: session, max_batch=max_batch, max_waiting=max_waiting)
+    engine = engine or Engine(lambda: session, warmup, max_batch, max_waiting)
     if own:
         engine.start().result(timeout=120)
     app = create_app(engine, ServerSettings(MODEL, (key,) if key else (), **settings), PictureStore(folder))
