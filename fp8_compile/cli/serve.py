@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,6 +63,10 @@ def serve(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of a picture of medium quality. Default: the pipeline's.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A LoRA file that requests may name; repeat it."),
+    ] = None,
     max_pixels: Annotated[int, typer.Option(min=256, help="Of a picture, without --sizes.")] = 4 * 1024 * 1024,
     max_steps: Annotated[int, typer.Option(min=1, help="That a request may ask for.")] = 100,
     max_batch: Annotated[int, typer.Option(min=1, max=7, help="Pictures drawn together; 1: each alone.")] = 4,
@@ -94,18 +100,22 @@ def serve(
     patterns, chosen = parse_patterns(ignored_layers)
     options = settings.options(patterns if chosen else _default_patterns(model))
     served, drawn_first = _sizes("--sizes", sizes), _sizes("--warmup", warmup)
+    adapters = _loras(lora)
     _set_up_logs()
 
     def load() -> Session:
+        from ..pipelines.adapters import Adapters
         from ..pipelines.session import Session
 
+        at_load = None if no_quantization else {**options, "strict": True}
+        session = Session.load(model, settings.dtype, settings.device, quantized=not no_quantization, at_load=at_load)
+        if adapters:
+            session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters))
         if no_quantization:
-            session = Session.load(model, settings.dtype, settings.device, quantized=False)
             session.compile_unquantized(settings.inner_backend, settings.compile_mode, dynamic=True)
-            return session
-        session = Session.load(model, settings.dtype, settings.device, at_load={**options, "strict": True})
-        _tell_kept(session)
-        session.compile(options, dynamic=True)
+        else:
+            _tell_kept(session)
+            session.compile(options, dynamic=True)
         return session
 
     with Progress(console=Console(stderr=True)) as progress:
@@ -156,6 +166,21 @@ def _sizes(option: str, given: Sequence[str] | None) -> list[tuple[int, int]]:
             fail(f"{option} {text!r}: expected width and height, such as 1024x1024")
         sizes.append(size)
     return sizes
+
+
+def _loras(given: Sequence[str] | None) -> dict[str, Path]:
+    """By name, the files of ``--lora``."""
+    files: dict[str, Path] = {}
+    for text in given or []:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            fail(f"--lora {text!r}: expected NAME=PATH")
+        if name in files:
+            fail(f"--lora {text!r}: there are two adapters {name!r}")
+        if not Path(path).is_file():
+            fail(f"--lora {text!r}: there is no file {path!r}")
+        files[name] = Path(path)
+    return files
 
 
 def _set_up_logs() -> None:

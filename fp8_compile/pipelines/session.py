@@ -22,6 +22,7 @@ from ..embedded import EMBEDDED_CALLS, default_pipeline_dir, embedded_name
 from ..errors import Fp8Error, NothingConvertedError, OptionError
 from ..quantize import quantize_
 from ..report import Report, report
+from .adapters import Adapters
 from .denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -46,12 +47,14 @@ class Session:
     Attributes:
         model: the directory or hub name that it was loaded from, or an embedded pipeline such as "embedded:qwen-image".
         denoisers: the modules of ``pipe`` that are compiled, by their names in it.
+        adapters: of LoRA, one of which a call may use.
     """
 
     model: str
     pipe: Any
     device: str
     denoisers: dict[str, nn.Module]
+    adapters: Adapters | None = None
 
     @classmethod
     def load(

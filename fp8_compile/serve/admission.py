@@ -130,6 +130,7 @@ class Admission:
             seeds=tuple(range(first, first + n)),
             arguments=arguments,
             previews=request.partial_images or 0,
+            lora=self._lora(request.lora),
             client=client,
         )
         return Admitted(
@@ -169,6 +170,16 @@ class Admission:
             raise ApiError(400, f"the model edits pictures ({pipe}): POST /v1/images/edits", "image", "image_needed")
         if len(images) > 1 and pipe not in SEVERAL_IMAGES:
             raise bad_value("image", f"{len(images)} images: {pipe} takes one")
+
+    def _lora(self, asked: dict[str, float] | None) -> tuple[str, float] | None:
+        adapters = self._engine.session.adapters
+        names = () if adapters is None else adapters.names
+        for name in asked or {}:
+            if name not in names:
+                raise bad_value("lora", f"lora: there is no adapter {name!r}; valid: {', '.join(names) or 'none'}")
+        if asked and len(asked) > 1:
+            raise bad_value("lora", f"lora: {len(asked)} adapters; a picture takes one")
+        return next(iter(asked.items())) if asked else None
 
     def _mask(self, images: Sequence[Image], mask: Image | None) -> Image | None:
         """``mask``; without one, all of the picture changes, also by pipelines that need a mask."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ async def read_form(form: FormData) -> Edit:
             files[name.removesuffix("[]")].append(await value.read())
         elif name in texts:
             raise bad_value(name, f"{name} is given twice")
+        elif nested := re.fullmatch(r"lora\[(.+)\]", name):
+            texts.setdefault("lora", {})[nested[1]] = value
         elif name in FILES:
             raise bad_value(name, f"{name}: expected a file, got a text")
         else:

@@ -83,6 +83,7 @@ class Order:
         seeds: one for each picture.
         arguments: of `Session.call`, checked by `Session.arguments`, without the prompt.
         previews: how many unfinished pictures to show.
+        lora: name and weight of an adapter of the session.
         client: whose turn it takes in the queue.
     """
 
@@ -90,6 +91,7 @@ class Order:
     seeds: tuple[int, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     previews: int = 0
+    lora: tuple[str, float] | None = None
     client: str = ""
 
     @property
@@ -101,7 +103,8 @@ class Order:
         if "image" in self.arguments:
             return None
         texts = ("negative_prompt",)
-        return tuple(sorted((name, name if name in texts else value) for name, value in self.arguments.items()))
+        common = sorted((name, name if name in texts else value) for name, value in self.arguments.items())
+        return (self.lora, *common)
 
 
 @dataclass(frozen=True)
@@ -449,6 +452,8 @@ class Engine:
                     row.ticket.emit(Preview(shown.index(index + 1), _image(decoded[0])))
             return kwargs
 
+        if self.session.adapters is not None:
+            self.session.adapters.use(orders[0].lora)
         prompts = [order.prompt for order in orders]
         arguments |= {"prompt": prompts, "callback_on_step_end": step, "output_type": "pt"}
         pixels: Tensor = self.session.call([row.seed for row in rows], **arguments).images

@@ -97,6 +97,7 @@ class PictureRequest(BaseModel):
     guidance_scale: Number | None = None
     true_cfg_scale: Number | None = None
     negative_prompt: Text | None = None
+    lora: dict[str, Number] | None = None
 
 
 class GenerationRequest(PictureRequest):

@@ -316,6 +316,7 @@ def test_keys(served: Served, session: Session, tmp_path: Path) -> None:
 def test_the_access_log_has_no_prompts(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         served.draw("a very private circle", user="somebody", num_inference_steps=2)
+        wait_for(lambda: any(r.name == "fp8_compile.serve.access" for r in caplog.records))
     (line,) = (json.loads(r.getMessage()) for r in caplog.records if r.name == "fp8_compile.serve.access")
     assert line.keys() == {"id", "method", "path", "status", "seconds", "client"}
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/images/generations", 200)

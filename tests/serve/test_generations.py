@@ -221,6 +221,8 @@ REFUSED = [
     ({"guidance_scale": 4.0}, "guidance_scale", "takes none (no guidance_embeds)"),
     ({"true_cfg_scale": 4.0}, "true_cfg_scale", "needs a negative_prompt"),
     ({"true_cfg_scale": "4"}, "true_cfg_scale", "valid number"),
+    ({"lora": {"style": 1.0}}, "lora", "there is no adapter 'style'; valid: none"),
+    ({"lora": {"style": "1"}}, "lora", "valid number"),
     ({"user": 7}, "user", "valid string"),
 ]
 
