@@ -87,6 +87,11 @@ class Admission:
         sequence = signature.get("max_sequence_length")
         limits_of_text = [each for each in (longest, sequence and sequence.default) if isinstance(each, int)]
         self._text_limit = min(limits_of_text, default=None)
+        if self._text_limit is not None and getattr(self._tokenizer, "chat_template", None):
+            # Some pipelines count these beside the prompt's. Better a refusal too many than a text that is cut off.
+            empty = [{"role": "user", "content": ""}]
+            text = self._tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True)
+            self._text_limit -= len(self._tokenizer(text).input_ids)
 
     def admit(
         self, request: PictureRequest, client: str, images: Sequence[Image] = (), mask: Image | None = None
@@ -227,5 +232,5 @@ class Admission:
             return 0
         tokens = len(self._tokenizer(text, verbose=False).input_ids)
         if self._text_limit is not None and tokens > self._text_limit:
-            raise bad_value(param, f"{param} has {tokens} tokens, of which the model would read {self._text_limit}")
+            raise bad_value(param, f"{param} has {tokens} tokens: at most {self._text_limit} are read")
         return tokens

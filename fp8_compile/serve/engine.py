@@ -117,12 +117,18 @@ class Preview:
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture, number ``index`` of its order; ``tokens`` is how many the transformer saw of it."""
+    """A finished picture, number ``index`` of its order.
+
+    Attributes:
+        tokens: how many the transformer saw of it.
+        seconds: that its batch took.
+    """
 
     index: int
     seed: int
     image: Image
     tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -469,7 +475,7 @@ class Engine:
         for position, (row, image) in enumerate(zip(rows, images, strict=True)):
             if finite[position] and bool(torch.isfinite(image).all()):
                 tokens = self.session.tokens(latents)
-                events.append(Picture(row.index, row.seed, _image(image), tokens))
+                events.append(Picture(row.index, row.seed, _image(image), tokens, time.monotonic() - start))
             else:
                 events.append(Failed(NotFiniteError("the model made NaN or Inf; no picture was made of it")))
         return events

@@ -78,6 +78,8 @@ def test_one_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
         (["--sizes", "big"], "--sizes 'big': expected width and height, such as 1024x1024"),
         (["--quantization", "int4"], "method='int4' is not valid"),
         (["--granularity", "row", "--no-quantization"], "--granularity and --no-quantization exclude each other"),
+        (["--lora", "name"], "--lora 'name': expected NAME=PATH"),
+        (["--lora", "a=no/such/file"], "there is no file 'no/such/file'"),
         (["no/such/model"], "'no/such/model' could not be loaded"),
         (["--small-m", "keep"], "small_m='keep': at load time it is not known"),
     ],
@@ -96,15 +98,15 @@ def test_what_cannot_be_served_ends_with_a_message(
 
 def test_what_a_recipe_keeps_is_kept_and_told(tmp_path: Path) -> None:
     from bench.tiny import build_qwen_image
-    from fp8_compile.cli import serve
+    from fp8_compile.cli import engine_settings
     from fp8_compile.pipelines.session import Session
 
     build_qwen_image().save_pretrained(tmp_path)
-    assert serve._default_patterns("embedded:qwen-image") == []
-    patterns = serve._default_patterns(str(tmp_path))
+    assert engine_settings.default_patterns("embedded:qwen-image") == []
+    patterns = engine_settings.default_patterns(str(tmp_path))
     session = Session.load(str(tmp_path), at_load={"ignored_layers": patterns})
     with pytest.MonkeyPatch.context() as patch:
         told: list[str] = []
-        patch.setattr(serve, "tell", told.append)
-        serve._tell_kept(session)
+        patch.setattr(engine_settings, "tell", told.append)
+        engine_settings.tell_kept(session)
     assert told == ["QwenImageTransformer2DModel: keeps img_mlp; --ignored-layers none converts everything"]

@@ -189,7 +189,7 @@ REFUSED = [
     ({"prompt": None}, "prompt", "prompt=None: Input should be a valid string"),
     ({"prompt": ""}, "prompt", "at least 1 character"),
     ({"prompt": "x" * 32_001}, "prompt", "at most 32000 characters"),
-    ({"prompt": "blue " * 600}, "prompt", "tokens, of which the model would read 512"),
+    ({"prompt": "blue " * 600}, "prompt", "tokens: at most 512 are read"),
     ({"n": 0}, "n", "n=0: Input should be greater than or equal to 1"),
     ({"n": 11}, "n", "less than or equal to 10"),
     ({"n": "2"}, "n", "n='2': Input should be a valid integer"),
