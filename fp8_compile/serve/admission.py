@@ -87,11 +87,12 @@ class Admission:
         sequence = signature.get("max_sequence_length")
         limits_of_text = [each for each in (longest, sequence and sequence.default) if isinstance(each, int)]
         self._text_limit = min(limits_of_text, default=None)
-        if self._text_limit is not None and getattr(self._tokenizer, "chat_template", None):
+        tokenizer: Any = self._tokenizer
+        if self._text_limit is not None and getattr(tokenizer, "chat_template", None):
             # Some pipelines count these beside the prompt's. Better a refusal too many than a text that is cut off.
             empty = [{"role": "user", "content": ""}]
-            text = self._tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True)
-            self._text_limit -= len(self._tokenizer(text).input_ids)
+            text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True)
+            self._text_limit -= len(tokenizer(text).input_ids)
 
     def admit(
         self, request: PictureRequest, client: str, images: Sequence[Image] = (), mask: Image | None = None

@@ -85,12 +85,14 @@ def test_one_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_served_ends_with_a_message(
-    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from typer.testing import CliRunner
 
+    from fp8_compile.cli import serve
     from fp8_compile.cli.main import app
 
+    monkeypatch.setattr(sys.modules[serve.__module__], "_set_up_logs", lambda: None)  # of this process, for good
     done = CliRunner().invoke(app, ["serve", "--port", str(free_port()), *arguments])
     assert done.exit_code == 1, done.output
     assert message in done.output + capfd.readouterr().err
