@@ -92,7 +92,7 @@ def test_what_cannot_be_served_ends_with_a_message(
     from fp8_compile.cli import serve
     from fp8_compile.cli.main import app
 
-    monkeypatch.setattr(sys.modules[serve.__module__], "_set_up_logs", lambda: None)  # of this process, for good
+    monkeypatch.setattr(serve, "_set_up_logs", lambda: None)  # of this process, for good
     done = CliRunner().invoke(app, ["serve", "--port", str(free_port()), *arguments])
     assert done.exit_code == 1, done.output
     assert message in done.output + capfd.readouterr().err
