@@ -125,4 +125,4 @@ def require(*modules: str) -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            fail(f"{error.name} is not installed; this needs: pip install 'fp8-compile[cli,serve]'")
+            fail(f"{error.name} is not installed; this needs: pip install 'fp8-compile[serve]'")

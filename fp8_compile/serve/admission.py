@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,8 @@ class Admission:
         own = engine.session.arguments()
         self._steps: int = steps or own.get("num_inference_steps", signature["num_inference_steps"].default)
         self._multiple = 2 * getattr(pipe, "vae_scale_factor", 8)
-        # Of several text encoders, the one that reads most. A copy, since the worker's is not for two threads.
+        # Of several text encoders, the one that reads most. A copy, since none is for two threads at once.
+        self._counting = threading.Lock()
         tokenizers = [value for name, value in vars(pipe).items() if name.startswith("tokenizer") and callable(value)]
         self._tokenizer: Any = copy.deepcopy(max(tokenizers, key=lambda t: t.model_max_length, default=None))
         longest = getattr(self._tokenizer, "model_max_length", None)
@@ -231,7 +233,8 @@ class Admission:
         """How many tokens ``text`` has, which are not more than the pipeline reads."""
         if self._tokenizer is None or not text:
             return 0
-        tokens = len(self._tokenizer(text, verbose=False).input_ids)
+        with self._counting:
+            tokens = len(self._tokenizer(text, verbose=False).input_ids)
         if self._text_limit is not None and tokens > self._text_limit:
             raise bad_value(param, f"{param} has {tokens} tokens: at most {self._text_limit} are read")
         return tokens

@@ -285,7 +285,7 @@ class Engine:
     def close(self, grace: float) -> None:
         """Take no more orders, finish those there are within ``grace`` seconds, and fail the rest."""
         self.refuse()
-        if self._thread is not None:
+        if self._thread is not None and self._ready.done():  # nobody waits for the end of a warm-up
             self._thread.join(grace)
         self._fail_all(UnavailableError("the server shuts down, and the time to finish is over"))
 
@@ -408,8 +408,9 @@ class Engine:
         except _Abandoned:
             return
         except Exception as error:
-            log.exception("drawing %d pictures failed", len(rows))
             failure = _as_failure(error)
+            if not isinstance(failure, CallError):
+                log.exception("drawing %d pictures failed", len(rows))
         if failure is not None:
             # Outside of the handler, which holds all that the failed call had in memory.
             if isinstance(failure, OutOfMemoryError):
@@ -446,7 +447,7 @@ class Engine:
         def step(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             nonlocal last, encoded, latents
             last, latents = time.monotonic(), kwargs["latents"]
-            encoded = self._encoded if encoded is None else encoded
+            encoded = max(start, self._encoded) if encoded is None else encoded
             self.metrics.steps.inc()
             if all(row.abandoned for row in rows):
                 raise _Abandoned
@@ -455,7 +456,8 @@ class Engine:
                 if index + 1 in shown and not row.abandoned:
                     of_row = {**row.ticket.order.arguments, "prompt": row.ticket.order.prompt}
                     decoded = self._previews.decode(latents[position : position + 1], **of_row)
-                    row.ticket.emit(Preview(shown.index(index + 1), _image(decoded[0])))
+                    if bool(torch.isfinite(decoded).all()):  # else the picture will fail, too
+                        row.ticket.emit(Preview(shown.index(index + 1), _image(decoded[0])))
             return kwargs
 
         if self.session.adapters is not None:

@@ -98,6 +98,18 @@ def test_what_cannot_be_served_ends_with_a_message(
     assert message in done.output + capfd.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["serve"], ["batch", __file__, "--output", "out"]])
+def test_what_to_install_is_said_where_it_is_not(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from fp8_compile.cli.main import app
+
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert "prometheus_client is not installed; this needs: pip install 'fp8-compile[serve]'" in done.output
+
+
 def test_what_a_recipe_keeps_is_kept_and_told(tmp_path: Path) -> None:
     from bench.tiny import build_qwen_image
     from fp8_compile.cli import engine_settings
