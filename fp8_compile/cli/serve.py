@@ -57,10 +57,10 @@ def serve(
     from ..serve.admission import Limits
     from ..serve.app import ServerSettings, run
     from ..serve.engine import Engine
-    from ..serve.guard import check_host
+    from ..serve.guard import check_access
 
     keys = tuple(api_key or ())
-    check_host(host, keys, no_key)
+    check_access(host, keys, no_key)
     load = settings.loader(context, model)
     served, drawn_first = parse_sizes("--sizes", sizes), parse_sizes("--warmup", settings.warmup)
     _set_up_logs()

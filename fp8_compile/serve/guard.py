@@ -32,12 +32,14 @@ OPEN_FOLDER = "/v1/images/files/"
 """Answered without a key: the names of files there cannot be guessed."""
 
 
-def check_host(host: str, keys: Sequence[str], forced: bool) -> None:
+def check_access(host: str, keys: Sequence[str], forced: bool) -> None:
     """Refuse to let anybody in from outside.
 
     Raises:
-        OptionError: ``host`` is not this machine alone, and there are no keys.
+        OptionError: ``host`` is not this machine alone, and there are no keys; or one of them is empty.
     """
+    if not all(key.strip() for key in keys):
+        raise OptionError("an API key is empty, which would let everybody in")
     try:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -75,6 +75,7 @@ def test_one_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--host", "0.0.0.0"], "host='0.0.0.0' lets other machines in, and there is no API key"),
+        (["--api-key", "sesame", "--api-key", ""], "an API key is empty"),
         (["--sizes", "big"], "--sizes 'big': expected width and height, such as 1024x1024"),
         (["--quantization", "int4"], "method='int4' is not valid"),
         (["--granularity", "row", "--no-quantization"], "--granularity and --no-quantization exclude each other"),
