@@ -56,6 +56,12 @@ from .protocol import (
 
 log = logging.getLogger("fp8_compile.serve")
 
+PAGE_MAY = (
+    "default-src 'none'; img-src data:; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""What the page in the browser may do: talk to this server and show what it sends."""
+
 SEND_SECONDS = 30
 """How long one event of a stream may take to be sent, to a client that does not read."""
 
@@ -290,6 +296,10 @@ def create_app(engine: Engine, settings: ServerSettings, store: PictureStore) ->
         if name != model.id:
             raise ApiError(404, f"there is no model {name!r}; this server has {model.id!r}", "model", "model_not_found")
         return model
+
+    @app.get("/")
+    async def page() -> Response:
+        return FileResponse(Path(__file__).with_name("page.html"), headers={"Content-Security-Policy": PAGE_MAY})
 
     @app.get("/health")
     async def health() -> Response:

@@ -27,7 +27,7 @@ MAX_BODY = 2**20
 MAX_EDIT_BODY = 50 * 2**20
 """Of a request, in bytes; the second of one that brings pictures."""
 
-OPEN_PATHS = ("/health", "/ready")
+OPEN_PATHS = ("/", "/health", "/ready")
 OPEN_FOLDER = "/v1/images/files/"
 """Answered without a key: the names of files there cannot be guessed."""
 

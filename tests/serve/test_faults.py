@@ -303,7 +303,7 @@ def test_keys(served: Served, session: Session, tmp_path: Path) -> None:
         assert (refused.value.type, refused.value.code) == ("authentication_error", "invalid_api_key")
         for path in ("/v1/models", "/metrics", "/v1/nowhere"):
             assert httpx.get(locked.url + path).status_code == 401
-        for path in ("/health", "/ready"):
+        for path in ("/", "/health", "/ready"):
             assert httpx.get(locked.url + path).status_code == 200
         for header in ("Bearer", "Basic sesame", "sesame", "Bearer ключ".encode()):
             answer = httpx.get(f"{locked.url}/v1/models", headers={"authorization": header})

@@ -239,6 +239,12 @@ def test_what_is_not_honoured_is_refused_and_named(
     assert refused.value.request_id is not None
 
 
+def test_previews_of_a_pipeline_without_are_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.engine, "no_previews", "the pipeline hides its latents")
+    with pytest.raises(openai.BadRequestError, match="no partial images here: the pipeline hides its latents"):
+        list(served.openai().images.generate(prompt=PROMPT, stream=True, partial_images=1))
+
+
 def test_fields_of_the_installed_client_are_all_known(served: Served) -> None:
     """A new release of the client may send new ones."""
     from openai.types import image_generate_params
