@@ -18,6 +18,9 @@ from .protocol import ALIASES, LARGEST_SEED, QUALITIES, ApiError, PictureRequest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LONGEST_SIDE = 16_383
+"""What WebP can hold."""
+
 SEVERAL_IMAGES = ("QwenImageEditPlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
 """Pipelines that draw one picture from several."""
 
@@ -212,6 +215,8 @@ class Admission:
                 raise bad_value("size", f"size={asked!r} is not served; valid: auto, {valid}")
         elif size[0] % self._multiple or size[1] % self._multiple:
             raise bad_value("size", f"size={asked!r}: expected multiples of {self._multiple}")
+        elif max(size) > LONGEST_SIDE:
+            raise bad_value("size", f"size={asked!r}: at most {LONGEST_SIDE} pixels on a side")
         elif size[0] * size[1] > self._limits.pixels:
             raise bad_value("size", f"size={asked!r}: at most {self._limits.pixels} pixels")
         return size

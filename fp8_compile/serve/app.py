@@ -155,7 +155,11 @@ class _Images:
             raise _api_error(error) from error
         if body.stream:
             stream = self._stream("image_generation" if edit is None else "image_edit", admitted, ticket, events)
-            return EventSourceResponse(stream, send_timeout=SEND_SECONDS)
+
+            async def left(message: Any) -> None:  # also before the stream has begun, whose own end would not run then
+                ticket.cancel()
+
+            return EventSourceResponse(stream, send_timeout=SEND_SECONDS, client_close_handler_callable=left)
         drawing = asyncio.create_task(self._pictures(admitted, events))
         leaving = asyncio.create_task(_disconnected(request))
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
 from .protocol import FILES, ApiError, EditRequest, bad_value, refusal
@@ -57,6 +58,11 @@ async def read_form(form: FormData) -> Edit:
             raise bad_value(name, f"{name}: expected a file, got a text")
         else:
             texts[name] = value
+    return await run_in_threadpool(_edit, texts, files)
+
+
+def _edit(texts: dict[str, Any], files: dict[str, list[bytes]]) -> Edit:
+    """See `read_form`; large pictures take a while."""
     try:
         request = EditRequest.model_validate(texts)
     except ValidationError as error:

@@ -197,6 +197,7 @@ REFUSED = [
     ({"size": "big"}, "size", "size='big': expected 'auto', or width and height such as '1024x1024'"),
     ({"size": "65x64"}, "size", "expected multiples of 16"),
     ({"size": "8192x8192"}, "size", "at most 4194304 pixels"),
+    ({"size": "16x16400"}, "size", "at most 16383 pixels on a side"),
     ({"quality": "best"}, "quality", "'auto', 'low', 'medium', 'high'"),
     ({"quality": "low", "num_inference_steps": 3}, "quality", "both set the steps"),
     ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
