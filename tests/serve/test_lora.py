@@ -33,7 +33,7 @@ def files(session: WatchedSession, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def adapted(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    session = Session.load(MODEL, at_load={})
+    session = Session.load(MODEL, quantized=False)
     session = dataclasses.replace(session, adapters=Adapters(session.pipe, files))
     with serving(session, tmp_path_factory.mktemp("pictures")) as made:
         yield made
@@ -56,7 +56,7 @@ def test_each_request_has_its_adapter(adapted: Served, files: dict[str, Path]) -
     assert drawn["zero"] == drawn["none"][:1]
     assert len({pictures[0] for name, pictures in drawn.items() if name != "zero"}) == 4
     # Against one adapter alone, loaded as diffusers does.
-    twin = Session.load(MODEL, at_load={})
+    twin = Session.load(MODEL, quantized=False)
     twin.pipe.load_lora_weights(files["small"].parent, weight_name=files["small"].name, adapter_name="alone")
     expected = twin.call(0, **twin.arguments(prompt=PROMPT)).images[0]
     near = {name: psnr(expected, decoded(adapted.draw(seed=0, lora=asked[name])[0].b64_json)) for name in asked}
