@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 import fp8_compile
 from fp8_compile import QuantizedWeight
-from fp8_compile.checks import parse_options, scheme_for
+from fp8_compile.checks import parse_options
+from fp8_compile.schemes import scheme_for
 
 from . import models
 from .common import Spread, parser, table, write

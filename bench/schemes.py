@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import fp8_compile
+from fp8_compile import Calibration
 from fp8_compile.embedded import EMBEDDED_CALLS
 from fp8_compile.measure.quality import Sample, generate, prompt_adherence, psnr
 from fp8_compile.measure.scenes import scenes
@@ -38,6 +39,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "fp8 weights, per tensor": {"activation_scheme": "none", "granularity": "tensor"},
     "int8, one scale per row": {"method": "int8"},
 }
+STATIC = {
+    f"fp8, static per {granularity}, {algorithm}": (
+        algorithm,
+        {"activation_scheme": "static", "granularity": granularity},
+    )
+    for granularity in ("row", "tensor")
+    for algorithm in ("amax", "percentile", "mse")
+}
 AT_LOAD = {"fp8 at load, all layers": False, "fp8 at load, layers of the blocks": True}
 
 
@@ -47,6 +56,18 @@ def draw(name: str, captions: list[str], prepare: Callable[[nn.Module], None]) -
     pipe = load(name)
     prepare(pipe.transformer)
     return generate(pipe, captions, [0, 1], **EMBEDDED_CALLS[name]), pipe.transformer
+
+
+def calibrated(name: str, captions: list[str]) -> Calibration:
+    """The ranges of a pipeline's transformer while it draws ``captions``, with seeds that are not measured."""
+    pipe = load(name)
+    with fp8_compile.calibrate(pipe.transformer, progress=False) as calibration:
+        generate(pipe, captions, [2, 3], **EMBEDDED_CALLS[name])
+    return calibration
+
+
+def static(calibration: Calibration, algorithm: str, options: dict[str, Any]) -> Callable[[nn.Module], None]:
+    return lambda model: compiled({**options, "activation_scales": calibration.scales(model, algorithm)})(model)
 
 
 def compiled(options: dict[str, Any]) -> Callable[[Any], None]:
@@ -75,11 +96,17 @@ def main() -> None:
     given = made.parse_args()
     warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
     known = sorted({scene.caption for scene in scenes()})
-    captions = known[:: len(known) // given.captions][: given.captions]
+    step = len(known) // given.captions
+    captions, others = known[::step][: given.captions], known[step // 2 :: step][: given.captions]
     found = []
     for name in given.pipeline:
         reference, _ = draw(name, captions, lambda model: None)
         ways = {key: compiled({**options, "inner_backend": given.inner}) for key, options in SCHEMES.items()}
+        calibration = calibrated(name, others)
+        ways |= {
+            key: static(calibration, algorithm, {**options, "inner_backend": given.inner})
+            for key, (algorithm, options) in STATIC.items()
+        }
         ways |= {key: converted(blocks_only, given.inner) for key, blocks_only in AT_LOAD.items()}
         for scheme, prepare in ways.items():
             samples, model = draw(name, captions, prepare)
@@ -90,7 +117,7 @@ def main() -> None:
                 {
                     "pipeline": name,
                     "scheme": scheme,
-                    "options": SCHEMES.get(scheme),
+                    "options": SCHEMES.get(scheme, STATIC.get(scheme, (None, None))[1]),
                     "psnr_db": values,
                     "mean_db": sum(values) / len(values),
                     "worst_db": min(values),
@@ -109,7 +136,7 @@ def main() -> None:
         for row in found
     ]
     print(table(["", "PSNR, mean / worst, dB", "as captioned", "MB read per step"], rows))
-    write(given.output, {"captions": captions, "results": found})
+    write(given.output, {"captions": captions, "calibrated_with": others, "results": found})
 
 
 if __name__ == "__main__":

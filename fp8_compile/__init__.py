@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .calibration import Calibration, calibrate, load_calibration
 from .errors import (
+    CalibrationError,
     CheckpointError,
     Fp8Error,
     GradientError,
@@ -13,9 +15,11 @@ from .errors import (
     PatternError,
     QuantizedWeightError,
     RecompileLimitWarning,
+    UncalibratedLayersWarning,
     UnknownMethodError,
     UnmatchedPatternWarning,
     UnsupportedDeviceError,
+    UnusedScaleWarning,
 )
 from .integrations import registration
 from .integrations.checkpoints import load_fp8_checkpoint, save_fp8_checkpoint
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     from .integrations.diffusers import Fp8DiffusionConfig
 
 __all__ = [
+    "Calibration",
+    "CalibrationError",
     "Call",
     "CheckpointError",
     "Fp8DiffusionConfig",
@@ -48,11 +54,15 @@ __all__ = [
     "RecompileLimitWarning",
     "Scheme",
     "Spec",
+    "UncalibratedLayersWarning",
     "UnknownMethodError",
     "UnmatchedPatternWarning",
     "UnsupportedDeviceError",
+    "UnusedScaleWarning",
     "__version__",
+    "calibrate",
     "high_precision",
+    "load_calibration",
     "load_fp8_checkpoint",
     "quantize_",
     "rebuild_quantized_weight",

@@ -19,7 +19,6 @@ from .checks import (
     check_agreement,
     complain_of_nothing,
     parse_options,
-    scheme_for,
     warn_of_no_recipe,
     warn_of_unmatched,
 )
@@ -71,15 +70,18 @@ def fp8_diffusion(
     # Without a device behind them, as with fake weights, there is nothing to ask.
     asked = any(isinstance(x, Tensor) and x.is_cuda and not isinstance(x, FakeTensor) for x in example_inputs)
     given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs, strict=True)}
-    for scheme in dict.fromkeys(value.scheme for value in given.values() if isinstance(value, QuantizedWeight)):
-        check_agreement(opts, scheme)
     namer = Namer(dynamo.sources(gm), dynamo.bases(gm))
     matrices = {name: value for name, value in given.items() if isinstance(value, nn.Parameter) and is_matrix(value)}
     with LOCK:
         layers, roots = namer.find(matrices, anew=True)
-    context = Context(gm, opts, scheme_for(opts), refusal if asked else None, layers)
+    of_weights = {name: value.scheme for name, value in given.items() if isinstance(value, QuantizedWeight)}
+    entries = {name: eligible.entry_of(layers.get(name, Layer()), opts) for name in of_weights}
+    for scheme, entry in dict.fromkeys((scheme, entries[name]) for name, scheme in of_weights.items()):
+        check_agreement(opts, scheme, entry)
+    context = Context(gm, opts, refusal if asked else None, layers)
     rewritten = rewrite(context, partial(tracing.trace_graph, options=opts))
     plan = context.plan
+    eligible.check_calibrated([d.path for d in plan.quantized if d.scheme is not None and d.scheme.input_scale_missing])
     tracing.trace_plan(plan, opts)
     with LOCK:
         _complain(plan, layers.values(), roots, opts)
@@ -88,7 +90,7 @@ def fp8_diffusion(
 
     inputs = [given.get(node.name, example(node)) for node in _placeholders(rewritten)]
     compiled = compile_inner(rewritten, inputs, context)
-    if not any(d.weight is not None and (d.tracked or d.stays_by_name is not None) for d in plan.decisions):
+    if not any(d.weight is not None and (d.tracked or d.verdict is not None) for d in plan.decisions):
         return compiled  # nothing to bind, and nothing that a report could be asked for
     with LOCK:
         for root in roots:
@@ -99,23 +101,23 @@ def fp8_diffusion(
         compiled,
         gm,
         GraphRecord(plan, tuple(context.results), compile_id, _warn_of_the_last(dynamo.last_graph())),
-        context.constants,
+        context,
         arguments=list(given),
         kept_arguments=[node.name for node in _placeholders(rewritten) if node.name in given],
-        options=opts,
         namer=namer,
     )
 
 
 def _guard(gm: GraphModule, plan: Plan, given: Mapping[str, Any], options: Fp8Options) -> None:
     """Keep the graph from modules whose layers are marked otherwise."""
-    nodes = {node.name: node for node in _placeholders(gm)}
+    nodes, verdicts = {node.name: node for node in _placeholders(gm)}, marks.verdicts(options)
     for d in plan.decisions:
-        if d.weight is not None and d.stays_by_name is not None:
+        if d.weight is not None and d.verdict is not None:
             # It may bear the other mark: from another root that owns it, or if none does.
             holder, leaf = dynamo.holder(nodes[d.weight]) or (given[d.weight], "")
-            marks.put(holder, options, leaf, stays=d.stays_by_name)
-            dynamo.guard_absence(nodes[d.weight], partial(marks.name_of, options, stays=not d.stays_by_name))
+            marks.put(holder, options, leaf, d.verdict)
+            for other in verdicts - {d.verdict}:
+                dynamo.guard_absence(nodes[d.weight], partial(marks.name_of, options, verdict=other))
 
 
 def _placeholders(gm: GraphModule) -> list[torch.fx.Node]:
@@ -148,9 +150,9 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
     names = [name for tree in trees for name in tree.names]
     others = [name for tree in trees for name in tree.others]
     of_graph = [name for d in plan.decisions for name in (d.path, d.within)]
-    matched = matching(plan.ignored_layers, [*names, *others] or of_graph)
+    matched = matching(options.patterns, [*names, *others] or of_graph) | {RECOMMENDED}
     warn_of_unmatched(
-        [p for p in plan.unmatched_patterns if p not in matched],
+        {p: option for p, option in options.patterns.items() if p not in matched and p in plan.unmatched_patterns},
         names or of_graph,
         "this model" if names else "this graph",
         count=sum(tree.count for tree in trees) if names else len(plan.decisions),
@@ -158,8 +160,9 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
     )
     unnamed = [d.within or d.node for d in plan.decisions if d.reason.startswith(UNNAMED)]
     if unnamed and options.strict:
-        raise PatternError(plan.ignored_layers[0], f"nothing names the layers of {', '.join(unnamed)}")
-    if plan.quantized or (any(d.stays_by_name for d in plan.decisions) and _others_convert(trees, options)):
+        pattern, option = next(iter(options.patterns.items()))
+        raise PatternError(pattern, f"nothing names the layers of {', '.join(unnamed)}", option)
+    if plan.quantized or (any(d.verdict == marks.STAYS for d in plan.decisions) and _others_convert(trees, options)):
         return
     # Of a model that was quantized at load time, `quantize_` has said it, of the whole model.
     if options.strict or not any(layer.recorded for layer in layers):

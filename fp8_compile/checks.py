@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from .errors import NothingConvertedError, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
-from .options import COMMON, RECOMMENDED, Fp8Options, check_choice, check_inductor, expanded, inductor_settings
+from .options import COMMON, KEEP, RECOMMENDED, Fp8Options, check_choice, check_inductor, expanded, inductor_settings
 from .patterns import check_unmatched
 from .recipes import RECIPES, recipes_in, recommended
-from .schemes import DEFAULT_METHOD, Scheme, own_options, owner_of, scheme_named
+from .schemes import DEFAULT_METHOD, Scheme, own_options, owner_of, scheme_for, scheme_named
 
 
 def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | None = None) -> Fp8Options:
@@ -27,7 +27,7 @@ def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | No
 
     Raises:
         OptionError: a name or a value is not valid, or an option belongs to another method.
-        PatternError: an entry of ``ignored_layers`` is malformed.
+        PatternError: an entry of ``ignored_layers`` or ``layers`` is malformed.
     """
     if options is None:
         parsed = Fp8Options()
@@ -46,7 +46,11 @@ def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | No
 
         for name in parsed.disabled_passes:
             check_choice("disabled_passes", name, DISABLEABLE)
-    scheme_for(parsed).check_given(parsed.method_options)
+    for pattern in (None, *(p for p, entry in parsed.layers.items() if entry != KEEP)):
+        try:
+            scheme_for(parsed, pattern).check_given(parsed.asked_of(pattern)[1])
+        except OptionError as error:
+            raise error if pattern is None else type(error)(f"layers: {pattern!r}: {error}") from error
     return parsed
 
 
@@ -76,15 +80,6 @@ def _from_flat_dict(options: Mapping[str, Any]) -> Fp8Options:
     return Fp8Options(**common)
 
 
-def scheme_for(options: Fp8Options) -> Scheme:
-    """The scheme that weights get which are not quantized yet.
-
-    Raises:
-        OptionError: the method is not registered, or an option of its own is not valid.
-    """
-    return scheme_named(DEFAULT_METHOD if options.method is None else options.method, options.method_options)
-
-
 def with_recipe(options: Fp8Options, model: nn.Module, stacklevel: int) -> Fp8Options:
     """``options`` with the patterns of the recipes for ``model`` in the place of `RECOMMENDED`.
 
@@ -93,7 +88,7 @@ def with_recipe(options: Fp8Options, model: nn.Module, stacklevel: int) -> Fp8Op
     """
     if RECOMMENDED not in options.ignored_layers:
         return options
-    if not recipes_in(model):
+    if not recipes_in(model) and not recommended(model):
         warn_of_no_recipe([type(model).__name__], stacklevel=stacklevel + 1)
     return replace(options, ignored_layers=expanded(options.ignored_layers, recommended(model)))
 
@@ -101,55 +96,60 @@ def with_recipe(options: Fp8Options, model: nn.Module, stacklevel: int) -> Fp8Op
 def warn_of_no_recipe(kinds: Sequence[str], stacklevel: int) -> None:
     """Say that ``ignored_layers="recommended"`` keeps nothing in models of these classes."""
     warnings.warn(
-        f"ignored_layers: 'recommended': there is no recipe for {', '.join(kinds) or 'a function'}, so it keeps "
-        f"nothing; there are some for {', '.join(RECIPES)}",
+        f"ignored_layers: 'recommended': there is no recipe for {', '.join(kinds) or 'a function'}, and no repeated "
+        f"blocks are known, so it keeps nothing; there are recipes for {', '.join(RECIPES)}",
         UnmatchedPatternWarning,
         stacklevel=stacklevel + 1,
     )
 
 
-def check_agreement(options: Fp8Options, scheme: Scheme) -> None:
+def check_agreement(options: Fp8Options, scheme: Scheme, entry: str | None = None) -> None:
     """Refuse options that differ from those that a weight was quantized with.
 
     What was not given agrees, and so does what makes no difference to constants (``Scheme.call_options``).
+
+    Args:
+        entry: of ``layers``, that names the weight's layer.
 
     Raises:
         OptionError: names both.
     """
     remedy = "leave the option out, or load the weights anew with it"
-    if options.method not in (None, scheme.method):
-        raise OptionError(
-            f"method={options.method!r}: the weights were quantized with method={scheme.method!r}; {remedy}"
-        )
-    for name in options.method_options:
+    method, given = options.asked_of(entry)
+    if method not in (None, scheme.method):
+        raise OptionError(f"method={method!r}: the weights were quantized with method={scheme.method!r}; {remedy}")
+    for name in given:
         if name not in scheme.options:
             raise OptionError(
                 f"{name} belongs to method {owner_of(name)!r}, and the weights were quantized with {scheme.method!r}"
             )
     defaults = own_options(scheme.method)
-    own_choices = {name: value for name, value in scheme.options.items() if value != defaults[name]}
-    scheme.check_given({**own_choices, **options.method_options})
-    asked = scheme_named(scheme.method, {**scheme.options, **options.method_options})
-    for name in options.method_options:
+    own_choices = {name: value for name, value in scheme.common_options.items() if value != defaults[name]}
+    scheme.check_given({**own_choices, **given})
+    asked = scheme_named(scheme.method, {**scheme.options, **given})
+    for name in given:
         own, value = scheme.options[name], asked.options[name]
-        if name not in scheme.call_options and value != own:
+        if value != own and (name not in scheme.call_options or name not in asked.call_options):
             raise OptionError(f"{name}={value!r}: the weights were quantized with {name}={own!r}; {remedy}")
 
 
-def warn_of_unmatched(patterns: Sequence[str], paths: Sequence[str], what: str, *, count: int, stacklevel: int) -> None:
+def warn_of_unmatched(
+    patterns: Mapping[str, str], paths: Sequence[str], what: str, *, count: int, stacklevel: int
+) -> None:
     """Complain of ``patterns`` that named none of the linears at ``paths``.
 
     Args:
+        patterns: with the option that each is an entry of.
         what: where those are, for the message: "this model".
         count: how many linears these are; one may have several paths.
 
     Raises:
         PatternError: see `check_unmatched`.
     """
-    for pattern in patterns:
-        check_unmatched(pattern, paths)
+    for pattern, option in patterns.items():
+        check_unmatched(pattern, paths, option)
         warnings.warn(
-            f"ignored_layers: {pattern!r} matched none of the {count} linears of {what}",
+            f"{option}: {pattern!r} matched none of the {count} linears of {what}",
             UnmatchedPatternWarning,
             stacklevel=stacklevel + 1,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedDeviceError
-from .schemes import Call, Scheme
+from .schemes import ONES, Call, Scheme
 
 
 def check_device(device: torch.device, scheme: Scheme) -> None:
@@ -98,9 +98,11 @@ def _refusal(
         try:
             make: Callable[..., Tensor] = torch.zeros if call.reference is None else _Random(device)
             x, weight = (make(size, k, dtype=dtype, device=device) for size in (rows, n))
-            quantized = x if call.quantize is None else call.quantize(x)
+            constants = scheme.quantize_weight(weight)
+            named = {**dict(zip(scheme.specs(n, k), constants, strict=True)), ONES: torch.ones(rows, 1, device=device)}
+            quantized = x if call.quantize is None else call.quantize(x, *(named[name] for name in call.takes))
             added = make(n, dtype=dtype, device=device) if bias else None
-            operands = quantized, *scheme.quantize_weight(weight), added, dtype
+            operands = quantized, *constants, added, dtype
             assert call.linear is not None
             out = call.linear(*operands)
             if device.type == "cuda":

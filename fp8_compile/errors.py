@@ -22,10 +22,10 @@ class UnknownMethodError(OptionError):
 
 
 class PatternError(Fp8Error, ValueError):
-    """An entry of ``ignored_layers`` is malformed or misspelt, or names layers of which nothing tells the name."""
+    """An entry of ``ignored_layers`` or ``layers`` is malformed or misspelt, or names unnamed layers."""
 
-    def __init__(self, pattern: object, problem: str) -> None:
-        super().__init__(f"ignored_layers: {pattern!r}: {problem}")
+    def __init__(self, pattern: object, problem: str, option: str = "ignored_layers") -> None:
+        super().__init__(f"{option}: {pattern!r}: {problem}")
         self.pattern = pattern
 
 
@@ -78,6 +78,20 @@ class CheckpointError(Fp8Error, ValueError):
         self.tensor = tensor
 
 
+class CalibrationError(Fp8Error, ValueError):
+    """A calibration that found nothing, is of another model, cannot give scales, or cannot be read or written.
+
+    Attributes:
+        layers: paths of the layers that have no scale, where that is the reason.
+        file: what was read or written, or None.
+    """
+
+    def __init__(self, problem: str, layers: Sequence[str] = (), file: object = None) -> None:
+        super().__init__(problem if file is None else f"{file}: {problem}")
+        self.layers = tuple(layers)
+        self.file = None if file is None else str(file)
+
+
 class NothingConvertedError(Fp8Error, RuntimeError):
     """None of the linears became FP8, or at load time not all that should.
 
@@ -90,7 +104,15 @@ class NothingConvertedWarning(UserWarning):
 
 
 class UnmatchedPatternWarning(UserWarning):
-    """An entry of ``ignored_layers`` matched no linear of a model."""
+    """An entry of ``ignored_layers`` or ``layers`` matched no linear of a model."""
+
+
+class UnusedScaleWarning(UserWarning):
+    """A file has scales of activations that cannot be used with its weights."""
+
+
+class UncalibratedLayersWarning(UserWarning):
+    """Linears of a model did not run while it was calibrated: they have no static scale."""
 
 
 class RecompileLimitWarning(UserWarning):

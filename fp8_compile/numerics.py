@@ -114,6 +114,56 @@ def quantize_tensorwise(x: Tensor) -> Quantized:
     return _quantize_with(x, _amax(x, tuple(range(x.dim())), by_bits=x.device.type == "cuda").reshape(()))
 
 
+def _saturated(x: Tensor, scale: Tensor) -> Tensor:
+    """``x`` in units of ``scale``, for a cast to E4M3 that makes 448 of what is larger, and NaN of NaN and infinities.
+
+    A clamp costs twice the instructions of all the rest, so there is one only where the cast does not saturate itself.
+    """
+    values = x.float()
+    scaled = values * (1 / scale)
+    if not _cast_saturates():
+        scaled = scaled.clamp(-FP8_MAX, FP8_MAX)
+    return scaled + values * 0.0  # 0 for a finite value, else NaN
+
+
+@functools.cache
+def _cast_saturates() -> bool:
+    """Whether torch's cast makes 448 of what is larger. torch 2.11 made NaN, other than Triton's for a GPU."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with unset_fake_temporarily(), _disable_current_modes():
+        return bool(torch.tensor(2 * FP8_MAX).to(FP8_DTYPE).float() == FP8_MAX)
+
+
+def quantize_static_rowwise(x: Tensor, input_scale: Tensor, ones: Tensor) -> Quantized:
+    """Quantize an activation with a scale that was known before; for weights into whose scales that one is multiplied.
+
+    Args:
+        x: ``[..., K]``, floating point.
+        input_scale: float32 without dimensions.
+        ones: ``[R, 1]`` float32, R at least the rows of ``x``: kernels for row-wise scales take them.
+
+    Returns:
+        ``[..., K]`` float8_e4m3fn, contiguous, and ``[M, 1]`` float32, all ones.
+    """
+    values = _saturated(x, input_scale).to(FP8_DTYPE, memory_format=torch.contiguous_format)
+    return values, ones.narrow(0, 0, math.prod(x.shape[:-1]))
+
+
+def quantize_static_tensorwise(x: Tensor, input_scale: Tensor) -> Quantized:
+    """Quantize an activation with a scale that was known before.
+
+    Args:
+        x: ``[..., K]``, floating point.
+        input_scale: float32 without dimensions.
+
+    Returns:
+        ``[..., K]`` float8_e4m3fn, contiguous, and ``input_scale``.
+    """
+    return _saturated(x, input_scale).to(FP8_DTYPE, memory_format=torch.contiguous_format), input_scale
+
+
 def gelu_by_sigmoid(x: Tensor) -> Tensor:
     """GELU's approximation with tanh (Hendrycks and Gimpel, arXiv:1606.08415), written as ``x * sigmoid(2 * u)``.
 
@@ -224,9 +274,9 @@ def weight_only_linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` on a quantized weight and an activation as it is, accumulated in float32.
 
-    For so few rows that reading the weight is all that takes time. They are written as products and sums, which a
-    compiler fuses into one kernel that reads the weight as it is; a matmul, as for more rows, first writes the
-    dequantized one.
+    For so few rows that reading the weight is all that takes time. Up to `FEW_ROWS` are written as products and sums,
+    which a compiler fuses into one kernel that reads the weight as it is; for more, `dequantized_linear` first writes
+    the dequantized one, rounded to ``dtype``.
 
     Args:
         x: ``[..., K]``, floating point.
@@ -239,24 +289,62 @@ def weight_only_linear(
         ``[..., N]`` in ``dtype``.
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    few = isinstance(rows.shape[0], int) and 0 < rows.shape[0] <= FEW_ROWS
-    if few:
-        # as_strided changes nothing but that Inductor puts the rows into memory first; else it would compute what they
-        # are made of, such as a SiLU, once for each output channel, which takes longer than reading the weight.
-        rows = rows.as_strided(rows.shape, rows.stride()).float()
-        values = weight.float()
-        # A sum for each row, not one over three dimensions: sums over the same values share their loads.
-        out = torch.stack([(values * row).sum(dim=-1) for row in rows.unbind()])
-    else:
-        out = rows.float() @ weight.float().t()
-    out = out * weight_scale.reshape(-1)
+    if not (isinstance(rows.shape[0], int) and 0 < rows.shape[0] <= FEW_ROWS):
+        return dequantized_linear(x, weight, weight_scale, bias, dtype)
+    # as_strided changes nothing but that Inductor puts the rows into memory first; else it would compute what they are
+    # made of, such as a SiLU, once for each output channel, which takes longer than reading the weight.
+    rows = rows.as_strided(rows.shape, rows.stride()).float()
+    values = weight.float()
+    # A sum for each row, not one over three dimensions: sums over the same values share their loads.
+    out = torch.stack([(values * row).sum(dim=-1) for row in rows.unbind()]) * weight_scale.reshape(-1)
     if bias is not None:
         out = out + bias.float()
     out = out.to(dtype)
-    if few:
-        # Likewise stored once; else each kernel that reads it, a modulation, would round and shift it anew in each row.
-        out = out.as_strided(out.shape, out.stride())
-    return out.view(*x.shape[:-1], weight.shape[0])
+    # Likewise stored once; else each kernel that reads it, a modulation, would round and shift it anew in each row.
+    return out.as_strided(out.shape, out.stride()).view(*x.shape[:-1], weight.shape[0])
+
+
+def static_rowwise_linear(
+    x: Quantized,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    folded: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`scaled_linear` of what `quantize_static_rowwise` made.
+
+    Args:
+        folded: ``weight_scale * input_scale``, ``[N, 1]`` float32, multiplied when the weight was quantized.
+    """
+    return scaled_linear(x, weight, folded, bias, dtype)
+
+
+def static_unfused_linear(
+    x: Quantized,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    folded: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`linear_then_scale` of what `quantize_static_rowwise` made."""
+    return linear_then_scale(x, weight, folded, bias, dtype)
+
+
+def static_tensorwise_linear(
+    x: Quantized, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`scaled_linear` of what `quantize_static_tensorwise` made."""
+    return scaled_linear(x, weight, weight_scale, bias, dtype)
+
+
+def static_weight_only_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, *more: Any) -> Tensor:
+    """`weight_only_linear` on a weight with constants for static activations, which few rows do not need."""
+    *_, bias, dtype = more
+    return weight_only_linear(x, weight, weight_scale, bias, dtype)
 
 
 def dequantized_linear(

@@ -6,10 +6,15 @@ This module knows neither methods nor passes: `checks.parse_options`, at the two
 from __future__ import annotations
 
 import difflib
+import functools
+import hashlib
+import math
 import os
+import struct
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from .errors import OptionError, PatternError
@@ -17,6 +22,25 @@ from .patterns import Pattern
 
 RECOMMENDED = "recommended"
 """In ``ignored_layers``: what the recipe of the model keeps (`fp8_compile.recipes`)."""
+
+KEEP = "keep"
+"""In ``layers``: stays as it is."""
+
+DEFAULT_METHOD = "fp8"
+
+UNCALIBRATED = ("error", "dynamic")
+
+
+class Scales(dict[str, float]):
+    """Input scales by the paths of layers, and where they come from.
+
+    Attributes:
+        about: what was calibrated, for reports; empty if nobody said.
+    """
+
+    def __init__(self, scales: Mapping[str, float] = MappingProxyType({}), about: str = "") -> None:
+        super().__init__(scales)
+        self.about = about
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,11 @@ class Fp8Options:
         method_options: the method's own options that were given.
         ignored_layers: module paths that stay as they are; see `fp8_compile.patterns` for what matches. `RECOMMENDED`,
             alone or as an entry, stands for those of the model's recipe.
+        layers: what holds for single layers in the place of the options for all: by pattern, `KEEP`, or a dict of the
+            method and its own options. The first that names a layer counts.
+        activation_scales: of ``activation_scheme="static"``: what stands for a unit of each layer's activation, by the
+            layer's path, as ``calibration.scales(model)`` gives it (`fp8_compile.calibrate`).
+        uncalibrated: "error" refuses layers that are to be static and have no scale, "dynamic" leaves them dynamic.
         min_features: a linear with fewer input or output features stays as it is.
         strict: raise `NothingConvertedError` where a graph with linears would only warn that none was converted.
         inner_backend: what compiles the rewritten graph: the name of a registered backend, or a callable
@@ -45,12 +74,15 @@ class Fp8Options:
 
     Raises:
         OptionError: a value is not valid; the message says which ones are.
-        PatternError: an entry of ``ignored_layers`` is malformed.
+        PatternError: an entry of ``ignored_layers`` or ``layers`` is malformed.
     """
 
     method: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
     ignored_layers: tuple[str, ...] = ()
+    layers: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
+    activation_scales: Mapping[str, float] = field(default_factory=Scales, repr=False)
+    uncalibrated: str = "error"
     min_features: int = 256
     strict: bool = False
     inner_backend: str | Callable[..., Any] = "inductor"
@@ -68,11 +100,21 @@ class Fp8Options:
         object.__setattr__(self, "ignored_layers", tuple(given))
         for pattern in self.ignored_layers:
             Pattern(pattern)
+        self._check_layers()
         if self.method is not None and not isinstance(self.method, str):
             raise OptionError(f"method={self.method!r}: expected a name")
         for name in ("method_options", "inductor"):
             if not isinstance(getattr(self, name), Mapping):
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected a dict")
+        scales: Any = self.activation_scales
+        if not isinstance(scales, Mapping):
+            raise OptionError(
+                f"activation_scales: expected a dict of scales by the path of the layer, as calibration.scales(model) "
+                f"gives it, got {type(scales).__name__}"
+            )
+        checked = {path: check_scale(f"activation_scales: {path!r}", scale) for path, scale in scales.items()}
+        object.__setattr__(self, "activation_scales", Scales(checked, getattr(scales, "about", "")))
+        check_choice("uncalibrated", self.uncalibrated, UNCALIBRATED)
         check_count("min_features", self.min_features)
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r}: expected True or False")
@@ -86,6 +128,48 @@ class Fp8Options:
             raise OptionError(f"disabled_passes={self.disabled_passes!r}: expected a list of names")
         object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
         self._check_inner()
+
+    def _check_layers(self) -> None:
+        given: Any = self.layers
+        if not isinstance(given, Mapping):
+            raise OptionError(f"layers={given!r}: expected a dict, for example {{'img_mod': 'keep'}}")
+        for pattern, entry in given.items():
+            Pattern(pattern, "layers")
+            if pattern in self.ignored_layers:
+                raise PatternError(pattern, "is in ignored_layers, too", "layers")
+            if entry != KEEP and not (isinstance(entry, Mapping) and entry):
+                raise OptionError(f"layers: {pattern!r}: expected {KEEP!r} or a dict of options, got {entry!r}")
+        object.__setattr__(
+            self, "layers", {p: entry if isinstance(entry, str) else dict(entry) for p, entry in given.items()}
+        )
+
+    @functools.cached_property
+    def names_key(self) -> str:
+        """What tells options apart that decide otherwise by the names of layers."""
+        asked: tuple[Any, ...] = (self.ignored_layers,)
+        if self.layers or self.uncalibrated == "dynamic":
+            calibrated = sorted(self.activation_scales) if self.uncalibrated == "dynamic" else ()
+            asked += repr(self.layers), self.method, repr(self.method_options), self.uncalibrated, calibrated
+        return hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        """All entries that name layers, with the option of each."""
+        return {**dict.fromkeys(self.ignored_layers, "ignored_layers"), **dict.fromkeys(self.layers, "layers")}
+
+    def asked_of(self, pattern: str | None) -> tuple[str | None, Mapping[str, Any]]:
+        """The method, if one was given, and the options of it that hold for layers named by ``pattern``.
+
+        Args:
+            pattern: a key of ``layers`` that does not stand for `KEEP`; None for all other layers.
+        """
+        entry = None if pattern is None else self.layers[pattern]
+        if entry is None or isinstance(entry, str):
+            return self.method, self.method_options
+        method = entry.get("method", self.method)
+        own = {name: value for name, value in entry.items() if name != "method"}
+        same = (method or DEFAULT_METHOD) == (self.method or DEFAULT_METHOD)
+        return method, {**self.method_options, **own} if same else own
 
     def _check_inner(self) -> None:
         if self.inner_backend != "inductor":
@@ -118,12 +202,12 @@ class Fp8Options:
         }
 
     def of_weights(self) -> dict[str, Any]:
-        """The same, without what concerns compilation alone; of plain data, for files."""
+        """The same without what concerns compilation alone, and scales, which weights hold: plain data, for files."""
         given = self.changed()
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in given.items()
-            if name in WEIGHT_OPTIONS or name in self.method_options
+            if (name in WEIGHT_OPTIONS or name in self.method_options) and name != "activation_scales"
         }
 
 
@@ -134,7 +218,7 @@ def expanded(patterns: tuple[str, ...], keep: tuple[str, ...]) -> tuple[str, ...
     return tuple(dict.fromkeys(p for given in patterns for p in (keep if given == RECOMMENDED else (given,))))
 
 
-WEIGHT_OPTIONS = ("method", "ignored_layers", "min_features", "strict")
+WEIGHT_OPTIONS = ("method", "ignored_layers", "layers", "activation_scales", "uncalibrated", "min_features", "strict")
 """Options that concern weights, whatever the method; those of the method itself do, too."""
 
 COMMON = tuple(f.name for f in fields(Fp8Options))
@@ -151,6 +235,18 @@ def check_count(name: str, value: object) -> None:
     """Refuse what is no integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise OptionError(f"{name}={value!r}: expected an integer of at least 1")
+
+
+def check_scale(name: str, value: object) -> float:
+    """``value`` as a float32 number; refuses what is no positive finite one."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    try:
+        number: float = struct.unpack("f", struct.pack("f", value))[0] if ok else math.nan
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise OptionError(f"{name}={value!r}: expected a positive finite number in the range of float32")
+    return number
 
 
 def closest(value: object, valid: Iterable[str]) -> str:

@@ -79,27 +79,30 @@ def is_adapter(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Pattern:
-    """One entry of ``ignored_layers``.
+    """One entry of ``ignored_layers``, or of another option.
+
+    Attributes:
+        option: whose entry it is, for messages.
 
     Raises:
         PatternError: the entry is no string, empty, or an invalid regular expression.
     """
 
     text: str
+    option: str = "ignored_layers"
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not (self.text.startswith("re:") or all(self.text.split("."))):
-            raise PatternError(self.text, "expected a module path such as 'img_mlp'")
+            raise PatternError(self.text, "expected a module path such as 'img_mlp'", self.option)
         if self.text == "re:":
-            raise PatternError(self.text, "an empty expression would name every layer; '*' does")
+            raise PatternError(self.text, "an empty expression would name every layer; '*' does", self.option)
         if len(self.text) > LONGEST:
-            raise PatternError(
-                f"{self.text[:40]}...", f"has {len(self.text)} characters; at most {LONGEST} are allowed"
-            )
+            problem = f"has {len(self.text)} characters; at most {LONGEST} are allowed"
+            raise PatternError(f"{self.text[:40]}...", problem, self.option)
         try:
             _parts(self.text)
         except (re.error, OverflowError, RecursionError, MemoryError) as error:
-            raise PatternError(self.text, f"not a valid regular expression: {error}") from error
+            raise PatternError(self.text, f"not a valid regular expression: {error}", self.option) from error
 
     def matches(self, path: str) -> bool:
         """Whether this pattern names ``path``, a path as `layer_path` gives it."""
@@ -190,12 +193,13 @@ def _is_name(text: str) -> bool:
     return not (text.startswith("re:") or set(text) & set(".*?"))
 
 
-def check_unmatched(pattern: str, paths: Iterable[str]) -> None:
+def check_unmatched(pattern: str, paths: Iterable[str], option: str = "ignored_layers") -> None:
     """Refuse a pattern that is a misspelt name of a layer.
 
     Args:
         pattern: matched none of ``paths``.
         paths: of all linears of a model.
+        option: whose entry it is.
 
     Raises:
         PatternError: a segment of it looks like one of a path. Otherwise the function returns: the pattern may well be
@@ -207,7 +211,7 @@ def check_unmatched(pattern: str, paths: Iterable[str]) -> None:
     for segment in pattern.split("."):
         near = _near_name(segment, known)
         if near is not None:
-            raise PatternError(pattern, f"no layer has a segment {segment!r}; did you mean {near!r}?")
+            raise PatternError(pattern, f"no layer has a segment {segment!r}; did you mean {near!r}?", option)
 
 
 def _near_name(segment: str, known: Sequence[str]) -> str | None:

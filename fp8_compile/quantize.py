@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_agreement, complain_of_nothing, parse_options, scheme_for, warn_of_unmatched, with_recipe
+from .checks import check_agreement, complain_of_nothing, parse_options, warn_of_unmatched, with_recipe
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
-from .options import Fp8Options
+from .options import KEEP, Fp8Options
 from .patterns import Pattern, is_adapter, join, layer_path, matching
 from .runtime.binder import forget_bindings
 from .runtime.constants import forget_weights
-from .schemes import Scheme, finite
+from .schemes import Scheme, finite, scheme_for
 from .weights import eligible, lora, marks
 from .weights.eligible import Candidate
 from .weights.layers import Tree, all_parameters, forget_trees, is_matrix
@@ -28,6 +28,7 @@ from .weights.records import (
     Record,
     delete_records,
     ignored_by,
+    kept_by_plan,
     note_kept,
     record_of,
     write_record,
@@ -64,8 +65,8 @@ def quantize_(
     Raises:
         TypeError: ``model`` is no module.
         OptionError: an option is invalid, or cannot be served at load time: ``small_m="keep"``.
-        PatternError: an entry of ``ignored_layers`` is malformed or misspelt, or names only layers that are in FP8
-            already; nothing has been converted.
+        PatternError: an entry of ``ignored_layers`` or ``layers`` is malformed or misspelt, or names only layers that
+            are in FP8 already; nothing has been converted.
         UnsupportedDeviceError: ``device`` cannot run the method; nothing has been converted.
         NothingConvertedError: under ``strict``, but not where layers are in FP8 from an earlier call.
         NonFiniteWeightError: weights hold NaN or Inf. It names all of them; they stay, and the others are converted.
@@ -74,9 +75,10 @@ def quantize_(
         raise TypeError(f"expected a torch.nn.Module, for example pipeline.transformer, got {type(model).__name__}")
     options = with_recipe(parse_options(options), model, stacklevel=2)
     target = None if device is None else torch.device(device)
-    if target is not None:
-        check_device(target, scheme_at_load(options))
     choices = choose(model, options)
+    if target is not None:
+        for scheme in dict.fromkeys(choice.scheme for choice in choices if choice.reason is None):
+            check_device(target, scheme)
     prequantized = _prequantized(model)
     check_choices(choices, options, prequantized)
     some = bool(prequantized) or any(choice.reason is None for choice in choices)
@@ -97,9 +99,8 @@ def convert(
         NonFiniteWeightError: see `quantize_`.
     """
     broken = []
-    scheme = scheme_at_load(options)
     for choice in _progress([c for c in choices if c.reason is None], "Quantizing to FP8"):
-        made = quantized(choice.weight, scheme, target)
+        made = quantized(choice.weight, choice.scheme, target)
         if made is None:
             broken.append(choice.paths[0])
             choice.reason = "NaN or Inf in the weight"
@@ -134,7 +135,8 @@ class Choice:
     Attributes:
         paths: of these linears, as `layer_path` gives them.
         reason: why it is kept; None if it becomes FP8.
-        pattern: the entry of ``ignored_layers`` that names it.
+        scheme: that it gets then.
+        pattern: the entry of ``ignored_layers``, or of ``layers``, that lets it stay.
         names: all that an entry may match.
     """
 
@@ -142,6 +144,7 @@ class Choice:
     modules: list[nn.Module]
     paths: list[str]
     reason: str | None
+    scheme: Scheme
     pattern: str | None
     names: tuple[str, ...]
 
@@ -152,28 +155,30 @@ class Choice:
             module._parameters["weight"] = parameter  # type: ignore[assignment]
 
 
-LASTING = (ignored_by(""), "refilled by ")
+LASTING = (ignored_by(""), kept_by_plan("").partition(" ")[0], "refilled by ")
 """How reasons begin that hold against a second conversion, which otherwise decides on what the first has left."""
 
 
-def scheme_at_load(options: Fp8Options) -> Scheme:
-    """The scheme whose constants parameters shall hold.
+def check_at_load(options: Fp8Options) -> None:
+    """Refuse options that cannot be served before a graph is seen.
 
     Raises:
-        OptionError: an option cannot be served before a graph is seen.
+        OptionError: names the option.
     """
-    scheme = scheme_for(options)
-    scheme.check_at_load()
-    return scheme
+    for pattern in (None, *(p for p, entry in options.layers.items() if entry != KEEP)):
+        scheme_for(options, pattern).check_at_load()
 
 
 def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     """Decide on the weights of all linears of ``model`` that are no adapters and not in FP8 yet.
 
     Raises:
-        OptionError: see `scheme_at_load`.
+        OptionError: see `check_at_load`.
+        PatternError: a layer is named by ``ignored_layers`` and by ``layers``.
     """
-    scheme = scheme_at_load(options)
+    check_at_load(options)
+    missing = []
+    schemes: dict[Any, Scheme] = {}  # one object where that is possible: guards compare it at every call
     owners: dict[int, dict[tuple[int, str], str]] = {}  # a module that has two paths is one
     for path, module, leaf, parameter in all_parameters(model):
         owners.setdefault(id(parameter), {}).setdefault((id(module), leaf), join(path, leaf))
@@ -194,16 +199,21 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         pattern = eligible.pattern_of(layer, options)
         adopted = adopt(weight)
         if adopted is not None and pattern is None:
-            check_agreement(options, adopted.scheme)
+            check_agreement(options, adopted.scheme, eligible.entry_of(layer, options))
         written = eligible.read_by(handed_over[id(module)]) if id(module) in handed_over else None
         features = module.in_features, module.out_features
         candidate = Candidate(weight if adopted is None else adopted, layer, features, written=written)
-        reason = eligible.reason(candidate, options, scheme if adopted is None else adopted.scheme)
-        choices[id(weight)] = Choice(weight, [module], [path], reason, pattern, layer.names)
+        scheme = eligible.scheme_of(layer, options) if adopted is None else adopted.scheme
+        scheme = schemes.setdefault((scheme, scheme.constants_key()), scheme)
+        reason = eligible.reason(candidate, options, scheme)
+        choices[id(weight)] = Choice(weight, [module], [path], reason, scheme, pattern, layer.names)
     for key, choice in choices.items():
         if choice.reason is None and len(choice.modules) < len(owners[key]):
             others = [n for n in owners[key].values() if layer_path(n.rpartition(".")[0]) not in choice.paths]
             choice.reason = f"weight is shared with {', '.join(others)}"
+        if choice.reason is None and choice.scheme.input_scale_missing:
+            missing += choice.paths
+    eligible.check_calibrated(missing)
     return list(choices.values())
 
 
@@ -224,12 +234,12 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
     """
     paths = [path for choice in choices for path in choice.paths]
     unmatched = _unmatched_of(choices, options)
-    for pattern in options.ignored_layers:
+    for pattern, option in options.patterns.items():
         late = list(filter(Pattern(pattern).matches, prequantized))
         if late and pattern in unmatched:
-            raise PatternError(pattern, f"names {late[0]}, which is in FP8 already; load the model anew")
+            raise PatternError(pattern, f"names {late[0]}, which is in FP8 already; load the model anew", option)
         if late:
-            message = f"ignored_layers: {pattern!r} names {late[0]} too, which is in FP8 already and stays so"
+            message = f"{option}: {pattern!r} names {late[0]} too, which is in FP8 already and stays so"
             warnings.warn(message, UnmatchedPatternWarning, stacklevel=4)
     linears = [*paths, *prequantized]
     warn_of_unmatched(unmatched, linears, "this model", count=len(linears), stacklevel=4)
@@ -246,9 +256,10 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
         )
 
 
-def _unmatched_of(choices: Sequence[Choice], options: Fp8Options) -> tuple[str, ...]:
-    matched = matching(options.ignored_layers, (name for choice in choices for name in choice.names))
-    return tuple(pattern for pattern in options.ignored_layers if pattern not in matched)
+def _unmatched_of(choices: Sequence[Choice], options: Fp8Options) -> dict[str, str]:
+    """The entries that name none of these linears, with the option of each."""
+    matched = matching(options.patterns, (name for choice in choices for name in choice.names))
+    return {pattern: option for pattern, option in options.patterns.items() if pattern not in matched}
 
 
 def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -> None:
@@ -270,8 +281,10 @@ def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -
     for path, module, leaf, parameter in all_parameters(model):
         if is_matrix(parameter) and not (isinstance(module, nn.Linear) and leaf == "weight") and not is_adapter(path):
             note_kept(module, leaf, NOT_A_LINEAR)
-    unmatched = tuple(dict.fromkeys((*unmatched, *_unmatched_of(choices, options))))
-    write_record(model, Record(_all_asked(model, options).of_weights(), kept, unmatched))
+    matched = matching(options.patterns, Tree(model).names)  # what files hold in FP8 is no choice any more
+    unmatched = tuple(dict.fromkeys((*unmatched, *(p for p in options.patterns if p not in matched))))
+    about = getattr(options.activation_scales, "about", "") or ("" if earlier is None else earlier.calibrated)
+    write_record(model, Record(_all_asked(model, options).of_weights(), kept, unmatched, about))
     _decide_anew(model)
 
 
@@ -279,7 +292,12 @@ def _all_asked(model: nn.Module, options: Fp8Options) -> Fp8Options:
     """``options``, with the patterns of earlier conversions of ``model``."""
     earlier = record_of(model)
     patterns = () if earlier is None else earlier.options.get("ignored_layers", ())
-    return replace(options, ignored_layers=tuple(dict.fromkeys((*patterns, *options.ignored_layers))))
+    layers = {} if earlier is None else earlier.options.get("layers", {})
+    return replace(
+        options,
+        ignored_layers=tuple(dict.fromkeys((*patterns, *options.ignored_layers))),
+        layers={**layers, **options.layers},
+    )
 
 
 def dequantize(model: nn.Module) -> None:

@@ -57,10 +57,12 @@ class Report:
 
     Attributes:
         layers: a row per linear of the model, and one per stack of experts.
-        unmatched_patterns: entries of ``ignored_layers`` that named no linear in any graph of the model.
+        unmatched_patterns: entries of ``ignored_layers`` and ``layers`` that named no linear in any graph of the model.
         graphs: identifiers of the compilations that ran with the model's weights, in their order.
         passes: what each pass did to each of these graphs, by its identifier.
         extra_bytes: FP8 constants held beside the model's own weights.
+        calibrated: where static input scales come from: algorithm, model, steps, sizes, date. Of weights from a file,
+            nobody knows.
     """
 
     layers: tuple[LayerReport, ...]
@@ -68,6 +70,7 @@ class Report:
     graphs: tuple[str, ...]
     passes: dict[str, tuple[PassResult, ...]]
     extra_bytes: int
+    calibrated: tuple[str, ...] = ()
 
     @property
     def totals(self) -> dict[str, int]:
@@ -81,13 +84,14 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data: ``layers``, ``totals``, ``unmatched_patterns``, ``graphs``, ``passes``."""
+        """The report as plain data: the attributes, and ``totals``."""
         return {
             "layers": [asdict(row) for row in self.layers],
             "totals": self.totals,
             "unmatched_patterns": list(self.unmatched_patterns),
             "graphs": list(self.graphs),
             "passes": {graph: [asdict(result) for result in results] for graph, results in self.passes.items()},
+            "calibrated": list(self.calibrated),
         }
 
     def __str__(self) -> str:
@@ -104,7 +108,8 @@ class Report:
             f"{totals['extra_bytes'] / 1e6:.1f} MB beside the model; {len(self.graphs)} graph(s) compiled"
         )
         lines.extend(_of_passes(self.passes))
-        lines.extend(f"ignored_layers: {pattern!r} matched nothing" for pattern in self.unmatched_patterns)
+        lines.extend(f"static input scales: {text}" for text in self.calibrated)
+        lines.extend(f"pattern {pattern!r} matched nothing" for pattern in self.unmatched_patterns)
         return "\n".join(lines)
 
 
@@ -156,6 +161,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         _put(rows, row)
     limits = ", ".join(dict.fromkeys(record.last for record in ordered if record.last))
     rows = [replace(r, reason=f"{r.reason}; {limits}") if limits and r.reason == NOT_COMPILED else r for r in rows]
+    calibrated = [found.calibrated for found in asked]
     at_load = [pattern for found in asked for pattern in found.unmatched]
     unmatched = tuple(dict.fromkeys([*at_load, *_unmatched(ordered, tree)]))
     return Report(
@@ -164,6 +170,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         tuple(record.compile_id for record in ordered),
         {record.compile_id: tuple(record.passes) for record in ordered},
         extra,
+        tuple(dict.fromkeys(text for text in (*calibrated, *(r.plan.calibrated for r in ordered)) if text)),
     )
 
 
@@ -258,7 +265,7 @@ def _without_parameter(records: Sequence[GraphRecord]) -> Iterator[LayerReport]:
 
 
 def _unmatched(records: Sequence[GraphRecord], tree: Tree) -> tuple[str, ...]:
-    given = dict.fromkeys(p for record in records for p in record.plan.ignored_layers)
+    given = dict.fromkeys(p for record in records for p in record.plan.patterns)
     matched = {d.pattern for record in records for d in record.plan.decisions} | matching(given, tree.names)
     if tree.has_recipe:
         matched.add(RECOMMENDED)

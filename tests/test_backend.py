@@ -495,7 +495,7 @@ def test_a_weight_used_with_few_and_with_many_rows_is_quantized_once() -> None:
     m = nn.Linear(WIDTH, WIDTH).bfloat16()
     run = torch.compile(m, backend="fp8_diffusion", fullgraph=True, dynamic=False, options=OPTIONS)
     run(torch.randn(1, WIDTH, dtype=torch.bfloat16))
-    run(torch.randn(32, WIDTH, dtype=torch.bfloat16))
+    run(torch.randn(64, WIDTH, dtype=torch.bfloat16))
     (row,) = fp8_compile.report(m).layers
     assert row.scheme == "fp8-weight-only+fp8-row"
     assert fp8_compile.report(m).extra_bytes == WIDTH * WIDTH + 4 * WIDTH

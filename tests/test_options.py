@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fp8_compile import Fp8Error, Fp8Options, OptionError, PatternError
-from fp8_compile.checks import check_agreement, parse_options, scheme_for
+from fp8_compile.checks import check_agreement, parse_options
+from fp8_compile.schemes import scheme_for
 from fp8_compile.schemes.few_rows import SMALL_M
 from fp8_compile.schemes.fp8 import GRANULARITIES, Fp8
 
@@ -17,6 +18,9 @@ def test_defaults() -> None:
         "method": None,
         "method_options": {},
         "ignored_layers": (),
+        "layers": {},
+        "activation_scales": {},
+        "uncalibrated": "error",
         "min_features": 256,
         "strict": False,
         "inner_backend": "inductor",
@@ -31,6 +35,7 @@ def test_defaults() -> None:
         "weight_block_size": None,
         "min_m": 8,
         "small_m": "weight-only",
+        "input_scale": None,
     }
 
 
@@ -97,7 +102,6 @@ def test_ignored_layers_becomes_a_tuple(value: Any) -> None:
         ("granularity", "rows", "granularity='rows' is not valid, did you mean 'row'?; valid: row, tensor"),
         ("granularity", "block", "granularity='block' is not valid; valid: row, tensor"),
         ("granularity", None, "granularity=None is not valid; valid: row, tensor"),
-        ("activation_scheme", "static", "activation_scheme='static' is not available yet; use 'dynamic' or"),
         ("activation_scheme", "dynamc", "activation_scheme='dynamc' is not valid, did you mean 'dynamic'?"),
         ("activation_scheme", None, "activation_scheme=None is not valid"),
         *(

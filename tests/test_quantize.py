@@ -169,7 +169,7 @@ def test_compiling_with_another_granularity_than_the_weights_have_is_an_error() 
     assert {row.scheme for row in fp8_compile.report(other).layers} == {"fp8-tensor"}
     for given, message in (
         ({"granularity": "row"}, r"granularity='row': .* granularity='tensor'"),  # a default that is given asks for it
-        ({"activation_scheme": "static"}, r"activation_scheme='static' is not available"),
+        ({"activation_scheme": "static"}, r"activation_scheme='static': .* activation_scheme='dynamic'"),
     ):
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
             torch.compile(other, backend="fp8_diffusion", options={**COMPILE, **given})(x)

@@ -209,11 +209,50 @@ def test_a_model_without_a_recipe_is_a_warning(way: str) -> None:
             model.compile(backend="fp8_diffusion", options=COMPILED)
             model(torch.randn(16, WIDTH).bfloat16())
 
-    with torch.no_grad(), pytest.warns(UnmatchedPatternWarning, match="no recipe for Model, so it keeps nothing"):
+    with (
+        torch.no_grad(),
+        pytest.warns(UnmatchedPatternWarning, match="no recipe for Model, and no repeated blocks are known"),
+    ):
         convert()
     report = fp8_compile.report(model)
     assert report.totals["quantized"] > 0
     assert report.unmatched_patterns == (("recommended",) if way == "compile" else ())
+
+
+class Framed(nn.Module):
+    """A model that diffusers would compile block by block, and of which no recipe speaks."""
+
+    _repeated_blocks = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_in, self.proj_out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.inner = Model(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj_out(self.inner(self.proj_in(x)))
+
+
+@pytest.mark.parametrize("way", ["whole", "wrapped", "load"])
+def test_without_a_recipe_what_is_outside_of_the_blocks_is_kept(way: str) -> None:
+    torch._dynamo.reset()
+    model = Framed().bfloat16().eval()
+    run: Any = nn.Sequential(model) if way == "wrapped" else model
+    if way == "load":
+        assert recommended(model) == ("re:^proj_in$", "re:^proj_out$")
+        fp8_compile.quantize_(model, OPTIONS)
+    else:
+        run.compile(backend="fp8_diffusion", options=COMPILED)
+    with torch.no_grad():
+        run(torch.randn(1, 16, WIDTH).bfloat16())
+    found = fp8_compile.report(model)
+    assert kept(model) == {"proj_in", "proj_out"}
+    assert found.totals["quantized"] == 8
+    assert found.unmatched_patterns == ()
+    if way != "load":
+        assert {row.reason for row in found.layers if row.reason} == {
+            "ignored_layers: recommended: outside of the repeated blocks"
+        }
 
 
 def test_a_recipe_that_keeps_nothing_is_no_warning() -> None:

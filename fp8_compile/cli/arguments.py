@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+import re
+import tomllib
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,7 +40,7 @@ IgnoredLayers = Annotated[
     list[str] | None,
     typer.Option(
         help="Layers that stay as they are; repeat it, or separate patterns by commas. Default: those of the "
-        "model's recipe, if the weights are not quantized yet; none: convert all."
+        "model's recipe, if the weights are not quantized yet and --layers is not given; none: convert all."
     ),
 ]
 
@@ -72,6 +76,15 @@ class CompileSettings:
     small_m: Annotated[str | None, typer.Option(help="Layers that see few rows: weight-only (default), or keep.")] = (
         None
     )
+    weight_block_size: Annotated[
+        str | None, typer.Option(help="A scale for each block of a weight: 128x128 or 1x128. Default: one per row.")
+    ] = None
+    activation_scheme: Annotated[
+        str | None, typer.Option(help="Scales of activations: dynamic (default), static (calibrated), or none.")
+    ] = None
+    layers: Annotated[
+        Path | None, typer.Option(help="What holds for single layers: a JSON or TOML file, such as search writes.")
+    ] = None
     inner_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph, and the BF16 twin.")] = (
         "inductor"
     )
@@ -93,6 +106,9 @@ class CompileSettings:
             "method": self.quantization,
             "granularity": self.granularity,
             "small_m": self.small_m,
+            "weight_block_size": _block_size(self.weight_block_size),
+            "activation_scheme": self.activation_scheme,
+            "layers": _plan(self.layers),
             "mode": self.compile_mode,
         }
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -174,6 +190,25 @@ class MeasureSettings(Settings):
         call = session.arguments(**self.call())
         session.check_call(prompt=self.prompts[0], **call)
         return session, call
+
+
+def _block_size(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        fail(f"--weight-block-size {text!r}: expected ROWSxCOLUMNS, for example 128x128")
+    return [int(found[1]), int(found[2])]
+
+
+def _plan(path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        text = path.read_text("utf-8")
+        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        fail(f"--layers {path}: cannot be read as {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}")
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

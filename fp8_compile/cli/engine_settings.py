@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from ..pipelines.session import Session
 
 
+QUANTIZING = (
+    "quantization",
+    "ignored_layers",
+    "layers",
+    "granularity",
+    "small_m",
+    "weight_block_size",
+    "activation_scheme",
+)
+
+
 @dataclass(frozen=True)
 class EngineSettings(CompileSettings):
     """Options of the engine: what it loads, draws first, and may be asked for."""
@@ -46,8 +57,11 @@ class EngineSettings(CompileSettings):
             PatternError: an entry of ``ignored_layers`` is malformed.
         """
         if self.no_quantization:
-            check_no_quantization(context, ("quantization", "ignored_layers", "granularity", "small_m"))
+            check_no_quantization(context, QUANTIZING)
+        if self.activation_scheme == "static":
+            fail("--activation-scheme static: this command takes no scales; serve weights that were saved with theirs")
         patterns, chosen = parse_patterns(self.ignored_layers)
+        chosen = chosen or self.layers is not None
         options = self.options(patterns if chosen else default_patterns(model))
         adapters = _loras(self.lora)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..options import KEEP
 from .arguments import MeasureSettings, with_options
 from .messages import check_folder, errors_as_messages, fail, tell
 
@@ -69,7 +71,9 @@ def search(
     typer.echo(search_page.paste(result))
     typer.echo(search_page.how_to_use(result))
     (output / "search.html").write_text(search_page.html(made, result), encoding="utf-8")
-    typer.echo(f"wrote {output / 'search'}.{{json,html}}")
+    plan = {pattern: KEEP for patterns in result.patterns.values() for pattern in patterns}
+    (output / "layers.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    typer.echo(f"wrote {output / 'search'}.{{json,html}}, and {output / 'layers.json'} for --layers")
 
 
 def _bound(metric: str, max_loss: float | None, min_quality: float | None, statistic: str) -> Bound:

@@ -25,6 +25,19 @@ if TYPE_CHECKING:
     from ..report import Report
 
 
+QUANTIZING = (
+    "quantization",
+    "ignored_layers",
+    "layers",
+    "granularity",
+    "small_m",
+    "weight_block_size",
+    "activation_scheme",
+    "activation_scales",
+    "show_layers",
+)
+
+
 @with_options
 @errors_as_messages()
 def text_to_image(
@@ -35,14 +48,18 @@ def text_to_image(
     seed: Seed = 0,
     no_quantization: NoQuantization = False,
     ignored_layers: IgnoredLayers = None,
+    activation_scales: Annotated[
+        Path | None, typer.Option(help="Of static activations: a file that a calibration was saved to.")
+    ] = None,
     whole: Whole = False,
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
 ) -> None:
     """Draw one picture from a text."""
     if no_quantization:
-        check_no_quantization(context, ("quantization", "ignored_layers", "granularity", "small_m", "show_layers"))
+        check_no_quantization(context, QUANTIZING)
     check_picture(output)
 
+    from ..calibration import load_calibration
     from ..pipelines.session import Session
     from ..pipelines.step_clock import StepClock
 
@@ -53,9 +70,9 @@ def text_to_image(
     if no_quantization:
         session.compile_unquantized(settings.inner_backend, settings.compile_mode, whole)
     else:
-        if not chosen:
+        if not chosen and settings.layers is None:
             options |= _recommended(session)
-        session.compile(options, whole)
+        session.compile(options, whole, None if activation_scales is None else load_calibration(activation_scales))
     with StepClock(session.device) as clock:
         image = session.call(seed, callback_on_step_end=clock.step, **arguments).images[0]
     reports = {} if no_quantization else session.reports()
@@ -67,18 +84,20 @@ def text_to_image(
 def _recommended(session: Session) -> dict[str, Any]:
     """What is kept where nothing is said; none of a pipeline of the package, which was measured without."""
     from ..embedded import embedded_name
+    from ..options import RECOMMENDED
     from ..pipelines.denoisers import has_fp8_weights
-    from ..recipes import recommended
+    from ..recipes import recipe_of, recommended
 
     denoisers = session.denoisers.values()
     if embedded_name(session.model) is not None or any(map(has_fp8_weights, denoisers)):
         return {}
-    keep = {type(module).__name__: recommended(module) for module in denoisers}
-    for name, patterns in keep.items():
-        if patterns:
+    for module in {type(module): module for module in denoisers}.values():
+        name, patterns = type(module).__name__, recommended(module)
+        if recipe_of(module) is None and patterns:
+            tell(f"{name}: keeps what is outside of its repeated blocks; --ignored-layers none converts everything")
+        elif patterns:
             tell(f"{name}: keeps {', '.join(patterns)}, as others recommend; --ignored-layers none converts everything")
-    # Of all denoisers, since one dict of options is for all of them.
-    return {"ignored_layers": list(dict.fromkeys(p for patterns in keep.values() for p in patterns))}
+    return {"ignored_layers": [RECOMMENDED]} if any(map(recommended, denoisers)) else {}
 
 
 def _print_summary(reports: dict[str, Report], clock: StepClock, show_layers: bool) -> None:
@@ -91,7 +110,7 @@ def _print_summary(reports: dict[str, Report], clock: StepClock, show_layers: bo
             f"weights {totals['bytes_before'] / 1e6:.1f} MB -> {totals['bytes_after'] / 1e6:.1f} MB"
         )
         for pattern in found.unmatched_patterns:
-            typer.secho(f"{name}: ignored_layers {pattern!r} matched nothing", fg="yellow")
+            typer.secho(f"{name}: pattern {pattern!r} matched nothing", fg="yellow")
     if not reports:
         typer.echo("unquantized")
     per_step = clock.seconds_per_step

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import quantize
-from ..errors import CheckpointError, NothingConvertedWarning, QuantizedWeightError
-from ..options import Fp8Options
+from ..errors import CheckpointError, NothingConvertedWarning, QuantizedWeightError, UnusedScaleWarning
+from ..options import Fp8Options, check_choice
 from ..patterns import join as join_path
 from ..quantize import choose, remember
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
+from ..schemes.fp8 import INPUT_SCALE
 from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .files import write_tensors
+from .formats import COMFY_FORMAT, FORMATS, tensors_of
 
 Where = Callable[[str], Sequence[Any]]
 """Which files hold the tensor of a name, for errors."""
@@ -43,31 +45,59 @@ TIED = "fp8_compile_tied"
 # https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/finegrained_fp8.py
 _SCALES = {"weight_scale": "_scale", "scale_weight": "_scale", "weight_scale_inv": "_scale"}
 
-# What such files hold besides: scales of activations, which are computed from their values here, and a mark.
-_UNUSED = ("input_scale", "scale_input", "activation_scale", "scaled_fp8")
+# The same of the static scale of the layer's activation.
+_INPUT_SCALES = ("input_scale", "scale_input", "activation_scale")
+
+# A mark that such files hold besides.
+_MARK = "scaled_fp8"
 
 # ComfyUI says so, as JSON, in a tensor beside each weight, or of all of them in the file's metadata.
 # https://github.com/comfyanonymous/ComfyUI/blob/master/QUANTIZATION.md
-_COMFY_ENTRY, _COMFY_METADATA, _COMFY_FORMATS = "comfy_quant", "_quantization_metadata", ("float8_e4m3fn",)
+_COMFY_ENTRY, _COMFY_METADATA = "comfy_quant", "_quantization_metadata"
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What ComfyUI's files put before the names of a model."""
 
 
-def split(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+OWN = "fp8_compile"
+"""The format of files that hold any scheme, and name it in their metadata."""
+
+
+def split(state_dict: Mapping[str, Any], format: str = OWN) -> dict[str, Any]:
     """``state_dict`` with plain tensors only: each constant under the weight's name and the suffix of its scheme.
 
     A weight that is under several names gets constants of its own under each: any reader finds them.
+
+    Raises:
+        QuantizedWeightError: another ``format`` (`formats`) has no such weight. It names it.
     """
     plain: dict[str, Any] = {}
     repeated = {name for names in _tied(state_dict) for name in names[1:]}
     for name, value in state_dict.items():
         if isinstance(value, QuantizedWeight):
-            for suffix, constant in zip(value.scheme.suffixes(), value.constants, strict=True):
-                plain[f"{name}{suffix}"] = constant.clone() if name in repeated else constant
+            for suffix, constant in _constants(name, value, format):
+                plain[constant_name(name, suffix)] = constant.clone() if name in repeated else constant
         else:
             plain[name] = value
     return plain
+
+
+def _constants(name: str, weight: QuantizedWeight, format: str) -> Iterator[tuple[str, Tensor]]:
+    """What a file has of ``weight``, by suffix."""
+    if format == OWN:
+        for suffix, constant in zip(weight.scheme.suffixes(), weight.constants, strict=True):
+            if suffix is not None:
+                yield suffix, constant
+        return
+    try:
+        yield from tensors_of(weight, format).items()
+    except QuantizedWeightError as error:
+        raise QuantizedWeightError(f"{name!r} {error}") from error
+
+
+def constant_name(weight: str, suffix: str) -> str:
+    """Under which name a file has the constant of a weight, by what `Scheme.suffixes` says of it."""
+    return f"{weight.rpartition('.')[0]}{suffix}".lstrip(".") if suffix.startswith(".") else f"{weight}{suffix}"
 
 
 def _tied(state_dict: Mapping[str, Any]) -> list[list[str]]:
@@ -87,7 +117,7 @@ def metadata_of(state_dict: Mapping[str, Any]) -> dict[str, str]:
             schemes.setdefault(value.scheme, []).append(name)
     if not schemes:
         return {}
-    rows = [{"method": s.method, "options": s.options, "weights": names} for s, names in schemes.items()]
+    rows = [{"method": s.method, "options": s.common_options, "weights": names} for s, names in schemes.items()]
     tied = _tied(state_dict)
     return {METADATA: json.dumps(rows), **({TIED: json.dumps(tied)} if tied else {})}
 
@@ -156,11 +186,13 @@ def tied_in(files: Iterable[Any]) -> list[list[str]]:
 
 def _readable(entry: Any) -> bool:
     """Whether ComfyUI's ``entry`` for a layer names a format that its tensors here are read in."""
-    return isinstance(entry, dict) and entry.get("format") in _COMFY_FORMATS
+    return isinstance(entry, dict) and entry.get("format") == COMFY_FORMAT
 
 
 def _unreadable(entry: Any) -> str:
-    return f"{entry!r}: only {', '.join(_COMFY_FORMATS)} can be read"
+    rotated = isinstance(entry, dict) and str(entry.get("format")).startswith("int8")
+    remedy = "; of the weights that it was made from, method='int8' makes its like" if rotated else ""
+    return f"{entry!r}: only {COMFY_FORMAT} can be read{remedy}"
 
 
 class Names:
@@ -170,14 +202,36 @@ class Names:
         schemes: of the weights, by name, as the files' metadata has them.
         default: of the others.
         own: names that are the model's own, whatever they look like.
+        given: names of all tensors: of weights that no metadata names, these say whether they have an input scale.
+        input_scales: use those; else they are nothing, and activations are quantized by their own values.
     """
 
-    def __init__(self, schemes: Mapping[str, Scheme], default: Scheme, own: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        schemes: Mapping[str, Scheme],
+        default: Scheme,
+        own: Iterable[str] = (),
+        given: Iterable[str] = (),
+        input_scales: bool = True,
+    ) -> None:
+        if not input_scales:
+            schemes = {w: s.with_input_scale(None) if INPUT_SCALE in s.suffixes() else s for w, s in schemes.items()}
         self.schemes, self.default, self.own = schemes, default, frozenset(own)
-        self._constants = {f"{w}{suffix}": (w, suffix) for w, s in schemes.items() for suffix in s.suffixes()[1:]}
-        self._leaves = {f"weight{suffix}": suffix for suffix in default.suffixes()[1:]}
+        self._constants = {
+            constant_name(weight, suffix): (weight, suffix)
+            for weight, scheme in schemes.items()
+            for suffix in scheme.suffixes()[1:]
+            if suffix is not None
+        }
+        self._leaves = {constant_name("weight", suffix): suffix for suffix in default.suffixes()[1:] if suffix}
         if default.method == DEFAULT_METHOD:
             self._leaves |= _SCALES
+        self._static: dict[str, str] = {}  # the weight of each input scale that no metadata names
+        scaled = {of[0] for name in given if (of := self.constant(name)) is not None}
+        for name in given if input_scales else ():
+            path, _, leaf = name.rpartition(".")
+            if leaf in _INPUT_SCALES and name not in self.own and (weight := join_path(path, "weight")) in scaled:
+                self._static[name] = weight
 
     def constant(self, name: str) -> tuple[str, str] | None:
         """Of which weight the tensor ``name`` is another constant, and the suffix of that; or None."""
@@ -186,11 +240,18 @@ class Names:
         for leaf, suffix in self._leaves.items():
             if name not in self.own and f".{name}".endswith(f".{leaf}"):
                 return f"{name.removesuffix(leaf)}weight", suffix
-        return None
+        return (self._static[name], INPUT_SCALE) if name in self._static else None
+
+    def needed(self, weight: str, scheme: Scheme) -> set[str]:
+        """The suffixes of the constants that files have of ``weight``."""
+        own = {suffix for suffix in scheme.suffixes() if suffix is not None}
+        return own | {INPUT_SCALE} if weight in self._static.values() else own
 
     def is_mark(self, name: str) -> bool:
         """Whether nothing is made of the tensor ``name``."""
-        return name not in self.own and name.rpartition(".")[2] in (*_UNUSED, _COMFY_ENTRY)
+        leaf = name.rpartition(".")[2]
+        unused = leaf in (_MARK, _COMFY_ENTRY) or (leaf in _INPUT_SCALES and self.constant(name) is None)
+        return name not in self.own and unused
 
     def scheme(self, name: str, value: Tensor) -> Scheme | None:
         """The scheme of the weight whose values are ``value``, or None if their dtype is not that of quantized ones."""
@@ -209,6 +270,9 @@ def join(
 
     Returns:
         The state dict with `QuantizedWeight`s and without marks, and the tensors whose other parts are not in it.
+
+    Warns:
+        UnusedScaleWarning: a scale of activations is of no use with its weight.
 
     Raises:
         CheckpointError: values or scales are not what they should be, or do not fit together.
@@ -233,6 +297,7 @@ def join(
                 raise CheckpointError(problem, where(name), name)
             others[suffix] = name
     parts: dict[str, Tensor] = {}
+    unused = []
     for weight, of_weight in weights.items():
         tensors = {suffix: state_dict[name] for suffix, name in of_weight.items()}
         if "" not in tensors and weight in state_dict:
@@ -240,10 +305,20 @@ def join(
             problem = f"tensor {name!r} is a scale without FP8 values: {weight!r} holds {given}"
             raise CheckpointError(problem, where(name), name)
         scheme = names.scheme(weight, tensors[""]) if "" in tensors else None
-        if scheme is not None and tensors.keys() >= set(scheme.suffixes()):
-            joined[weight] = _weight(scheme, tensors, dtype_of(weight), where, of_weight)
+        if scheme is not None and tensors.keys() >= names.needed(weight, scheme):
+            joined[weight] = made = _weight(scheme, tensors, dtype_of(weight), where, of_weight)
+            if INPUT_SCALE in tensors and INPUT_SCALE not in made.scheme.suffixes():
+                unused.append(of_weight[INPUT_SCALE])
         else:
             parts |= {of_weight[suffix]: tensor for suffix, tensor in tensors.items()}
+    if unused:
+        warnings.warn(
+            f"{', '.join(map(str, where(unused[0])))}: static scales of activations are not used where weights have a "
+            f"scale for each block; activations are quantized by their own values there: {unused[0]} and "
+            f"{len(unused) - 1} more",
+            UnusedScaleWarning,
+            stacklevel=4,
+        )
     return joined, parts
 
 
@@ -314,6 +389,7 @@ def load_fp8_checkpoint(
     model: nn.Module,
     path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     rename: Callable[[str], str | None] | None = None,
+    input_scales: bool = True,
 ) -> None:
     """Fill ``model`` from safetensors files whose linears are in FP8, in place; the FP8 bytes are taken as they are.
 
@@ -326,14 +402,15 @@ def load_fp8_checkpoint(
       ``PATH.comfy_quant``, ``scaled_fp8``; also with ``model.diffusion_model.`` before all names;
     - files that `save_fp8_checkpoint`, or diffusers' ``save_pretrained``, has written.
 
-    Scales of activations are not used: activations are quantized by their own values. Everything else is copied into
-    the model's parameters and buffers, in their dtypes. Parameters that are tied in the model, or were in the one that
-    a file was written from, are tied.
+    Everything else is copied into the model's parameters and buffers, in their dtypes. Parameters that are tied in the
+    model, or were in the one that a file was written from, are tied.
 
     Args:
         model: its parameters may be on the meta device; what they then get is on the CPU.
         path: a file, a directory of ``*.safetensors``, or several files.
         rename: from a name in the files to one in the model, where they differ; None drops the tensor.
+        input_scales: layers whose activations have a scale in the files run with it (``activation_scheme="static"``);
+            False: all activations are quantized by their own values, and these scales are not used.
 
     Warns:
         NothingConvertedWarning: the files hold no FP8 weight, so that none of the model's is in FP8.
@@ -362,7 +439,8 @@ def load_fp8_checkpoint(
                 raise CheckpointError(f"tensor {name!r} is also in {owner[name]}{hint}", [file], given)
             tensors[name], owner[name] = tensor, file
     schemes = {new: s for name, s in schemes_in(files).items() if (new := rename(name)) is not None}
-    found = _matched(tensors, expected, owner, Names(schemes, scheme_named(DEFAULT_METHOD, {}), expected))
+    names = Names(schemes, scheme_named(DEFAULT_METHOD, {}), expected, tensors, input_scales)
+    found = _matched(tensors, expected, owner, names)
     for name in _left_on_meta(model, found):
         raise CheckpointError(
             f"tensor {name!r} of the model is on the meta device and in no checkpoint; put only parameters there, as "
@@ -388,8 +466,13 @@ def load_fp8_checkpoint(
     remember(model, choices, Fp8Options())
 
 
-def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str], format: str = OWN) -> None:
     """Write ``model`` to one safetensors file, which `load_fp8_checkpoint` reads: the constants of quantized weights.
+
+    Args:
+        format: "fp8_compile" holds every scheme. "compressed-tensors", "modelopt" and "comfyui" are for other tools,
+            with FP8 weights and scales as those know them (`fp8_compile.integrations.formats`), and without metadata of
+            ours: who reads them here gets default options. The tools' own configuration files are not written.
 
     Names are the model's own, without those of ``torch.compile``, ``DataParallel`` or ``PeftModel`` around it; adapters
     belong to the model that they are in. The file appears under its name when it is complete and on the disk; one that
@@ -399,8 +482,11 @@ def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         NothingConvertedWarning: no weight is in FP8.
 
     Raises:
+        OptionError: ``format`` is not valid.
+        QuantizedWeightError: ``format`` has no such weight as one of the model's. Nothing is written.
         CheckpointError: a tensor is on the meta device and has no values, ``path`` is no file, or cannot be written.
     """
+    check_choice("format", format, (OWN, *FORMATS))
     target = Path(os.path.realpath(path))  # a link stays one
     if target.exists() and not target.is_file():
         raise CheckpointError("is no regular file, and is not replaced by one", [target])
@@ -418,8 +504,8 @@ def save_fp8_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
             NothingConvertedWarning,
             stacklevel=2,
         )
-    plain = {name: t.contiguous() for name, t in split(state_dict).items()}
-    write_tensors(_without_sharing(plain), target, {"format": "pt", **metadata})
+    plain = {name: t.contiguous() for name, t in split(state_dict, format).items()}
+    write_tensors(_without_sharing(plain), target, {"format": "pt", **(metadata if format == OWN else {})})
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -442,7 +528,7 @@ def _without_prefix(files: Sequence[Path], expected: Mapping[str, Tensor]) -> Ca
     """For names that all have one of ComfyUI's prefixes, where the model's have none."""
     names = [name for file in files for name in _names(file)]
     for prefix in _PREFIXES:
-        own = [name for name in names if name.rpartition(".")[2] not in _UNUSED]
+        own = [name for name in names if name.rpartition(".")[2] not in (*_INPUT_SCALES, _MARK)]
         if own and all(n.startswith(prefix) for n in own) and not any(n.startswith(prefix) for n in expected):
             return lambda name: name.removeprefix(prefix)
     return lambda name: name

@@ -43,8 +43,8 @@ class Rows(Tensor):
     @classmethod
     def of(cls, weight: QuantizedWeight) -> Rows:
         """What ``weight`` is while names change."""
-        parts = zip(weight.scheme.suffixes(), weight.constants, strict=True)
-        return cls(weight.scheme, dict(parts), weight.shape, weight.dtype)
+        parts = {s: part for s, part in zip(weight.scheme.suffixes(), weight.constants, strict=True) if s is not None}
+        return cls(weight.scheme, parts, weight.shape, weight.dtype)
 
     def weight(self) -> QuantizedWeight:
         """What it is afterwards.

@@ -34,8 +34,8 @@ from ..errors import (
     OptionError,
 )
 from ..options import COMMON, RECOMMENDED, WEIGHT_OPTIONS, Fp8Options
-from ..quantize import Choice, check_choices, choose, convert, quantized, scheme_at_load
-from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
+from ..quantize import Choice, check_at_load, check_choices, choose, convert, quantized
+from ..schemes import DEFAULT_METHOD, Scheme, scheme_for, scheme_named
 from ..weights.quantized_weight import QuantizedWeight
 from .checkpoints import (
     Names,
@@ -64,8 +64,8 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
     """What ``from_pretrained`` of a diffusers or transformers model takes as its ``quantization_config``.
 
     Args:
-        options: those that concern weights: ``method``, ``ignored_layers``, ``min_features``, ``strict``, and the
-            method's own, such as ``granularity``.
+        options: those that concern weights: ``method``, ``ignored_layers``, ``layers``, ``min_features``, ``strict``,
+            and the method's own, such as ``granularity``.
 
     Raises:
         OptionError: an option is unknown, invalid, concerns compilation alone, or cannot be served at load time.
@@ -82,7 +82,7 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
         parsed = parse_options(options)
         if parsed.inductor:
             raise OptionError(f"{', '.join(parsed.inductor)}: a setting of Inductor; give it to torch.compile")
-        scheme_at_load(parsed)
+        check_at_load(parsed)
         self.quant_method: Any = QuantMethod.FP8_DIFFUSION
         for name, given in options.items():
             value = getattr(parsed, name, given)
@@ -93,8 +93,9 @@ class Fp8DiffusionConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for ``config.json``."""
-        return {**vars(self), "quant_method": self.quant_method.value}
+        """Plain data, for ``config.json``; without scales, which weights hold."""
+        plain = {name: value for name, value in vars(self).items() if name != "activation_scales"}
+        return {**plain, "quant_method": self.quant_method.value}
 
     @property
     def options(self) -> Fp8Options:
@@ -129,8 +130,11 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         self._expected: dict[str, Tensor] = {}
         self._files: list[Any] = []
         self._fp8: set[str] = set()
-        self._scheme: Scheme = scheme_at_load(self.options)
+        self._scheme: Scheme = scheme_for(self.options)
+        if self._scheme.input_scale_missing:  # of FP8 in files, these say so
+            self._scheme = self._scheme.with_input_scale(None)
         self._names = Names({}, self._default({}))
+        self._given: list[str] = []
         self._parts: dict[str, Tensor] = {}
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
@@ -159,7 +163,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         self._files = list(checkpoint_files)
-        self._names = Names(schemes := schemes_in(self._files), self._default(schemes))
+        self._given = loaded_keys
+        self._names = Names(schemes := schemes_in(self._files), self._default(schemes), given=self._given)
         constants = {key: self._names.constant(key) for key in loaded_keys}
         self._fp8 = {*self._names.schemes, *(of[0] for of in constants.values() if of is not None)}
         return [key for key, of in constants.items() if of is None and not self._names.is_mark(key)]
@@ -184,7 +189,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
             self.quantization_config = config_of(self.options)
         self._float32 = list(keep_in_fp32_modules or [])
         self._expected = dict(model.state_dict())
-        self._names = Names(self._names.schemes, self._names.default, self._expected)
+        self._names = Names(self._names.schemes, self._names.default, self._expected, self._given)
         if state_dict is not None:  # a single file's, whose names are the model's by now
             state_dict.update({name: value.weight() for name, value in state_dict.items() if isinstance(value, Rows)})
             for parameter in filter(Tensor.is_floating_point, model.parameters()):
@@ -210,6 +215,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Make `QuantizedWeight`s of the constants in a shard. Those whose others are elsewhere wait."""
+        if self._single_file:
+            self._names = Names({}, self._names.default, given=list(state_dict))
         together = {**self._parts, **state_dict}
         state_dict, self._parts = join(together, self._where, self._names, lambda name: self._dtype)
         if self._single_file:  # whose names are converted before it is loaded
@@ -240,7 +247,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
                 param_value = param_value.dequantize()
             made = parameter_of(param_value.to(target_device), module, param_value.dtype)
         else:
-            made = quantized(param_value, self._scheme, torch.device(target_device))  # type: ignore[assignment]
+            scheme = self._wanted[param_name].scheme
+            made = quantized(param_value, scheme, torch.device(target_device))  # type: ignore[assignment]
         if made is None:
             raise NonFiniteWeightError([path])
         module._parameters[leaf] = made

@@ -7,6 +7,7 @@ Imports transformers, and is imported, and registered in its tables, as soon as 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +19,7 @@ from .. import quantize
 from ..checks import with_recipe
 from ..errors import CheckpointError
 from ..options import Fp8Options
-from ..quantize import check_choices, choose, quantized, scheme_at_load
-from ..schemes import Scheme
+from ..quantize import Choice, check_at_load, check_choices, choose, quantized
 from ..weights.eligible import QUANTIZABLE_DTYPES
 from .checkpoints import fp8_in
 from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of, finish
@@ -35,8 +35,8 @@ class Fp8TransformersQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Fp8DiffusionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
         self.options = quantization_config.options
-        self._scheme = scheme_at_load(self.options)
-        self._wanted: set[str] = set()
+        check_at_load(self.options)
+        self._wanted: dict[str, Choice] = {}
         self._device_map: dict[str, Any] = {}
 
     def is_serializable(self) -> bool:
@@ -55,7 +55,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
         self.options = with_recipe(self.options, model, stacklevel=3)
         choices = choose(model, self.options)
         check_choices(choices, self.options)
-        self._wanted = {f"{path}.weight" for c in choices if c.reason is None for path in c.paths}
+        self._wanted = {f"{path}.weight": c for c in choices if c.reason is None for path in c.paths}
         return model
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
@@ -77,7 +77,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self._scheme)
+        return _Quantize(self._wanted)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         finish(model, choose(model, self.options), self.options)
@@ -93,15 +93,16 @@ def attach(model: nn.Module, options: Fp8Options) -> None:
 
 
 class _Quantize(ConversionOps):
-    def __init__(self, scheme: Scheme) -> None:
-        self._scheme = scheme
+    def __init__(self, wanted: Mapping[str, Choice]) -> None:
+        self._wanted = wanted
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
         """Leaves alone what transformers keeps in float32, and weights with NaN or Inf, which are an error later."""
         made = {}
         for name, given in input_dict.items():
             value: Tensor = given[0] if isinstance(given, list) else given
-            fp8 = quantized(value, self._scheme) if value.dtype in QUANTIZABLE_DTYPES else None
+            wanted = self._wanted.get(name) if value.dtype in QUANTIZABLE_DTYPES else None
+            fp8 = None if wanted is None else quantized(value, wanted.scheme)
             made[name] = value if fp8 is None else fp8
         return made
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import parse_options, scheme_for
+from ..checks import parse_options
 from ..errors import NothingConvertedError
 from ..patterns import Pattern, layer_path
 from ..weights import eligible
@@ -272,7 +272,6 @@ class Search:
     def _unmeasured(self) -> dict[str, tuple[str, ...]]:
         """Patterns for the layers that could be in FP8 but were in none of the measurements."""
         options = parse_options(self.variants.options)
-        scheme = scheme_for(options)
         found = {}
         for denoiser, model in self.variants.denoisers.items():
             linears, tree = linears_of(model), Tree(model)
@@ -283,10 +282,9 @@ class Search:
                 path = layer_path(name)
                 if not isinstance(module, nn.Linear) or path in measured:
                     continue
-                candidate = Candidate(
-                    module.weight, tree.layer(module, "weight"), (module.in_features, module.out_features)
-                )
-                if eligible.reason(candidate, options, scheme) is not None:
+                layer = tree.layer(module, "weight")
+                candidate = Candidate(module.weight, layer, (module.in_features, module.out_features))
+                if eligible.reason(candidate, options, eligible.scheme_of(layer, options)) is not None:
                     continue  # stays in BF16 in any case
                 if not any(Pattern(pattern).matches(path) for pattern in chosen):
                     chosen[widest_pattern(path, linears, measured, blocks)] = None

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from ..backend import fp8_diffusion
-from ..checks import parse_options, scheme_for
+from ..checks import parse_options
 from ..errors import NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from ..options import Fp8Options
 from ..pipelines.denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps, repeated_blocks
 from ..pipelines.step_clock import StepClock
 from ..report import Report, report
+from ..schemes import scheme_for
 from .quality import Sample, generate
 
 BF16 = None

@@ -31,9 +31,9 @@ class Decision:
         scheme: of its weight; None if it is unquantized.
         call: how it runs; None if it is unquantized.
         reason: why it is unquantized; empty for "quantized".
-        pattern: the entry of ``ignored_layers`` that names it, or None.
-        stays_by_name: whether it is unquantized because of which layer it is; False if it is quantized; None if that
-            would change nothing.
+        pattern: the entry of ``ignored_layers``, or of ``layers``, that lets it stay, or None.
+        verdict: what was decided because of which layer it is (`fp8_compile.weights.marks`); None if another layer, of
+            whichever name, would run just the same.
         tracked: whether the report follows the weight. Adapters' weights are swapped and resized by their owners,
             which a weak reference to them would forbid (``torch.utils.swap_tensors``).
     """
@@ -51,7 +51,7 @@ class Decision:
     reason: str = ""
     pattern: str | None = None
     rows: int | None = None
-    stays_by_name: bool | None = None
+    verdict: str | None = None
     tracked: bool = True
 
 
@@ -61,11 +61,17 @@ DEQUANTIZED = "; its quantized weight is dequantized"
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions on all linears of one graph, in its order."""
+    """The decisions on all linears of one graph, in its order.
+
+    Attributes:
+        patterns: all entries that name layers, of whichever option.
+        calibrated: where static input scales come from; empty if there are none.
+    """
 
     decisions: tuple[Decision, ...]
-    ignored_layers: tuple[str, ...]
+    patterns: tuple[str, ...]
     min_features: int = Fp8Options.min_features
+    calibrated: str = ""
 
     @property
     def quantized(self) -> tuple[Decision, ...]:
@@ -75,7 +81,7 @@ class Plan:
     def unmatched_patterns(self) -> tuple[str, ...]:
         # What "recommended" stands for depends on the layer, so none bears its name.
         matched = {RECOMMENDED, *(d.pattern for d in self.decisions)}
-        return tuple(p for p in self.ignored_layers if p not in matched)
+        return tuple(p for p in self.patterns if p not in matched)
 
     def reasons(self) -> Counter[str]:
         """How many linears stay unquantized for each reason."""
@@ -129,19 +135,22 @@ class Context:
     Attributes:
         module: Dynamo's own graph module, whose subgraphs the copy refers to by name.
         options: as the user gave them.
-        scheme: for weights that are not quantized yet.
         refusal: asked of each linear that is to become FP8; None where there is no device to ask.
         layers: which layers the parameters are the weights of, by placeholder.
         plan: what `plan_linears` decided.
         constants: what `quantize_linears` needs, in the order in which the graph takes them.
+        ones: devices of the `ONES` that the graph takes after them.
+        together: pairs of weights, by placeholder, whose linears read one quantized activation: their layers must have
+            the same input scale.
         results: what each pass did, in their order.
     """
 
     module: GraphModule
     options: Fp8Options
-    scheme: Scheme
     refusal: Refusal | None = None
     layers: Mapping[str, Layer] = field(default_factory=dict)
     plan: Plan = Plan((), ())
     constants: list[Constants] = field(default_factory=list)
+    ones: list[torch.device] = field(default_factory=list)
+    together: set[tuple[str, str]] = field(default_factory=set)
     results: list[PassResult] = field(default_factory=list)

@@ -64,6 +64,22 @@ def row_count(shape: Sequence[int | torch.SymInt]) -> float:
     return math.prod(size_hint(size) for size in shape[:-1])
 
 
+LARGEST_BATCH = 64
+"""A first dimension that is smaller counts as the batch, and else as rows of one sample: tokens."""
+
+
+def rows_of_a_sample(shape: Sequence[int | torch.SymInt]) -> float:
+    """How many rows of a tensor of this shape belong to one sample, whatever the batch.
+
+    So a layer that is fed once per sample runs in one way for every batch size, and a picture does not depend on what
+    is drawn beside it. Infinite where the number of all rows is known only at run time.
+    """
+    rows = row_count(shape)
+    if math.isinf(rows) or len(shape) < 2 or size_hint(shape[0]) >= LARGEST_BATCH:
+        return rows
+    return row_count(shape[1:])
+
+
 def storages(tree: Any) -> set[int]:
     """Identities of the memory behind all nodes in ``tree``; views of one tensor share it, as their fake values do."""
     found: set[int] = set()

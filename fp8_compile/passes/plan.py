@@ -13,13 +13,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..patterns import is_adapter, layer_path
-from ..schemes import Call, Scheme
-from ..weights import eligible
+from ..schemes import MOST_ROWS, ONES, Call, Scheme
+from ..weights import eligible, marks
 from ..weights.eligible import Candidate
 from ..weights.layers import Layer
 from ..weights.quantized_weight import QuantizedWeight
 from .context import DEQUANTIZED, Context, Decision, Plan
-from .graphs import example, row_count, storages, written_storages
+from .graphs import example, row_count, rows_of_a_sample, storages, written_storages
 from .linears import Linear, features_of, find_linears, module_path, other_readers, parameter_path_of, running_path
 
 COMPUTED = "weight is computed at each call, so it cannot be quantized once"
@@ -39,7 +39,9 @@ def plan_linears(graph: Graph, context: Context) -> int:
     for name, linear in _inside_higher_order_operators(context.module):
         decision = _decide(linear, "inside a higher-order operator", context)
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
-    context.plan = Plan(tuple(decisions), context.options.ignored_layers, context.options.min_features)
+    options = context.options
+    calibrated = getattr(options.activation_scales, "about", "")
+    context.plan = Plan(tuple(decisions), tuple(options.patterns), options.min_features, calibrated)
     return len(context.plan.quantized)
 
 
@@ -49,7 +51,7 @@ def _is_eligible(node: Node, context: Context) -> bool:
     if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 2:
         return False
     candidate = Candidate(weight, layer or Layer(), features_of(node))
-    return eligible.unfit(candidate, context.options, context.scheme) is None
+    return eligible.unfit(candidate, context.options, eligible.scheme_of(candidate.layer, context.options)) is None
 
 
 def _unrecognized(weight: Node, reader: Node, context: Context) -> Decision:
@@ -88,11 +90,11 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
     layer = context.layers.get(linear.weight.name) if _is_parameter(linear) else None
     if layer is None:
         layer = Layer((within,), adapter=is_adapter(module_path(linear)))
-    prequantized = isinstance(weight, QuantizedWeight)
-    scheme = weight.scheme.called_with(context.options.method_options) if prequantized else context.scheme
+    options, prequantized = context.options, isinstance(weight, QuantizedWeight)
+    scheme = eligible.called(weight, layer, options)
     candidate = Candidate(weight, layer, linear.features, linear.transposed, written)
-    by_name = eligible.kept_by_name(layer, context.options)
-    other = eligible.unfit(candidate, context.options, scheme)
+    by_name = eligible.kept_by_name(layer, options)
+    other = eligible.unfit(candidate, options, scheme)
     reason = other if by_name is None else by_name
     call: Call | None = None
     if reason is None:
@@ -101,6 +103,9 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
         reason = f"{reason}{DEQUANTIZED}"
     in_features, out_features = linear.features
     rows = row_count(example(linear.input).shape)
+    # With several schemes, one may take what this one does not.
+    several = len(marks.verdicts(options)) > 2
+    named = call is not None or (by_name is not None and other is None) or several
     return Decision(
         node=linear.node.name,
         path=layer.path(layer_path(running_path(linear))) or within,
@@ -113,9 +118,9 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
         scheme=None if call is None else scheme,
         call=call,
         reason=reason or "",
-        pattern=eligible.pattern_of(layer, context.options),
+        pattern=eligible.pattern_of(layer, options),
         rows=None if math.isinf(rows) else int(rows),
-        stays_by_name=False if call is not None else True if by_name is not None and other is None else None,
+        verdict=marks.verdict(layer, options) if named else None,
         tracked=not layer.adapter,
     )
 
@@ -127,9 +132,12 @@ def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None
     """
     x = example(linear.input)
     reason = refused = None
-    for call in scheme.for_call(row_count(x.shape), x.device):
+    for call in scheme.for_call(rows_of_a_sample(x.shape), x.device):
         if call.linear is None:
             return None, call.reason
+        if ONES in call.takes and row_count(x.shape) > MOST_ROWS:
+            refused = refused or f"more rows than {MOST_ROWS}"
+            continue
         if call.quantize is not None:  # of a weight that is quantized already, nobody has asked before
             in_features, out_features = linear.features
             reason = scheme.reason(out_features, in_features, example(linear.weight).dtype)

@@ -17,6 +17,11 @@ The new placeholders are only described here (`Constants`): the weights are stil
 the parameters of many blocks. An activation with several readers is quantized once here, because no search for common
 subexpressions runs on inference graphs.
 
+With static scales, a quantization takes constants, too: the input scale of its first reader, which the layers of all
+its readers must have, and ones (`fp8_compile.schemes.Call`)::
+
+    (2) q = quantize_static_rowwise(x, to_q_input_scale, ones)
+
 It refuses nothing; what must stay is not in the plan. A linear whose input may have been written into since it was
 quantized gets a quantization of its own.
 """
@@ -24,13 +29,14 @@ quantized gets a quantization of its own.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
-from ..schemes import Call, Scheme
+from ..schemes import MOST_ROWS, ONES, Call, Scheme
 from ..weights.quantized_weight import QuantizedWeight
 from .context import Constants, Context, Decision
 from .graphs import call, example, storages, written_storages
@@ -55,7 +61,12 @@ def quantize_linears(graph: Graph, context: Context) -> int:
     for weight in {weight for weight, _, _ in rewriter.constants}:
         _erase_unused(weight)
     context.constants = sorted((made for made, _ in rewriter.constants.values()), key=lambda c: not c.prequantized)
+    context.ones, context.together = list(rewriter.ones), rewriter.together
     return len(chosen)
+
+
+# How Dynamo marks a parameter: its address never changes, so CUDA graphs need no copy of it.
+_STATIC = {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
 
 
 class _Rewriter:
@@ -64,7 +75,10 @@ class _Rewriter:
     def __init__(self, graph: Graph) -> None:
         self.constants: dict[tuple[Node, Any, bool], tuple[Constants, list[Node]]] = {}
         self._graph = graph
-        self._quantized: dict[tuple[Node, Any], Node] = {}
+        self.ones: dict[torch.device, Node] = {}
+        self.together: set[tuple[str, str]] = set()
+        # With the weight of the linear that it was made for.
+        self._quantized: dict[tuple[Node, Any, Any], tuple[Node, str]] = {}
         placeholders = graph.find_nodes(op="placeholder")
         self._last = dict.fromkeys((True, False), placeholders[-1])  # of the prequantized, of the others
 
@@ -84,37 +98,53 @@ class _Rewriter:
             self.constants[key] = self._describe(linear, scheme, decision.within)
         operands = self.constants[key][1]
         with self._graph.inserting_before(node):
-            x = self._quantize(linear, how)
+            named = dict(zip(scheme.specs(1, 1), operands, strict=True))
+            x = self._quantize(linear, how, scheme.constants_key() if how.takes else None, named)
             new = call(node, how.linear, x, *operands, linear.bias, example(node).dtype)
         new.meta["example_value"] = example(node)
         node.replace_all_uses_with(new)
         self._graph.erase_node(node)
 
-    def _quantize(self, linear: Linear, how: Call) -> Node:
+    def _quantize(self, linear: Linear, how: Call, same: Any, constants: Mapping[str, Node]) -> Node:
+        """The activation as ``how`` wants it; linears share one where they also agree in ``same``."""
         if how.quantize is None:
             return linear.input
-        key = linear.input, how.quantize
+        key = linear.input, how.quantize, same
         if key not in self._quantized:
-            self._quantized[key] = call(linear.node, how.quantize, linear.input)
-        return self._quantized[key]
+            given = [self._ones(linear.input) if name == ONES else constants[name] for name in how.takes]
+            self._quantized[key] = call(linear.node, how.quantize, linear.input, *given), linear.weight.name
+        node, first = self._quantized[key]
+        if how.takes and first != linear.weight.name:
+            self.together.add((first, linear.weight.name))
+        return node
+
+    def _ones(self, like: Node) -> Node:
+        """Taken after all constants."""
+        value = example(like)
+        if value.device not in self.ones:
+            made = torch.empty((MOST_ROWS, 1), dtype=torch.float32, device="meta")
+            with self._graph.inserting_after(self._graph.find_nodes(op="placeholder")[-1]):
+                new = self._graph.placeholder(ONES)
+            new.meta = {"example_value": FakeTensor(value.fake_mode, made, value.device), **_STATIC}
+            new.target, new._dynamo_source = new.name, None
+            self.ones[value.device] = new
+        return self.ones[value.device]
 
     def _describe(self, linear: Linear, scheme: Scheme, path: str) -> tuple[Constants, list[Node]]:
         weight = example(linear.weight)
         prequantized = isinstance(weight, QuantizedWeight)
         in_features, out_features = linear.features
         nodes = []
-        for i, (suffix, spec) in enumerate(
-            zip(scheme.suffixes(), scheme.specs(out_features, in_features).values(), strict=True)
-        ):
+        for i, (name, spec) in enumerate(scheme.specs(out_features, in_features).items()):
             if prequantized:
                 value = weight.constants[i]
             else:
                 made = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
                 value = FakeTensor(weight.fake_mode, made, weight.device)
             with self._graph.inserting_after(self._last[prequantized]):
+                suffix = f"_{name}" if i else ""
                 new = self._graph.placeholder(re.sub(r"\W", "_", f"{path}.weight{suffix}".lstrip(".")))
-            # How Dynamo marks a parameter: its address never changes, so CUDA graphs need no copy of it.
-            new.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+            new.meta = {"example_value": value, **_STATIC}
             new.target = new.name  # one weight read in both layouts asks for the same name twice
             new._dynamo_source = None
             nodes.append(new)

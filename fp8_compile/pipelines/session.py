@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration import Calibration
 from ..checks import parse_options
 from ..embedded import EMBEDDED_CALLS, default_pipeline_dir, embedded_name
 from ..errors import Fp8Error, NothingConvertedError, OptionError
+from ..options import RECOMMENDED
 from ..quantize import quantize_
 from ..report import Report, report
 from .adapters import Adapters
@@ -104,17 +106,32 @@ class Session:
             raise PipelineError(f"model={model!r} could not be loaded on device={device!r}: {error}") from error
         return cls(model, pipe, device, denoisers)
 
-    def compile(self, options: Mapping[str, Any], whole: bool = False, dynamic: bool | None = None) -> None:
+    def compile(
+        self,
+        options: Mapping[str, Any],
+        whole: bool = False,
+        calibration: Calibration | None = None,
+        dynamic: bool | None = None,
+    ) -> None:
         """Compile the denoisers with the backend ``fp8_diffusion``.
 
         Args:
             options: see `Fp8Options`.
             whole: compile each denoiser as one graph. Default: its repeated blocks, where it names any.
+            calibration: where each denoiser's ``activation_scales`` come from; alike ones by their names in ``pipe``.
             dynamic: as ``torch.compile``'s: True makes one graph for all sizes and texts.
         """
         parsed = parse_options(options)
         marked = parsed.mode is not None or bool(parsed.inductor)
-        self._compile(whole, marked, backend="fp8_diffusion", options=dict(options), dynamic=dynamic)
+        for name, module in self.denoisers.items():
+            scales = {}
+            if calibration is not None:
+                known = name if name in calibration.models else None
+                keep = [pattern for pattern in parsed.ignored_layers if pattern != RECOMMENDED]
+                scales = {"activation_scales": calibration.scales(module, name=known, ignored_layers=keep)}
+            self._compile(
+                module, whole, marked, backend="fp8_diffusion", options={**options, **scales}, dynamic=dynamic
+            )
 
     def compile_unquantized(
         self,
@@ -134,19 +151,20 @@ class Session:
                     f"the {name} of model={self.model!r} has FP8 weights, so it has no unquantized twin; load it in "
                     "bfloat16 or float16"
                 )
-        self._compile(whole, marked=mode is not None, backend=inner_backend, mode=mode, dynamic=dynamic)
-
-    def _compile(self, whole: bool, marked: bool, **arguments: Any) -> None:
-        """``marked``: there may be CUDA graphs, so `mark_steps`."""
         for module in self.denoisers.values():
-            # Block by block where the model names its blocks: compiled once, run by all of them.
-            if whole or not getattr(module, "_repeated_blocks", None):
-                module.compile(fullgraph=True, **arguments)
-                continue
-            if marked:
-                mark_steps([module])
-            compile_blocks: Any = module.compile_repeated_blocks
-            compile_blocks(fullgraph=True, **arguments)
+            self._compile(module, whole, marked=mode is not None, backend=inner_backend, mode=mode, dynamic=dynamic)
+
+    @staticmethod
+    def _compile(module: nn.Module, whole: bool, marked: bool, **arguments: Any) -> None:
+        """``marked``: there may be CUDA graphs, so `mark_steps`."""
+        # Block by block where the model names its blocks: compiled once, run by all of them.
+        if whole or not getattr(module, "_repeated_blocks", None):
+            module.compile(fullgraph=True, **arguments)
+            return
+        if marked:
+            mark_steps([module])
+        compile_blocks: Any = module.compile_repeated_blocks
+        compile_blocks(fullgraph=True, **arguments)
 
     def arguments(self, **given: Any) -> dict[str, Any]:
         """Arguments for `call`: those of ``given`` that are not None, over the embedded pipelines' own.

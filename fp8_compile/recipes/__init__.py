@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from torch import nn
 
+from ..patterns import join
 from . import (
     flux,
     flux2,
@@ -41,7 +43,7 @@ _FAMILIES = (
 RECIPES: dict[str, Recipe] = {family.RECIPE.transformer: family.RECIPE for family in _FAMILIES}
 """By the class of the transformer."""
 
-__all__ = ["RECIPES", "Groups", "Recipe", "recipe_of", "recipes_in", "recommended", "table"]
+__all__ = ["RECIPES", "Groups", "Recipe", "block_classes", "recipe_of", "recipes_in", "recommended", "table"]
 
 
 def recipe_of(module: nn.Module) -> Recipe | None:
@@ -55,8 +57,31 @@ def recipes_in(model: nn.Module) -> list[Recipe]:
     return list(found.values())
 
 
+def block_classes(module: nn.Module) -> tuple[str, ...]:
+    """The classes of the repeated blocks of ``module``, if diffusers names some and no recipe speaks of it.
+
+    What is outside of them, embedders and the final projection, is kept where "recommended" asks for a recipe.
+    """
+    return () if recipe_of(module) is not None else tuple(getattr(type(module), "_repeated_blocks", None) or ())
+
+
+def _outside_of_blocks(model: nn.Module) -> list[str]:
+    """The paths of linears in models without a recipe that are in none of their blocks."""
+
+    def below(module: nn.Module, path: str, blocks: tuple[str, ...]) -> Iterator[str]:
+        blocks = block_classes(module) or blocks
+        if recipe_of(module) is not None or type(module).__name__ in blocks:
+            return
+        if blocks and isinstance(module, nn.Linear):
+            yield path
+        for name, part in module.named_children():
+            yield from below(part, join(path, name), blocks)
+
+    return list(below(model, "", ()))
+
+
 def recommended(model: nn.Module) -> tuple[str, ...]:
-    """The ``ignored_layers`` that others recommend to start with.
+    """The ``ignored_layers`` that others recommend to start with; without a recipe, all outside of the repeated blocks.
 
     ``ignored_layers="recommended"`` stands for them.
 
@@ -64,14 +89,16 @@ def recommended(model: nn.Module) -> tuple[str, ...]:
         model: a transformer, such as ``pipeline.transformer``, or what wraps one.
 
     Returns:
-        Patterns; none where there is no recipe for the class of ``model``, or where it keeps nothing.
+        Patterns; none where the recipe for the class of ``model`` keeps nothing, or there is none, and diffusers names
+        no repeated blocks of it.
 
     Raises:
         TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, for example pipeline.transformer, got {type(model).__name__}")
-    return tuple(dict.fromkeys(pattern for recipe in recipes_in(model) for pattern in recipe.keep))
+    of_recipes = [pattern for recipe in recipes_in(model) for pattern in recipe.keep]
+    return tuple(dict.fromkeys([*of_recipes, *(f"re:^{re.escape(path)}$" for path in _outside_of_blocks(model))]))
 
 
 def table() -> str:

@@ -19,14 +19,16 @@ import gc
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from ..errors import OptionError
 from ..options import Fp8Options
-from ..passes.context import DEQUANTIZED, Constants, Decision
+from ..passes.context import DEQUANTIZED, Constants, Context, Decision
+from ..schemes import Scheme
 from ..weights import eligible, marks
 from ..weights.layers import Layer, Namer
 from ..weights.quantized_weight import QuantizedWeight
@@ -37,6 +39,7 @@ from .constants import (
     announce_memory,
     is_fake,
     make_constants,
+    ones_on,
     state_for,
     version_of,
 )
@@ -51,12 +54,14 @@ class _Instance:
     """The constants bound to one module instance.
 
     Attributes:
+        needed: what the constants were made by.
         paths: of the layers whose constants these are, for messages.
         read: reads the cheap signature of changes that is compared at every call.
         seen: what ``read`` returned when the constants were last known to fit; None before that.
     """
 
     constants: tuple[Tensor, ...]
+    needed: Sequence[Constants]
     paths: list[str]
     read: Read
     seen: list[Any] | None = None
@@ -74,15 +79,15 @@ class BoundGraph:
         compiled: Callable[..., Any],
         as_written: Callable[..., Any],
         record: GraphRecord,
-        constants: Sequence[Constants],
+        context: Context,
         arguments: Sequence[str],
         kept_arguments: Sequence[str],
-        options: Fp8Options,
         namer: Namer,
     ) -> None:
         """
         Args:
-            compiled: takes ``kept_arguments``, then the tensors of ``constants``, those first that parameters hold.
+            compiled: takes ``kept_arguments``, then the tensors of the context's constants, those first that parameters
+                hold, then its ones.
             as_written: the original graph, for parameters that the compiled one is not for.
             arguments: names of the original graph's placeholders, in order.
             kept_arguments: those of them that the rewritten graph still takes, in order.
@@ -91,11 +96,12 @@ class BoundGraph:
         self._compiled = compiled
         self._as_written = as_written
         self._record = record
-        self._constants = tuple(c for c in constants if not c.prequantized)
-        self._prequantized = _getter([place[c.weight] for c in constants if c.prequantized])
+        self._constants = tuple(c for c in context.constants if not c.prequantized)
+        self._prequantized = _getter([place[c.weight] for c in context.constants if c.prequantized])
+        self._ones, self._together = tuple(context.ones), tuple(context.together)
         # Each with its weight's name and place among the arguments.
         self._decided = [(d.weight, place[d.weight], d) for d in record.plan.decisions if d.weight is not None]
-        self._options = options
+        self._options = context.options
         self._namer = namer
         if self._constants:
             self._weights = _getter([place[c.weight] for c in self._constants])
@@ -135,18 +141,21 @@ class BoundGraph:
         if decisions is None:
             return None
         if instance is None:
-            of_weight = {d.weight: d.path for d in decisions}
-            paths = [of_weight[c.weight] for c in self._constants]
+            of_weight = {d.weight: d for d in decisions if d.scheme is not None}
+            paths = [of_weight[c.weight].path for c in self._constants]
+            needed = [replace(c, scheme=_scheme(of_weight[c.weight])) for c in self._constants]
+            self._check_together(of_weight)
         else:
-            paths = instance.paths
+            paths, needed = instance.paths, list(instance.needed)
         read = _addresses if fake else _reader(weights) if self._constants else _identities
         seen = None if fake else read(weights)
-        made = make_constants(weights, self._constants, paths, verify=instance is None) if self._constants else []
+        made = make_constants(weights, needed, paths, verify=instance is None) if needed else []
         flat = tuple(tensor for tensors in made for tensor in tensors)
+        flat += tuple(ones_on(device, weights[0]) for device in self._ones)
         # Of adapters nothing is kept, because their owners exchange and resize them.
         adapters = instance is None and any(new.tracked != d.tracked for new, d in zip(decisions, planned, strict=True))
         if fake or not weights or adapters:
-            return _Instance(flat, paths, read)
+            return _Instance(flat, needed, paths, read)
         if not self._swept:
             self._swept = True
             if any(isinstance(arg, QuantizedWeight) for arg in args):
@@ -156,7 +165,7 @@ class BoundGraph:
         if instance is None:
             # With nothing seen, the second call comes here again: by then every module has run once, and the sum is
             # known.
-            instance = self._instances[key] = _Instance(flat, paths, read)
+            instance = self._instances[key] = _Instance(flat, needed, paths, read)
             self._remember(args, weights, decisions)
         else:
             if instance.seen is None:
@@ -169,20 +178,33 @@ class BoundGraph:
         """The graph's decisions for the layers that ``args`` are the weights of; None if they differ from its plan."""
         of_args = {name: args[index] for name, index, _ in self._decided}
         layers, roots = self._namer.find(of_args)
-        decisions = [_of_layer(d, layers[name], self._options) for name, _, d in self._decided]
+        decisions = [_of_layer(d, layers[name], args[index], self._options) for name, index, d in self._decided]
         fits = None not in decisions
         for root in roots:
             marks.mark(root, self._options, anew=not fits)
         if fits:
-            return [d for d in decisions if d is not None]
+            found = [d for d in decisions if d is not None]
+            eligible.check_calibrated([d.path for d in found if d.scheme is not None and d.scheme.input_scale_missing])
+            return found
         for name, weight in of_args.items():
-            stays = eligible.kept_by_name(layers[name], self._options) is not None
-            marks.put(weight, self._options, "", stays=stays)
+            marks.put(weight, self._options, "", marks.verdict(layers[name], self._options))
         logger.info(
             "%s: run once as written, because the graph that Dynamo chose was made for other layers",
             ", ".join(path for layer in layers.values() for path in layer.paths),
         )
         return None
+
+    def _check_together(self, decisions: Mapping[str | None, Decision]) -> None:
+        """Refuse layers that read one quantized activation, and have not the same input scale."""
+        for pair in self._together:
+            one, other = (decisions[name] for name in pair)
+            if _scheme(one).constants_key() != _scheme(other).constants_key():
+                scales = " and ".join(f"{_scheme(d).options['input_scale']}" for d in (one, other))
+                raise OptionError(
+                    f"{one.path} and {other.path} read one activation, which other layers of this kind quantize once "
+                    f"for both, and their input scales differ: {scales}. Calibrate anew, or load the weights with "
+                    "dynamic activations"
+                )
 
     def _remember(self, args: tuple[Any, ...], weights: tuple[Tensor, ...], made: Sequence[Decision]) -> None:
         for (_, index, _), decision in zip(self._decided, made, strict=True):
@@ -217,17 +239,26 @@ def forget_bindings() -> None:
             graph.forget()
 
 
-def _of_layer(decision: Decision, layer: Layer, options: Fp8Options) -> Decision | None:
+def _scheme(decision: Decision) -> Scheme:
+    assert decision.scheme is not None
+    return decision.scheme
+
+
+def _of_layer(decision: Decision, layer: Layer, weight: Tensor, options: Fp8Options) -> Decision | None:
     """``decision``, which was made for another layer, for this one; None if the two differ in what must be done."""
-    reason = eligible.kept_by_name(layer, options)
-    if decision.stays_by_name is not None and decision.stays_by_name != (reason is not None):
+    if decision.verdict is not None and decision.verdict != marks.verdict(layer, options):
         return None
+    reason = eligible.kept_by_name(layer, options)
     if reason is None:
         reason = decision.reason
     elif decision.reason.endswith(DEQUANTIZED):
         reason += DEQUANTIZED
+    scheme = decision.scheme
+    if scheme is not None:
+        scheme = eligible.called(weight, layer, options)
     return replace(
         decision,
+        scheme=scheme,
         path=layer.path(decision.within) or decision.path,
         reason=reason,
         pattern=eligible.pattern_of(layer, options),

@@ -15,7 +15,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import NonFiniteWeightError
 from ..passes.context import Constants, Decision, PassResult, Plan
-from ..schemes import Scheme, finite
+from ..schemes import MOST_ROWS, Scheme, finite
 from ..weights.fingerprint import fingerprint
 from ..weights.quantized_weight import QuantizedWeight
 
@@ -58,7 +58,7 @@ class GraphRecord:
     serial: int = field(default_factory=itertools.count().__next__)
 
 
-Kind = tuple[Any, bool]
+Kind = tuple[Hashable, bool]
 """The scheme's ``constants_key``, and whether the parameter is transposed; who agrees in it shares constants."""
 
 
@@ -111,6 +111,7 @@ def forget_all() -> None:
     """Drop all constants and decisions: with the compiled graphs gone, nothing reads them."""
     with LOCK:
         STATES.clear()
+        _ones.clear()
 
 
 def forget_weights(weights: Iterable[Tensor]) -> None:
@@ -146,6 +147,19 @@ def _make(scheme: Scheme, weight: Tensor, transposed: bool) -> tuple[Tensor, ...
     """The constants of ``weight``, ``[N, K]``, or ``[K, N]`` if ``transposed``; fake ones if it is fake."""
     with torch.no_grad():
         return scheme.quantize_weight(weight.t().contiguous() if transposed else weight.contiguous())
+
+
+_ones: dict[torch.device, Tensor] = {}
+
+
+def ones_on(device: torch.device, like: Tensor) -> Tensor:
+    """`ONES` on ``device``; fake ones if ``like`` is fake."""
+    if is_fake(like):
+        return torch.ones(MOST_ROWS, 1, device=device)
+    if device not in _ones:
+        with torch.inference_mode(False):
+            _ones[device] = torch.ones(MOST_ROWS, 1, device=device)
+    return _ones[device]
 
 
 def _kind(constants: Constants) -> Kind:

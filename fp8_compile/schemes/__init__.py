@@ -12,13 +12,15 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..errors import OptionError, UnknownMethodError
-from ..options import closest
+from ..options import DEFAULT_METHOD, Fp8Options, closest
 from .fp8 import Fp8
 from .int8 import Int8
-from .scheme import Call, Scheme, Spec, check_class, finite, high_precision
+from .scheme import MOST_ROWS, ONES, Call, Scheme, Spec, check_class, finite, high_precision
 
 __all__ = [
     "DEFAULT_METHOD",
+    "MOST_ROWS",
+    "ONES",
     "Call",
     "Scheme",
     "Spec",
@@ -29,6 +31,7 @@ __all__ = [
     "own_options",
     "owner_of",
     "register_method",
+    "scheme_for",
     "scheme_named",
 ]
 
@@ -36,8 +39,6 @@ _METHODS: dict[str, type[Scheme]] = {
     "fp8": Fp8,
     "int8": Int8,
 }
-
-DEFAULT_METHOD = "fp8"
 
 ENTRY_POINTS = "fp8_compile.methods"
 """The group whose entry points are methods of other packages: the method's name, and where its class is."""
@@ -124,6 +125,19 @@ def scheme_named(method: str, options: Mapping[str, Any]) -> Scheme:
             whose = f" belongs to method {owner!r}, not to {method!r}" if owner else f" is no option of {method!r}"
             raise OptionError(f"{name}{whose}{closest(name, own)}; its options are {', '.join(own) or 'none'}")
     return kind(**{name: _as_tuple(value) for name, value in options.items()})
+
+
+def scheme_for(options: Fp8Options, pattern: str | None = None) -> Scheme:
+    """The scheme that weights get which are not quantized yet.
+
+    Args:
+        pattern: the entry of ``layers`` that names them; None if none does.
+
+    Raises:
+        OptionError: the method is not registered, or an option of its own is not valid.
+    """
+    method, own = options.asked_of(pattern)
+    return scheme_named(DEFAULT_METHOD if method is None else method, own)
 
 
 def _as_tuple(value: Any) -> Any:

@@ -33,7 +33,7 @@ def check_few_rows_at_load(small_m: str) -> None:
 
 
 def few_rows(m: float, min_m: int, small_m: str, weight_only: Call) -> tuple[Call, ...]:
-    """How a linear of ``m`` rows runs if they are fewer than ``min_m``; nothing if they are not."""
+    """How a linear of ``m`` rows per sample runs if they are fewer than ``min_m``; nothing if they are not."""
     if m >= min_m:
         return ()
     return (weight_only if small_m == "weight-only" else high_precision(f"M is below min_m {min_m}"),)

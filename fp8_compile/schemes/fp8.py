@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +12,17 @@ from torch import Tensor
 
 from .. import block_scales, numerics
 from ..errors import OptionError, QuantizedWeightError
-from ..options import check_choice
+from ..options import check_choice, check_scale
 from .few_rows import check_few_rows, check_few_rows_at_load, few_rows
-from .scheme import Call, Scheme, Spec, chunk_rows, high_precision
+from .scheme import ONES, Call, Scheme, Spec, chunk_rows, high_precision
 
 GRANULARITIES = ("row", "tensor")
+ACTIVATION_SCHEMES = ("dynamic", "static", "none")
 BLOCK_SIZES = ((128, 128), (1, 128))
 """Of weights: those that a kernel multiplies by activations with a scale for each row and 128 columns."""
+
+INPUT_SCALE = ".input_scale"
+"""Where files have what stands for a unit of a layer's activation: ``PATH.input_scale`` beside ``PATH.weight``."""
 
 # That of the largest bfloat16; what a larger one stands for may be infinite.
 LARGEST_SCALE = torch.finfo(torch.bfloat16).max / numerics.FP8_MAX
@@ -31,11 +35,15 @@ class Fp8(Scheme):
     Attributes:
         granularity: "row" gives each output channel of a weight and each token of an activation a scale of its own,
             "tensor" gives one to the whole. Of no meaning with ``weight_block_size``.
-        activation_scheme: "dynamic" computes each activation's scale from its values; "none" leaves activations as they
-            are and multiplies in their dtype: half the memory of the weights, and no time won.
+        activation_scheme: "dynamic" computes each activation's scale from its values; "static" has one for each layer,
+            known before (`fp8_compile.calibrate`); "none" leaves activations as they are and multiplies in their dtype:
+            half the memory of the weights, and no time won.
+        input_scale: of "static": what stands for a unit of the layer's activation, as float32. Of one layer, so it
+            belongs into ``layers``, or comes from ``activation_scales``.
         weight_block_size: one of `BLOCK_SIZES` gives a scale to each block of so many rows and columns of a weight, and
             to each row and 128 columns of an activation; see `block_scales`. None: see ``granularity``.
-        min_m: a linear whose activation has fewer rows (M: tokens of the whole batch) is not multiplied in FP8.
+        min_m: a linear whose activation has fewer rows per sample (M: tokens, or 1 for a vector), whatever the batch,
+            is not multiplied in FP8.
         small_m: what becomes of it: "weight-only" reads its FP8 weight and multiplies in float32, "keep" leaves it as
             it is, which is for compilation only.
 
@@ -44,19 +52,18 @@ class Fp8(Scheme):
     """
 
     method: ClassVar[str] = "fp8"
-    call_options: ClassVar[tuple[str, ...]] = ("min_m", "small_m", "activation_scheme")
-
     granularity: str = "row"
     activation_scheme: str = "dynamic"
     weight_block_size: tuple[int, int] | None = None
     min_m: int = 8
     small_m: str = "weight-only"
+    input_scale: float | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_choice("granularity", self.granularity, GRANULARITIES)
-        if self.activation_scheme == "static":
-            raise OptionError("activation_scheme='static' is not available yet; use 'dynamic' or 'none'")
-        check_choice("activation_scheme", self.activation_scheme, ("dynamic", "none"))
+        check_choice("activation_scheme", self.activation_scheme, ACTIVATION_SCHEMES)
+        if self.input_scale is not None:
+            object.__setattr__(self, "input_scale", check_scale("input_scale", self.input_scale))
         if self.weight_block_size is not None:
             given: Any = self.weight_block_size
             size = next((size for size in BLOCK_SIZES if given in (size, list(size))), None)
@@ -66,6 +73,11 @@ class Fp8(Scheme):
             object.__setattr__(self, "weight_block_size", size)
             if self.granularity != "row":
                 self.check_given({"granularity": self.granularity, "weight_block_size": size})
+            if self.static:
+                raise OptionError(
+                    f"activation_scheme='static' and weight_block_size={_listed(size)} exclude each other: activations "
+                    "have a scale for each row and 128 columns there"
+                )
         check_few_rows(self.min_m, self.small_m)
 
     @classmethod
@@ -76,32 +88,76 @@ class Fp8(Scheme):
                 f"granularity={granularity!r} and weight_block_size={_listed(block)} exclude each other: blocks have "
                 "scales of their own; leave one of the two out"
             )
+        scale, activations = options.get("input_scale"), options.get("activation_scheme")
+        if scale is not None and activations != "static":
+            raise OptionError(f"input_scale={scale!r} is of use with activation_scheme='static' only")
+
+    @property
+    def static(self) -> bool:
+        """Whether scales of activations are constants."""
+        return self.activation_scheme == "static"
+
+    @property
+    def call_options(self) -> tuple[str, ...]:  # type: ignore[override]
+        """With static scales the weight has constants that are of no use without them, and the other way round."""
+        return ("min_m", "small_m") if self.static else ("min_m", "small_m", "activation_scheme")
+
+    @property
+    def input_scale_missing(self) -> bool:
+        return self.static and self.input_scale is None
+
+    def with_input_scale(self, scale: float | None) -> Scheme:
+        return replace(self, activation_scheme="dynamic") if scale is None else replace(self, input_scale=scale)
+
+    def constants_key(self) -> Hashable:
+        return super().constants_key(), self.input_scale if self.static else None
 
     @property
     def label(self) -> str:
-        return f"fp8-{self.granularity}" if self.weight_block_size is None else BLOCKS[self.weight_block_size].name
+        if self.weight_block_size is not None:
+            return BLOCKS[self.weight_block_size].name
+        return f"fp8-{self.granularity}-static" if self.static else f"fp8-{self.granularity}"
 
     def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
         scale: tuple[int, ...] = (out_features, 1) if self.granularity == "row" else ()
         if self.weight_block_size is not None:
             scale = _blocks(out_features, in_features, self.weight_block_size)
-        return {
+        made = {
             "qdata": Spec((out_features, in_features), numerics.FP8_DTYPE),
             "scale": Spec(scale, torch.float32),
         }
+        if self.static:
+            made["input_scale"] = Spec((), torch.float32)
+            if self.granularity == "row":
+                made["folded_scale"] = made["scale"]
+        return made
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, ...]:
         if self.weight_block_size is not None:
             return block_scales.quantize_weight(weight, self.weight_block_size[0])
         if self.granularity == "row":
-            return numerics.quantize_weight_rowwise(weight)
-        return numerics.quantize_weight_tensorwise(weight)
+            return self._completed(*numerics.quantize_weight_rowwise(weight))
+        return self._completed(*numerics.quantize_weight_tensorwise(weight))
+
+    def _completed(self, qdata: Tensor, scale: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The constants of a weight, those of static activations included.
+
+        Args:
+            given: the input scale, if a file has it.
+        """
+        if not self.static:
+            return qdata, scale
+        input_scale = scale.new_full((), self.input_scale) if given is None else given  # type: ignore[arg-type]
+        # Multiplied here once, in one order for all entrances, so that the kernel multiplies by one scale less.
+        return (qdata, scale, input_scale, *([scale * input_scale] if self.granularity == "row" else []))
 
     @property
     def rows_together(self) -> int:
         return 1 if self.weight_block_size is None else self.weight_block_size[0]
 
     def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        if self.static:  # what belongs to activations has no rows that could be taken in chunks
+            return self._completed(*replace(self, activation_scheme="dynamic").quantize_in_chunks(weight, device))
         if self.granularity == "row" or weight.numel() == 0:
             return super().quantize_in_chunks(weight, device)
         device = weight.device if device is None else device
@@ -114,7 +170,7 @@ class Fp8(Scheme):
         return qdata, numerics.quantize_weight_with(amax, amax)[1]
 
     def dequantize(self, constants: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        qdata, scale = constants
+        qdata, scale, *_ = constants
         if self.weight_block_size is not None:
             return block_scales.dequantize(qdata, scale, self.weight_block_size[0], dtype)
         return numerics.dequantize(qdata, scale, dtype)
@@ -127,11 +183,15 @@ class Fp8(Scheme):
             more = DEQUANTIZED if blocks is None else DEQUANTIZED_BLOCKS
             some = (weight_only,) if m <= numerics.FEW_ROWS else (more,)
             return few_rows(m, self.min_m, self.small_m, weight_only) or some
+        if self.static:
+            weight_only = STATIC_WEIGHT_ONLY
         if m == math.inf:  # the meta function of _scaled_mm compares it
             return (high_precision("number of rows is known only at run time"),)
         enough: tuple[Call, ...]
         if blocks is not None:
             enough = (BLOCKS[blocks], DEQUANTIZED_BLOCKS)
+        elif self.static:
+            enough = (STATIC_ROWWISE, STATIC_UNFUSED) if self.granularity == "row" else (STATIC_TENSORWISE,)
         else:
             enough = (ROWWISE, ROWWISE_UNFUSED_SCALES) if self.granularity == "row" else (TENSORWISE,)
         return few_rows(m, self.min_m, self.small_m, weight_only) or enough
@@ -147,8 +207,13 @@ class Fp8(Scheme):
                 return f"{name} {features} is not a multiple of 16"
         return None
 
+    def suffixes(self) -> tuple[str | None, ...]:
+        if not self.static:
+            return super().suffixes()
+        return ("", "_scale", INPUT_SCALE, *([None] if self.granularity == "row" else []))
+
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[Scheme, tuple[Tensor, ...]]:
-        qdata, scale = (tensors[suffix] for suffix in self.suffixes())
+        qdata, scale = tensors[""], tensors["_scale"]
         if qdata.dim() != 2:
             raise QuantizedWeightError(f"has FP8 values of shape {list(qdata.shape)}, which are no matrix")
         n, k = qdata.shape
@@ -182,8 +247,23 @@ class Fp8(Scheme):
             chunks = torch.split(qdata.view(torch.uint8), chunk_rows(qdata))
             if any((chunk & 0x7F == 0x7F).any() for chunk in chunks):
                 raise QuantizedWeightError("holds NaN")
-        scheme = replace(self, granularity=granularity, weight_block_size=block)
-        return scheme, (qdata.contiguous(), fitting.contiguous())
+        scheme = replace(
+            self,
+            activation_scheme="dynamic" if self.static else self.activation_scheme,
+            granularity=granularity,
+            weight_block_size=block,
+        )
+        given = tensors.get(INPUT_SCALE)
+        if given is None or block is not None:
+            return scheme, (qdata.contiguous(), fitting.contiguous())
+        given = given.float().reshape(-1)
+        if not given.is_meta and not ((given > 0) & (given <= LARGEST_SCALE)).all():
+            raise QuantizedWeightError("is an input scale that is NaN, infinite, zero or negative", INPUT_SCALE)
+        if given.numel() == 0 or (not given.is_meta and not (given == given[0]).all()):
+            raise QuantizedWeightError(f"holds {given.numel()} different input scales; expected one", INPUT_SCALE)
+        value = None if given.is_meta else float(given[0])
+        scheme = replace(scheme, activation_scheme="static", input_scale=value)
+        return scheme, scheme._completed(qdata.contiguous(), fitting.contiguous(), given[0].clone())
 
 
 def _blocks(out_features: int, in_features: int, size: Sequence[int]) -> tuple[int, int]:
@@ -200,6 +280,22 @@ ROWWISE = Call("fp8-row", numerics.scaled_linear, numerics.quantize_rowwise)
 # For devices that refuse row-wise scales for a shape, or altogether.
 ROWWISE_UNFUSED_SCALES = Call("fp8-row-unfused-scales", numerics.linear_then_scale, numerics.quantize_rowwise)
 TENSORWISE = Call("fp8-tensor", numerics.scaled_linear, numerics.quantize_tensorwise)
+STATIC_ROWWISE = Call(
+    "fp8-row-static", numerics.static_rowwise_linear, numerics.quantize_static_rowwise, takes=("input_scale", ONES)
+)
+STATIC_UNFUSED = Call(
+    "fp8-row-static-unfused-scales",
+    numerics.static_unfused_linear,
+    numerics.quantize_static_rowwise,
+    takes=("input_scale", ONES),
+)
+STATIC_TENSORWISE = Call(
+    "fp8-tensor-static",
+    numerics.static_tensorwise_linear,
+    numerics.quantize_static_tensorwise,
+    takes=("input_scale",),
+)
+STATIC_WEIGHT_ONLY = Call("fp8-weight-only", numerics.static_weight_only_linear)
 WEIGHT_ONLY = Call("fp8-weight-only", numerics.weight_only_linear)
 # The same for more rows, by its own name in a graph and by the same name in a report.
 DEQUANTIZED = Call("fp8-weight-only", numerics.dequantized_linear)

@@ -201,7 +201,8 @@ class Int8(Scheme):
     """Int8 codes with float32 scales: one for each output channel of a weight, one for each token of an activation.
 
     Attributes:
-        min_m: a linear whose activation has fewer rows (M: tokens of the whole batch) is not multiplied in int8.
+        min_m: a linear whose activation has fewer rows per sample (M: tokens, or 1 for a vector), whatever the batch,
+            is not multiplied in int8.
         small_m: what becomes of it: "weight-only" reads its int8 weight and multiplies in float32, "keep" leaves it as
             it is, which is for compilation only.
         rotation: None, or how many input features are rotated together before they are quantized: one of `ROTATIONS`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +26,12 @@ class Spec:
     dtype: torch.dtype
 
 
+ONES = "ones"
+"""Among what a `Call` takes: ones, ``[MOST_ROWS, 1]`` float32, the same memory for all graphs on a device."""
+
+MOST_ROWS = 1 << 20
+
+
 @dataclass(frozen=True)
 class Call:
     """How one linear of a graph runs.
@@ -37,18 +43,22 @@ class Call:
         name: what the report shows.
         linear: ``(activation, *constants, bias | None, dtype)`` to ``[..., N]`` in ``dtype``; None if the linear runs
             as it is written, on the weight that the constants stand for.
-        quantize: an activation ``[..., K]`` to what ``linear`` takes; None if that is the activation itself.
+        quantize: an activation ``[..., K]``, and what ``takes`` names, to what ``linear`` takes; None if that is the
+            activation itself.
         reason: why ``linear`` is None.
         reference: what ``linear`` must agree with, of the same arguments; a GPU whose kernel does not, for a shape, is
             taken for one that refuses it. For kernels that are wrong without a word where they are. None: it is only
             asked whether ``linear`` runs.
+        takes: names of constants, or `ONES`. Linears that read one activation share what ``quantize`` made of it, so
+            their constants of these names must be the same.
     """
 
     name: str
     linear: Callable[..., Tensor] | None
-    quantize: Callable[[Tensor], Any] | None = None
+    quantize: Callable[..., Any] | None = None
     reason: str = ""
     reference: Callable[..., Tensor] | None = None
+    takes: tuple[str, ...] = ()
 
 
 def high_precision(reason: str) -> Call:
@@ -60,8 +70,8 @@ def high_precision(reason: str) -> Call:
 class Scheme(abc.ABC):
     """One kind of quantization; a method is a subclass, whose fields are the method's own options.
 
-    Equal schemes make equal constants of a weight. Options are checked when a scheme is made (``__post_init__``), which
-    raises `OptionError`.
+    Equal schemes make equal constants of a weight, but for what fields without ``compare`` say of a single layer; they
+    have the same graphs. Options are checked when a scheme is made (``__post_init__``), which raises `OptionError`.
 
     Attributes:
         method: the value of the option ``method``.
@@ -109,7 +119,8 @@ class Scheme(abc.ABC):
         is written.
 
         Args:
-            m: rows of the activation (its elements, by K); infinite if that is known only at run time.
+            m: rows of the activation that belong to one sample, so that all batch sizes run alike; infinite if the
+                number of rows is known only at run time.
         """
 
     @classmethod  # noqa: B027
@@ -163,7 +174,16 @@ class Scheme(abc.ABC):
         """What a report calls weights of this scheme that have run in no graph yet."""
         return self.method
 
-    def constants_key(self) -> Scheme:
+    @property
+    def input_scale_missing(self) -> bool:
+        """Whether no constants can be made before `with_input_scale` says what stands for a unit of the activation."""
+        return False
+
+    def with_input_scale(self, scale: float | None) -> Scheme:
+        """This scheme for a layer whose activations have a scale that was calibrated; or, None, was not."""
+        raise NotImplementedError(f"{type(self).__qualname__} says input_scale_missing")
+
+    def constants_key(self) -> Hashable:
         """What tells the constants of this scheme from those of others: schemes that agree in it share them."""
         return self.called_with({f.name: f.default for f in dataclasses.fields(self)})
 
@@ -180,12 +200,19 @@ class Scheme(abc.ABC):
         """The method's own options, by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    @property
+    def common_options(self) -> dict[str, Any]:
+        """Those that equal schemes have in common."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
+
     # --- in files ---
 
-    def suffixes(self) -> tuple[str, ...]:
+    def suffixes(self) -> tuple[str | None, ...]:
         """What stands behind the weight's name in files, for each constant.
 
-        The default is compressed-tensors' layout: ``PATH.weight`` and ``PATH.weight_scale``.
+        The default is compressed-tensors' layout: ``PATH.weight`` and ``PATH.weight_scale``. One that begins with a dot
+        stands in the place of "weight": ``.input_scale`` for ``PATH.input_scale``. None: it is in no file, and `read`
+        makes it of the others.
         """
         return ("", *(f"_{name}" for name in list(self.specs(1, 1))[1:]))
 
@@ -195,7 +222,7 @@ class Scheme(abc.ABC):
         Raises:
             QuantizedWeightError: a shape, a dtype or a value is none that the scheme writes.
         """
-        return self, tuple(tensors[suffix] for suffix in self.suffixes())
+        return self, tuple(tensors[suffix] for suffix in self.suffixes() if suffix is not None)
 
 
 def finite(constants: Sequence[Tensor]) -> Tensor:

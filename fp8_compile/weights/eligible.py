@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..options import Fp8Options, expanded
+from ..errors import OptionError, PatternError
+from ..options import KEEP, RECOMMENDED, Fp8Options, expanded
 from ..patterns import first_match_of
-from ..schemes import Scheme
+from ..schemes import Scheme, scheme_for
 from .layers import Layer
 from .quantized_weight import QuantizedWeight
-from .records import ignored_by, narrower
+from .records import ignored_by, kept_by_plan, narrower
 
 QUANTIZABLE_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -53,10 +55,31 @@ def unfit(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | No
 
 
 def pattern_of(layer: Layer, options: Fp8Options) -> str | None:
-    """The entry of ``ignored_layers`` that names ``layer``, or of the recipe that it stands for; none an adapter's."""
-    if layer.adapter:
+    """The entry that lets ``layer`` stay: of ``ignored_layers``, or the recipe that it stands for, or of ``layers``."""
+    entry = entry_of(layer, options)
+    return entry if entry is not None and options.layers[entry] == KEEP else _ignored(layer, options)
+
+
+def _ignored(layer: Layer, options: Fp8Options) -> str | None:
+    """None for an adapter, whose name is that of the layer that it adapts."""
+    return None if layer.adapter else first_match_of(expanded(options.ignored_layers, layer.keeps), layer.names)
+
+
+def entry_of(layer: Layer, options: Fp8Options) -> str | None:
+    """The entry of ``layers`` that names ``layer``; none an adapter's.
+
+    Raises:
+        PatternError: an entry of ``ignored_layers`` names it, too.
+    """
+    if layer.adapter or not options.layers:
         return None
-    return first_match_of(expanded(options.ignored_layers, layer.keeps), layer.names)
+    entry = first_match_of(options.layers, layer.names)
+    ignored = None if entry is None else _ignored(layer, options)
+    if entry is not None and ignored is not None:
+        raise PatternError(
+            entry, f"names {layer.paths[0]}, which {ignored!r} of ignored_layers names, too; leave one out", "layers"
+        )
+    return entry
 
 
 def kept_by_name(layer: Layer, options: Fp8Options) -> str | None:
@@ -65,10 +88,51 @@ def kept_by_name(layer: Layer, options: Fp8Options) -> str | None:
         return "low-rank adapter"
     pattern = pattern_of(layer, options)
     if pattern is not None:
-        return ignored_by(pattern)
-    if not layer.paths and options.ignored_layers:
+        return kept_by_plan(pattern) if pattern in options.layers else ignored_by(pattern)
+    if layer.outside and RECOMMENDED in options.ignored_layers:
+        return ignored_by(OUTSIDE)
+    if not layer.paths and (options.ignored_layers or options.layers):
         return UNNAMED
     return layer.recorded
+
+
+def scheme_of(layer: Layer, options: Fp8Options) -> Scheme:
+    """The scheme that the weight of ``layer`` gets if it is not quantized yet.
+
+    Its input scale may be missing still (``Scheme.input_scale_missing``), which is an error where it is needed.
+    """
+    scheme = scheme_for(options, entry_of(layer, options))
+    if not scheme.input_scale_missing:
+        return scheme
+    scale = max(filter(None, map(functools.partial(_scale_at, options.activation_scales), layer.paths)), default=None)
+    return scheme if scale is None and options.uncalibrated == "error" else scheme.with_input_scale(scale)
+
+
+def _scale_at(scales: Mapping[str, float], path: str) -> float | None:
+    """That of the layer at ``path``, also where what was calibrated is a part of what runs now."""
+    while path not in scales and path:
+        path = path.partition(".")[2]
+    return scales.get(path)
+
+
+def check_calibrated(missing: Collection[str]) -> None:
+    """Refuse layers, by path, that are to be static and of which no calibration tells a scale.
+
+    Raises:
+        OptionError: there is one.
+    """
+    if missing:
+        raise OptionError(
+            f"activation_scheme='static': no input scale for {', '.join(dict.fromkeys(missing))}; calibrate the model "
+            "(fp8_compile.calibrate) and give activation_scales, or uncalibrated='dynamic'"
+        )
+
+
+def called(weight: Tensor, layer: Layer, options: Fp8Options) -> Scheme:
+    """The scheme by which ``weight`` runs: its own, with what may be chosen anew when a graph is compiled."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.scheme.called_with(options.asked_of(entry_of(layer, options))[1])
+    return scheme_of(layer, options)
 
 
 def read_by(name: str) -> str:
@@ -97,7 +161,8 @@ def handed_over(model: nn.Module) -> dict[int, str]:
     return found
 
 
-UNNAMED = "nothing names this layer, and ignored_layers may mean it"
+OUTSIDE = f"{RECOMMENDED}: outside of the repeated blocks"
+UNNAMED = "nothing names this layer, and a pattern may mean it"
 
 
 def _written(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:

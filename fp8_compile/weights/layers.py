@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..patterns import is_adapter, join, layer_path, parameter_layer, spellings
-from ..recipes import Recipe, recipe_of
+from ..recipes import Recipe, block_classes, recipe_of
 from .quantized_weight import QuantizedWeight
 from .records import Record, kept_by_itself, record_of
 from .sharded import refilled, stack
@@ -41,6 +41,7 @@ class Layer:
         recorded: why it stays because of what the modules around it are: an earlier conversion of the model left it as
             it was, or FSDP refills it; None if nothing speaks against it.
         keeps: what the recipe of the model that it is in keeps (`fp8_compile.recipes`).
+        outside: that model has no recipe, and it is in none of its repeated blocks.
     """
 
     paths: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ class Layer:
     adapter: bool = False
     recorded: str | None = None
     keeps: tuple[str, ...] = ()
+    outside: bool = False
 
     def path(self, within: str) -> str | None:
         """The one of ``paths`` that ends as ``within``, a path in a part, does; else the first."""
@@ -74,6 +76,8 @@ class _Place:
         record: of the innermost module around it that has one.
         recorded: its path within that one.
         recipe: of the innermost module around it that has one.
+        blocks: the classes of the repeated blocks of the innermost module around it that has some, and no recipe; none
+            within such a block.
     """
 
     raw: str
@@ -82,24 +86,25 @@ class _Place:
     record: Record | None
     recorded: str
     recipe: Recipe | None
+    blocks: tuple[str, ...]
 
 
 class Tree:
     """All modules below a root.
 
     Attributes:
-        marked: for which patterns its modules bear marks (`fp8_compile.weights.marks`).
+        marked: for which options its modules bear marks (`fp8_compile.weights.marks`).
         count: of the root's linears that are no adapters.
         names: all that a pattern may match: their paths.
         others: the same of its other matrices, which a graph may find to be those of linears.
-        has_recipe: whether there is a recipe for one of the modules.
+        has_recipe: whether there is a recipe for one of the modules, or repeated blocks.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._places: weakref.WeakKeyDictionary[nn.Module, list[_Place]] = weakref.WeakKeyDictionary()
         owners: dict[int, dict[tuple[int, str], tuple[weakref.ref[nn.Module], str]]] = {}
         self._root = weakref.ref(root)
-        self.marked: set[tuple[str, ...]] = set()
+        self.marked: set[str] = set()
         self.count = 0
         unrecorded, linears, others = False, [], []
         places: dict[str, _Place] = {}
@@ -121,14 +126,14 @@ class Tree:
         # be the root, or know it.
         self._ties = {key: list(all_of.values()) for all_of in owners.values() if len(all_of) > 1 for key in all_of}
         self._unrecorded = unrecorded
-        self.has_recipe = any(place.recipe is not None for place in places.values())
+        self.has_recipe = any(place.recipe is not None or place.blocks for place in places.values())
         self.names, self.others = _all_names(linears), _all_names(others)
 
     @staticmethod
     def _place(raw: str, around: tuple[nn.Module, ...], places: Mapping[str, _Place]) -> _Place:
         module, record, recipe = around[-1], record_of(around[-1]), recipe_of(around[-1])
         if len(around) == 1:
-            return _Place("", "", "", record, "", recipe)
+            return _Place("", "", "", record, "", recipe, block_classes(module))
         parent_raw, _, name = raw.rpartition(".")
         parent, holder = places[parent_raw], around[-2]
         alone = len(around) > 3 and isinstance(around[-3], nn.ModuleList) and len(around[-3]) == 1
@@ -143,6 +148,7 @@ class Tree:
         # DataParallel and its like hold the model as their only part.
         wrapper = name == "module" and not parent.path and len(holder._modules) == 1
         compiled = name == "_orig_mod" or module._compiled_call_impl is not None
+        inner = recipe is not None or type(module).__name__ in parent.blocks
         return _Place(
             raw,
             parent.path if wrapper else join(parent.path, name),
@@ -150,6 +156,7 @@ class Tree:
             parent.record if record is None else record,
             join(parent.recorded, name) if record is None else "",
             parent.recipe if recipe is None else recipe,
+            () if inner else block_classes(module) or parent.blocks,
         )
 
     def holds(self, module: nn.Module) -> bool:
@@ -175,12 +182,14 @@ class Tree:
         quantized = isinstance(module._parameters[leaf], QuantizedWeight)
         paths, regional, adapter, recorded = [], [], False, None
         keeps: dict[str, None] = {}
+        outside = []
         for ref, name in self._ties.get((id(module), leaf), [(weakref.ref(module), leaf)]):
             owner = ref()
             if owner is None:
                 continue
             for place in self._places[owner]:
                 adapter = adapter or is_adapter(place.raw)
+                outside.append(bool(place.blocks))
                 keeps |= dict.fromkeys(() if place.recipe is None else place.recipe.keep)
                 paths.append(layer_path(parameter_layer(place.path, name)))
                 regional.append(layer_path(parameter_layer(place.regional, name)))
@@ -192,7 +201,7 @@ class Tree:
             recorded = NO_RECORD
         distinct = tuple(dict.fromkeys(paths))
         others = tuple(path for path in dict.fromkeys(regional) if path and path not in distinct)
-        return Layer(distinct, others, adapter, None if quantized else recorded, tuple(keeps))
+        return Layer(distinct, others, adapter, None if quantized else recorded, tuple(keeps), any(outside))
 
 
 def _all_names(paths: Iterable[str]) -> tuple[str, ...]:
@@ -256,7 +265,7 @@ def _is_call(code: CodeType) -> bool:
     return any(code is call for call in _CALLS)
 
 
-def _running() -> list[nn.Module]:
+def running_modules() -> list[nn.Module]:
     """The modules whose methods are being executed, the innermost first."""
     found: dict[int, nn.Module] = {}
     for frame in stack():
@@ -315,7 +324,7 @@ class Namer:
         Args:
             anew: look at these modules again even where nothing has moved: parameters may have been tied since.
         """
-        running = _running()
+        running = running_modules()
         owners = _owners(weights.values(), running)
         if len(owners) < len({id(weight) for weight in weights.values()}):  # a function was compiled
             bases = [module for ref in self._bases if (module := ref()) is not None]

@@ -2,10 +2,11 @@
 
 One graph of Dynamo's serves all modules that look alike, and a layer's name is nothing that it looks at. So each module
 bears what was decided on its weights by their names, and each graph is guarded on it: a graph that quantizes a linear
-is not for a module that says "stays", nor the other way round. A module without a mark fits both; the binder decides
-then (`fp8_compile.runtime.binder`).
+is not for a module that says "stays", nor the other way round, and where ``layers`` asks for several schemes, a graph
+of one is not for a module that says another. A module without a mark fits all; the binder decides then
+(`fp8_compile.runtime.binder`).
 
-A mark belongs to one list of patterns, since a model may be compiled with several. It is on the module and not on the
+A mark belongs to one set of options, since a model may be compiled with several. It is on the module and not on the
 parameter because offloading puts new parameters in place at every call.
 """
 
@@ -15,33 +16,65 @@ import hashlib
 
 from torch import Tensor, nn
 
-from ..options import Fp8Options
+from ..options import KEEP, Fp8Options
+from ..schemes import Scheme, scheme_for
 from . import eligible
-from .layers import tree_of
+from .layers import Layer, tree_of
 
 _PREFIX = "_fp8_mark_"
 
+STAYS, CONVERTS = "stays", "converts"
 
-def name_of(options: Fp8Options, leaf: str, *, stays: bool) -> str:
-    """The attribute of a module that says of its parameter ``leaf`` that it stays, or that it may become FP8."""
-    digest = hashlib.sha256(repr(options.ignored_layers).encode()).hexdigest()[:12]
-    return f"{_PREFIX}{digest}_{'stays' if stays else 'converts'}_{leaf}"
+
+def verdict(layer: Layer, options: Fp8Options) -> str:
+    """What a mark says of ``layer``: that it stays, or the scheme that it gets, or is called with."""
+    if eligible.kept_by_name(layer, options) is not None:
+        return STAYS
+    return _of(eligible.scheme_of(layer, options)) if _several(options) else CONVERTS
+
+
+def verdicts(options: Fp8Options) -> set[str]:
+    """All that marks may say under ``options``."""
+    if not _several(options):
+        return {STAYS, CONVERTS}
+    entries = [pattern for pattern, entry in options.layers.items() if entry != KEEP]
+    schemes = {scheme_for(options, pattern) for pattern in (None, *entries)}
+    if options.uncalibrated == "dynamic":
+        schemes |= {scheme.with_input_scale(None) for scheme in schemes if scheme.input_scale_missing}
+    return {STAYS, *map(_of, schemes)}
+
+
+def _several(options: Fp8Options) -> bool:
+    """Whether layers may get different schemes."""
+    return bool(options.layers) or options.uncalibrated == "dynamic"
+
+
+def _of(scheme: Scheme) -> str:
+    return hashlib.sha256(repr(scheme).encode()).hexdigest()[:12]
+
+
+def name_of(options: Fp8Options, leaf: str, verdict: str) -> str:
+    """The attribute of a module that says ``verdict`` of its parameter ``leaf``."""
+    return f"{_PREFIX}{options.names_key}_{verdict}_{leaf}"
 
 
 def mark(root: nn.Module, options: Fp8Options, *, anew: bool = False) -> None:
     """Mark all modules of ``root``, unless that has been done; ``anew`` does it in any case."""
     tree = tree_of(root)
-    if options.ignored_layers in tree.marked and not anew:
+    if options.names_key in tree.marked and not anew:
         return
-    tree.marked.add(options.ignored_layers)
+    tree.marked.add(options.names_key)
     for module, leaf in tree.matrices():
-        put(module, options, leaf, stays=eligible.kept_by_name(tree.layer(module, leaf), options) is not None)
+        put(module, options, leaf, verdict(tree.layer(module, leaf), options))
 
 
-def put(holder: nn.Module | Tensor, options: Fp8Options, leaf: str, *, stays: bool) -> None:
+def put(holder: nn.Module | Tensor, options: Fp8Options, leaf: str, verdict: str) -> None:
     """Mark a module in view of its parameter ``leaf``; or, as "", a parameter that the graph takes from elsewhere."""
-    holder.__dict__.pop(name_of(options, leaf, stays=not stays), None)
-    holder.__dict__[name_of(options, leaf, stays=stays)] = True
+    prefix = f"{_PREFIX}{options.names_key}_"
+    for name in [name for name in holder.__dict__ if name.startswith(prefix)]:
+        if name.removeprefix(prefix).partition("_")[2] == leaf:
+            del holder.__dict__[name]
+    holder.__dict__[name_of(options, leaf, verdict)] = True
 
 
 def remove(model: nn.Module) -> None:

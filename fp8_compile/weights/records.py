@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..options import Fp8Options
+from ..options import KEEP, Fp8Options
 from ..patterns import first_match_of, spellings
 
 NOT_A_LINEAR = "no nn.Linear's weight, which is all that quantize_ converts"
@@ -17,6 +17,11 @@ NOT_A_LINEAR = "no nn.Linear's weight, which is all that quantize_ converts"
 def ignored_by(pattern: str) -> str:
     """The reason of a layer that ``pattern`` names."""
     return f"ignored_layers: {pattern}"
+
+
+def kept_by_plan(pattern: str) -> str:
+    """The reason of a layer that ``layers`` says shall stay."""
+    return f"layers: {pattern}: {KEEP}"
 
 
 def narrower(features: tuple[int, int], least: int) -> str | None:
@@ -34,12 +39,14 @@ class Record:
     Attributes:
         options: as the flat dict that the user may give.
         kept: the reason, by path within the module, for each linear that stayed.
-        unmatched: entries of ``ignored_layers`` that named no linear.
+        unmatched: entries of ``ignored_layers`` and ``layers`` that named no linear.
+        calibrated: where static input scales come from; empty if there are none.
     """
 
     options: Mapping[str, Any]
     kept: Mapping[str, str]
     unmatched: tuple[str, ...]
+    calibrated: str = ""
 
     def reason(self, module: nn.Module, leaf: str, path: str) -> str | None:
         """Why the parameter ``leaf`` of ``module``, at ``path`` within the recorded module, stays, or None.
@@ -52,6 +59,10 @@ class Record:
         pattern = first_match_of(patterns, spellings(path))
         if pattern is not None:
             return ignored_by(pattern)
+        plan = self.options.get("layers", {})
+        entry = first_match_of(plan, spellings(path))
+        if entry is not None and plan[entry] == KEEP:
+            return kept_by_plan(entry)
         if leaf != "weight" or not isinstance(module, nn.Linear):
             return NOT_A_LINEAR
         least = self.options.get("min_features", Fp8Options.min_features)
@@ -61,7 +72,9 @@ class Record:
 def record_of(module: nn.Module) -> Record | None:
     """What ``module`` itself remembers, or None."""
     found = module.__dict__.get(_RECORD)
-    return None if found is None else Record(found["options"], found["kept"], tuple(found["unmatched"]))
+    if found is None:
+        return None
+    return Record(found["options"], found["kept"], tuple(found["unmatched"]), found.get("calibrated", ""))
 
 
 def write_record(module: nn.Module, record: Record) -> None:
@@ -70,6 +83,7 @@ def write_record(module: nn.Module, record: Record) -> None:
         "options": dict(record.options),
         "kept": dict(record.kept),
         "unmatched": list(record.unmatched),
+        "calibrated": record.calibrated,
     }
 
 

@@ -113,6 +113,18 @@ def test_blocks_in_int8(tmp_path: Path) -> None:
         assert set(found["fallbacks"]) <= bounds.eager, name
 
 
+@lowers
+def test_static_activations_leave_no_reduction_for_a_scale(tmp_path: Path) -> None:
+    options = {"activation_scheme": "static", "input_scale": 0.02}
+    for found in lower(tmp_path, "--model", "qwen-image", "wan", "--options", json.dumps(options)):
+        name, bounds = found["model"], BOUNDS[found["model"]]
+        kernels = [kernel["name"] for kernel in found["kernels"] if kernel["kind"] == "triton"]
+        assert not [kernel for kernel in kernels if "amax" in kernel], name
+        assert [a["tensors"] for a in found["activations"]] == [1] * bounds.activations, name
+        assert found["launches"] <= bounds.launches, name
+        assert found["row_loops"] <= LOOPS.get(name, 0), name
+
+
 STOCK = {"realize_opcount_threshold": 30, "realize_acc_reads_threshold": 8}
 # What each piece is good for: a block, the options without the piece and with it, and by how much the former are worse.
 PIECES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, float]] = {

@@ -90,6 +90,30 @@ def test_options_reach_the_backend_and_what_others_keep_stays_by_default(tmp_pat
     assert "as others recommend" not in told[1] + told[2]
 
 
+def test_a_plan_from_a_file_and_block_scales(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from bench.tiny import build_qwen_image
+    from fp8_compile.cli.main import app
+
+    build_qwen_image().save_pretrained(tmp_path / "own")
+    (tmp_path / "plan.toml").write_text('"img_mod" = "keep"\n["transformer_blocks.0.txt_mlp"]\nmethod = "int8"\n')
+    (tmp_path / "plan.json").write_text('{"img_mod": "keep", "transformer_blocks.0.txt_mlp": {"method": "int8"}}')
+    arguments = ["text-to-image", PROMPT, "--model", tmp_path / "own", "--steps", 1, "--height", 64, "--width", 64]
+    arguments += ["--inner-backend", "eager", "--output", tmp_path / "own.png", "--weight-block-size", "128x128"]
+    told = []
+    for file in ("plan.toml", "plan.json"):
+        done = CliRunner().invoke(
+            app, [str(a) for a in [*arguments, "--show-layers", "--layers", tmp_path / file]], env={"COLUMNS": "300"}
+        )
+        assert done.exit_code == 0, done.output
+        told.append("\n".join(line for line in done.output.splitlines() if "transformer_blocks." in line))
+    assert told[0] == told[1]
+    assert re.search(r"img_mod\.1 .* layers: img_mod: keep", told[0])
+    assert re.search(r"transformer_blocks\.0\.txt_mlp\.net\.2 .* int8-row", told[0])
+    assert re.search(r"img_mlp\.net\.2 .* fp8-128x128", told[0])  # a plan stands in the place of the recipe
+
+
 def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -111,6 +135,12 @@ def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> No
         (["--quantization", "fp8", "--no-quantization"], "exclude each other"),
         (["--ignored-layers", "img_mlp", "--no-quantization"], "--ignored-layers and --no-quantization exclude"),
         (["--granularity", "column"], "granularity='column' is not valid"),
+        (["--weight-block-size", "128"], "--weight-block-size '128': expected ROWSxCOLUMNS, for example 128x128"),
+        (["--weight-block-size", "64x64"], "weight_block_size=[64, 64] is not valid; valid: [128, 128], [1, 128]"),
+        (["--activation-scheme", "fixed"], "activation_scheme='fixed' is not valid; valid: dynamic, static, none"),
+        ([*SMALL, "--activation-scheme", "static"], "no input scale for transformer_blocks.0."),
+        (["--layers", "nowhere.json"], "--layers nowhere.json: cannot be read as JSON"),
+        (["--layers", "nowhere.json", "--no-quantization"], "--layers and --no-quantization exclude each other"),
         (["--dtype", "float8"], "'float8' is not valid; valid: bfloat16, float16, float32"),
         (["--compile-mode", "fast"], "mode='fast' is not valid"),
         (["--output", "picture.xyz"], "no picture format ends in '.xyz'"),

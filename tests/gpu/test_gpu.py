@@ -12,15 +12,19 @@ from torch import Tensor, nn
 
 import fp8_compile
 from fp8_compile import block_scales, numerics
+from fp8_compile.calibration import histogram
 from fp8_compile.device import refusal
 from fp8_compile.runtime import constants
-from fp8_compile.schemes import Call, int8
+from fp8_compile.schemes import ONES, Call, int8
 from fp8_compile.schemes.fp8 import (
     BLOCK_SIZES,
     BLOCKS,
     DEQUANTIZED_BLOCKS,
     ROWWISE,
     ROWWISE_UNFUSED_SCALES,
+    STATIC_ROWWISE,
+    STATIC_TENSORWISE,
+    STATIC_UNFUSED,
     TENSORWISE,
     WEIGHT_ONLY,
     WEIGHT_ONLY_BLOCKS,
@@ -77,6 +81,34 @@ def test_kernel_agrees_with_float64(
     expected = left @ (values.double() * scale.double()).t() + (0 if b is None else b.double())
     assert out.dtype == dtype
     assert sqnr(expected, out) > 44  # fast accumulation keeps 14 bits of the sums; bfloat16 alone would give 50
+
+
+@pytest.mark.parametrize("call", [STATIC_ROWWISE, STATIC_UNFUSED, STATIC_TENSORWISE], ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [8, 127, 1024])
+@pytest.mark.parametrize("features", [(64, 64), (3072, 144), (144, 3072)], ids=str)
+def test_static_scales_agree_with_float64(
+    call: Call, dtype: torch.dtype, bias: bool, rows: int, features: tuple[int, int]
+) -> None:
+    """Also beyond the clamp; and the bytes are those that the CPU makes."""
+    k, n = features
+    scheme = Fp8("tensor" if call is STATIC_TENSORWISE else "row", "static", input_scale=3 / 448)
+    if (reason := refusal(scheme, call, CUDA, rows, features, dtype, bias)) is not None:
+        pytest.skip(reason)
+    x, w, b = gaussian(rows, k, dtype=dtype), gaussian(n, k, dtype=dtype), gaussian(n, dtype=dtype) if bias else None
+    constants = scheme.quantize_weight(w)
+    named = {**dict(zip(scheme.specs(n, k), constants, strict=True)), ONES: torch.ones(2048, 1, device=CUDA)}
+    assert call.quantize is not None
+    assert call.linear is not None
+    quantized = call.quantize(x, *(named[name] for name in call.takes))
+    out = call.linear(quantized, *constants, b, dtype)
+    left = quantized[0].double() * float(named["input_scale"])
+    expected = left @ (constants[0].double() * constants[1].double()).t() + (0 if b is None else b.double())
+    assert out.dtype == dtype
+    assert sqnr(expected, out) > 44
+    there = call.quantize(x.cpu(), *(named[name].cpu() for name in call.takes))[0]
+    assert torch.equal(there.view(torch.uint8), quantized[0].cpu().view(torch.uint8))
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 17, 18, 31, 33, 127, 1024])
@@ -181,7 +213,7 @@ def test_blocks_compiled(size: tuple[int, int], mode: str) -> None:
     """On Hopper by the kernel, elsewhere by the dequantized weight; in neither case by a Triton template for blocks."""
     m = nn.Sequential(nn.Linear(640, 1024), nn.GELU(), nn.Linear(1024, 640)).to(CUDA, torch.bfloat16)
     for rows in (128, 130, 77):
-        x = gaussian(rows, 640)
+        x = gaussian(1, rows, 640)
         expected = run(m, x)
         options = {"weight_block_size": list(size), "mode": mode}
         compiled = torch.compile(m, backend="fp8_diffusion", fullgraph=True, options=options)
@@ -423,3 +455,36 @@ def test_gelu_and_rotations_in_generated_code(dynamic: bool) -> None:
         with torch.no_grad():
             for got, expected in zip(compiled(*inputs), module(*inputs), strict=True):
                 assert sqnr(expected, got) > 50
+
+
+# --- calibration ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_magnitudes_are_counted_as_on_the_cpu_and_without_waiting(dtype: torch.dtype) -> None:
+    x = gaussian(4096, 3072, dtype=dtype) ** 3
+    x[0, :3] = torch.tensor([torch.inf, torch.nan, 0.0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counts, amax = histogram.count(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected, largest = histogram.count(x.cpu())
+    assert torch.equal(counts.cpu(), expected)
+    assert torch.equal(amax.cpu(), largest)
+
+
+def test_a_step_is_calibrated_without_waiting() -> None:
+    m, x = model(), gaussian(2, 64, WIDTH)
+    with torch.no_grad(), fp8_compile.calibrate(m, progress=False) as calibration:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            m(x)
+            m(2 * x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad(), fp8_compile.calibrate(m.cpu(), progress=False) as expected:
+        m(x.cpu())
+        m(2 * x.cpu())
+    found, same = (c.scales(m)["blocks.0.to_q"] for c in (calibration, expected))
+    assert found == pytest.approx(same, rel=0.01)  # layer norm rounds differently

@@ -16,7 +16,7 @@ from torch._inductor.virtualized import V
 from torch.fx import Graph, GraphModule
 
 import fp8_compile
-from fp8_compile.checks import parse_options, scheme_for
+from fp8_compile.checks import parse_options
 from fp8_compile.inductor.inner import PostGradPasses, _functions
 from fp8_compile.inductor.source_hash import source_hash
 from fp8_compile.inductor.whole_rows import whole_rows
@@ -34,7 +34,7 @@ def test_caches_tell_passes_and_heuristics_apart() -> None:
 
     def uuid(**options: Any) -> Any:
         opts = parse_options(options)
-        return PostGradPasses(None, Context(GraphModule(nn.Module(), Graph()), opts, scheme_for(opts))).uuid()
+        return PostGradPasses(None, Context(GraphModule(nn.Module(), Graph()), opts)).uuid()
 
     uuids = [uuid(), uuid(disabled_passes=["one_fp8_copy"])]
     with whole_rows():

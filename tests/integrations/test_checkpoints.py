@@ -77,6 +77,9 @@ def _fp8(state: Tensors, leaf: str, scale_of: Callable[[Tensor], Tensor]) -> Ten
     return made
 
 
+SCHEMES = {compressed_tensors: "fp8-row", modelopt: "fp8-tensor-static", comfyui: "fp8-tensor"}
+
+
 @pytest.mark.parametrize("layout", [compressed_tensors, modelopt, comfyui])
 @pytest.mark.parametrize("where", ["cpu", "meta"])
 def test_the_bytes_of_others_are_used_as_they_are(
@@ -103,7 +106,7 @@ def test_the_bytes_of_others_are_used_as_they_are(
     m.compile_whole(min_features=8)
     assert sqnr(expected, m(x)) > 24
     rows = {row.path: row for row in fp8_compile.report(m).layers}
-    assert rows["blocks.0.to_q"].scheme == ("fp8-row" if layout is compressed_tensors else "fp8-tensor")
+    assert rows["blocks.0.to_q"].scheme == SCHEMES[layout]
     assert rows["blocks.0.to_k"].reason == "not in FP8 in the checkpoint"
 
 
@@ -116,14 +119,15 @@ def test_a_scale_for_each_block_is_read(height: int, tmp_path: Path) -> None:
     original = build()
     tensors = deepseek(original.state_dict(), height)
     save_file(tensors, tmp_path / FILE)
-    fp8_compile.load_fp8_checkpoint(m := build(), tmp_path / FILE)
+    with pytest.warns(fp8_compile.UnusedScaleWarning, match=r"0.activation_scale and 1 more"):
+        fp8_compile.load_fp8_checkpoint(m := build(), tmp_path / FILE)
     for name in ("0.weight", "2.weight"):
         weight = m.get_parameter(name)
         assert weight.scheme == Fp8(weight_block_size=(height, 128))
         assert torch.equal(weight.qdata.view(torch.uint8), tensors[name].view(torch.uint8))
         assert torch.equal(weight.scale, tensors[f"{name}_scale_inv"].float())
         assert sqnr(original.get_parameter(name), weight.dequantize()) > 29  # the scale's bfloat16 costs some
-    x = torch.randn(16, 400, dtype=torch.bfloat16)
+    x = torch.randn(1, 16, 400, dtype=torch.bfloat16)
     expected = m(x)
     compiled = torch.compile(m, backend="fp8_diffusion", fullgraph=True, options={"inner_backend": "aot_eager"})
     assert sqnr(expected, compiled(x)) > 28
@@ -137,8 +141,9 @@ def test_a_scale_for_each_block_is_read(height: int, tmp_path: Path) -> None:
 def test_a_single_block_is_one_scale_in_all(tmp_path: Path) -> None:
     tensors = deepseek(model(1).state_dict())
     save_file(tensors, tmp_path / FILE)
-    fp8_compile.load_fp8_checkpoint(m := model(1), tmp_path / FILE)
-    assert m.get_parameter(NAME).scheme == Fp8("tensor")
+    with pytest.warns(fp8_compile.UnusedScaleWarning, match=r"img_mlp\.0\.activation_scale and 1 more"):
+        fp8_compile.load_fp8_checkpoint(m := model(1), tmp_path / FILE)
+    assert m.get_parameter(NAME).scheme == Fp8("tensor", "static")
     assert m.get_parameter("blocks.0.img_mlp.0.weight").scheme == Fp8(weight_block_size=(128, 128))
 
 
@@ -275,6 +280,13 @@ SCALE = "blocks.0.to_q.weight_scale"
             lambda t: t.update({"blocks.0.to_q.comfy_quant": entry({"format": "nvfp4"})}),
             "blocks.0.to_q.comfy_quant",
             "only float8_e4m3fn can be read",
+        ),
+        (
+            lambda t: t.update(
+                {"blocks.0.to_q.comfy_quant": entry({"format": "int8_tensorwise", "convrot": True, "group_size": 256})}
+            ),
+            "blocks.0.to_q.comfy_quant",
+            "'int8_tensorwise', 'convrot': True, .*: only float8_e4m3fn can be read; .* method='int8' makes its like",
         ),
     ],
 )

@@ -16,12 +16,13 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fp8_compile
 from fp8_compile import QuantizedWeight
-from tests.support.blocks import LOAD, Model, model, tokens
+from tests.support.blocks import LOAD, WIDTH, Model, model, tokens
 
 FILE = "model.safetensors"
 
@@ -247,3 +248,66 @@ def test_a_tie_that_the_file_does_not_bear_out_is_none(tmp_path: Path) -> None:
     fp8_compile.load_fp8_checkpoint(back := tied(), tmp_path / FILE)
     first, second = (back.blocks[i].to_q.weight for i in range(2))
     assert torch.equal(first.scale * 2, second.scale)  # type: ignore[union-attr]
+
+
+# --- in the formats of others ---
+
+
+@pytest.mark.parametrize(
+    ("format", "granularity", "static", "scheme"),
+    [
+        ("compressed-tensors", "row", False, "fp8-row"),
+        ("compressed-tensors", "row", True, "fp8-row-static"),
+        ("compressed-tensors", "tensor", True, "fp8-tensor-static"),
+        ("modelopt", "row", False, "fp8-row"),
+        ("modelopt", "tensor", True, "fp8-tensor-static"),
+        ("comfyui", "tensor", False, "fp8-tensor"),
+        ("comfyui", "tensor", True, "fp8-tensor-static"),
+    ],
+)
+def test_what_is_written_for_others_is_read_as_theirs_is(
+    format: str, granularity: str, static: bool, scheme: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"activation_scheme": "static", "input_scale": 0.01} if static else {}
+    fp8_compile.quantize_(m := model(1), {**LOAD, "granularity": granularity, **options})
+    fp8_compile.save_fp8_checkpoint(m, file := tmp_path / "theirs.safetensors", format=format)
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+        name = "blocks.0.to_q"
+        shapes = {n: opened.get_slice(n).get_shape() for n in opened.keys() if n.startswith(name)}  # noqa: SIM118
+    one = [1] if format == "compressed-tensors" else []
+    rows = [WIDTH, 1] if format == "compressed-tensors" else [WIDTH]
+    assert shapes == {
+        f"{name}.weight": [WIDTH, WIDTH],
+        f"{name}.bias": [WIDTH],
+        f"{name}.weight_scale": rows if granularity == "row" else one,
+        **({f"{name}.input_scale": one} if static else {}),
+        **({f"{name}.comfy_quant": [27]} if format == "comfyui" else {}),
+    }
+    fp8_compile.load_fp8_checkpoint(again := model(1), file)
+    x = tokens()
+    assert torch.equal(m(x), again(x))
+    assert torch.equal(m.compile_whole()(x), again.compile_whole()(x))
+    assert {row.scheme for row in fp8_compile.report(again).layers} == {scheme}
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "message"),
+    [
+        ("comfyui", {}, r"'blocks.0.to_q.weight' has a scale per row, and ComfyUI reads one in all"),
+        ("modelopt", {"granularity": "tensor"}, "has one scale in all and dynamic activations"),
+        ("modelopt", {"activation_scheme": "static", "input_scale": 0.1}, "with dynamic activations only"),
+        ("compressed-tensors", {"method": "int8"}, r"is of Int8\(.*; compressed-tensors has FP8 weights with one"),
+        ("comfyui", {"weight_block_size": [128, 128]}, "comfyui has FP8 weights with one scale in all or one per row"),
+    ],
+)
+def test_what_others_cannot_read_is_refused(format: str, options: Any, message: str, tmp_path: Path) -> None:
+    fp8_compile.quantize_(m := model(1), {**LOAD, **options})
+    with pytest.raises(fp8_compile.QuantizedWeightError, match=message):
+        fp8_compile.save_fp8_checkpoint(m, tmp_path / "theirs.safetensors", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_format_that_nobody_knows(quantized: Model, tmp_path: Path) -> None:
+    with pytest.raises(fp8_compile.OptionError, match=r"format='comfy' is not valid, did you mean 'comfyui'\?"):
+        fp8_compile.save_fp8_checkpoint(quantized, tmp_path / "theirs.safetensors", format="comfy")

@@ -56,7 +56,7 @@ def test_default_decision() -> None:
             scheme=Fp8(min_m=1),
             call=ROWWISE,
             rows=8,
-            stays_by_name=False,
+            verdict="converts",
         )
     ]
 
@@ -257,7 +257,7 @@ def test_first_pattern_that_matches_is_the_reason() -> None:
     assert [d.decision for d in made.decisions] == ["quantized", "unquantized", "unquantized"]
     assert [d.path for d in made.quantized] == ["0"]
     assert made.unmatched_patterns == ("to_q", "1")
-    assert made.ignored_layers == ("2", "re:[12]", "to_q", "1")
+    assert made.patterns == ("2", "re:[12]", "to_q", "1")
     assert made.reasons() == {"ignored_layers: re:[12]": 1, "ignored_layers: 2": 1}
 
 
@@ -392,12 +392,23 @@ def test_vector_as_weight_inside_a_higher_order_operator() -> None:
     assert [d.decision for d in decide(module, rand(8, 64))] == ["unquantized"]
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8])
+# A matrix of fewer than 64 rows is a batch of vectors.
+@pytest.mark.parametrize(
+    ("shape", "few"),
+    [
+        ((1, 64), True),
+        ((63, 64), True),
+        ((64, 64), False),
+        ((2, 7, 64), True),
+        ((2, 8, 64), False),
+        ((64, 1, 64), False),
+    ],
+)
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_small_m_with_the_weight_alone_in_fp8(rows: int, granularity: str) -> None:
-    (decision,) = decide(linear(), rand(rows, 64), min_m=8, granularity=granularity)
+def test_small_m_with_the_weight_alone_in_fp8(shape: tuple[int, ...], few: bool, granularity: str) -> None:
+    (decision,) = decide(linear(), rand(*shape), min_m=8, granularity=granularity)
     usual = {"row": ROWWISE, "tensor": TENSORWISE}[granularity]
-    assert decision.call == (WEIGHT_ONLY if rows < 8 else usual)
+    assert decision.call == (WEIGHT_ONLY if few else usual)
     assert (decision.decision, decision.reason) == ("quantized", "")
 
 

@@ -63,14 +63,14 @@ return (scaled_linear,)""",
 def test_linears_with_a_scale_for_each_block() -> None:
     captured = capture(
         Call(lambda m, x: (F.linear(x, m.a, m.bias), F.linear(x[:3], m.b)), a=(304, 208), b=(32, 208), bias=(304,)),
-        rand(8, 208),
+        rand(64, 208),
     )
     gm, constants = rewritten(captured, weight_block_size=[128, 128], min_m=4)
     assert_expected_inline(
         show(gm.graph),
         """\
 self.bias: bfloat16[304]
-x: bfloat16[8, 208]
+x: bfloat16[64, 208]
 a_weight: float8_e4m3fn[304, 208]
 a_weight_scale: float32[3, 2]
 b_weight: float8_e4m3fn[32, 208]

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import fp8_compile
 from fp8_compile import OptionError, QuantizedWeight, numerics
-from fp8_compile.checks import parse_options, scheme_for
+from fp8_compile.checks import parse_options
 from fp8_compile.inductor.inner import _functions
 from fp8_compile.measure.ablate import ablate
 from fp8_compile.measure.bound import Bound
 from fp8_compile.measure.search import Search
 from fp8_compile.measure.variants import Variants
-from fp8_compile.schemes import finite, int8
+from fp8_compile.schemes import finite, int8, scheme_for
 from fp8_compile.schemes.int8 import (
     KERNEL_ROWS,
     LARGEST_K,

@@ -25,9 +25,9 @@ from fp8_compile import (
     register_method,
     schemes,
 )
-from fp8_compile.checks import parse_options, scheme_for
+from fp8_compile.checks import parse_options
 from fp8_compile.runtime.constants import _make
-from fp8_compile.schemes import finite, scheme_named
+from fp8_compile.schemes import finite, scheme_for, scheme_named
 from fp8_compile.schemes import scheme as scheme_module
 from fp8_compile.schemes.fp8 import (
     BLOCK_SIZES,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fp8_compile.checks import parse_options, scheme_for
+from fp8_compile.checks import parse_options
 from fp8_compile.passes.context import Constants, Context, Plan
 from fp8_compile.passes.graphs import copy_graph
 from fp8_compile.passes.pipeline import rewrite
@@ -69,14 +69,14 @@ def capture(model: Callable[..., Any], *args: Any, dynamic: bool | None = False)
 
 
 # For passes that ask nothing of it.
-CONTEXT = Context(GraphModule(nn.Module(), Graph()), parse_options({}), scheme_for(parse_options({})))
+CONTEXT = Context(GraphModule(nn.Module(), Graph()), parse_options({}))
 
 
 def context(captured: Captured | GraphModule, refusal: Any = None, **options: Any) -> Context:
     """What the passes share under ``options``, which by default refuse no layer for its size."""
     opts = parse_options({"min_features": 1, "min_m": 1, **options})
     gm = captured.gm if isinstance(captured, Captured) else captured
-    return Context(gm, opts, scheme_for(opts), refusal)
+    return Context(gm, opts, refusal)
 
 
 def plan(captured: Captured | GraphModule, refusal: Any = None, **options: Any) -> Plan:
