@@ -6,6 +6,7 @@ from typing import Any
 # Nothing may be fetched.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of threads and processes that tests start
 
 import pytest
 import torch

@@ -33,33 +33,40 @@ Whole = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Options of every command: which pipeline, how it is called, quantized and compiled."""
+NoQuantization = Annotated[
+    bool, typer.Option("--no-quantization", help="The unquantized twin: same compilation, weights as they are.")
+]
+IgnoredLayers = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Layers that stay as they are; repeat it, or separate patterns by commas. Default: those of the "
+        "model's recipe, if the weights are not quantized yet and --layers is not given; none: convert all."
+    ),
+]
 
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
-            "embedded:z-image."
-        ),
-    ] = "embedded:qwen-image"
+
+def parse_patterns(ignored_layers: Sequence[str] | None) -> tuple[list[str], bool]:
+    """The patterns of ``--ignored-layers``, and whether it was given at all: "none" is a choice without patterns."""
+    patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]
+    if "none" in patterns and len(patterns) > 1:
+        fail("--ignored-layers none excludes other patterns; leave one out")
+    return [p for p in patterns if p != "none"], bool(patterns)
+
+
+def check_no_quantization(context: typer.Context, names: Sequence[str]) -> None:
+    """Refuse options ``names`` of quantization beside ``--no-quantization``."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            fail(f"--{name.replace('_', '-')} and --no-quantization exclude each other; leave one out")
+
+
+@dataclass(frozen=True)
+class CompileSettings:
+    """Options of every command: how the pipeline is loaded, quantized and compiled."""
+
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16"
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
-    height: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None
-    width: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None
-    negative_prompt: Annotated[str | None, typer.Option(help="What the picture should not show; needs guidance.")] = (
-        None
-    )
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="The pipeline's guidance_scale; 0 for Z-Image-Turbo, 1 for most to draw without."),
-    ] = None
-    true_cfg_scale: Annotated[
-        float | None,
-        typer.Option(help="The pipeline's true_cfg_scale: classifier-free guidance of Qwen-Image and others."),
-    ] = None
     quantization: Annotated[
         str | None, typer.Option(help="Method of quantization. Default: fp8, or what the weights were quantized with.")
     ] = None
@@ -110,6 +117,33 @@ class Settings:
             options["ignored_layers"] = list(ignored_layers)
         parse_options(options)
         return options
+
+
+@dataclass(frozen=True)
+class Settings(CompileSettings):
+    """Options of every command that draws: which pipeline, and how it is called."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
+            "embedded:z-image."
+        ),
+    ] = "embedded:qwen-image"
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
+    height: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None
+    width: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None
+    negative_prompt: Annotated[str | None, typer.Option(help="What the picture should not show; needs guidance.")] = (
+        None
+    )
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="The pipeline's guidance_scale; 0 for Z-Image-Turbo, 1 for most to draw without."),
+    ] = None
+    true_cfg_scale: Annotated[
+        float | None,
+        typer.Option(help="The pipeline's true_cfg_scale: classifier-free guidance of Qwen-Image and others."),
+    ] = None
 
     def call(self) -> dict[str, Any]:
         """Arguments of the pipeline's call by the names that diffusers gives them; None where not given."""

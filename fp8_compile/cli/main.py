@@ -13,13 +13,17 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is not installed; the command line needs: pip install 'fp8-compile[cli]'")
 
 from .ablate import ablate
+from .batch import batch
 from .search import search
+from .serve import serve
 from .text_to_image import text_to_image
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(text_to_image)
 app.command()(ablate)
+app.command()(batch)
 app.command()(search)
+app.command()(serve)
 
 
 def _print_version(asked: bool) -> None:

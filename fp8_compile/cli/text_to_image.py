@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import Seed, Settings, Whole, with_options
-from .messages import check_picture, errors_as_messages, fail, tell
+from .arguments import (
+    IgnoredLayers,
+    NoQuantization,
+    Seed,
+    Settings,
+    Whole,
+    check_no_quantization,
+    parse_patterns,
+    with_options,
+)
+from .messages import check_picture, errors_as_messages, tell
 
 if TYPE_CHECKING:
     from ..pipelines.session import Session
@@ -37,16 +46,8 @@ def text_to_image(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out.png"),
     seed: Seed = 0,
-    no_quantization: Annotated[
-        bool, typer.Option("--no-quantization", help="The unquantized twin: same compilation, weights as they are.")
-    ] = False,
-    ignored_layers: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layers that stay as they are; repeat it, or separate patterns by commas. Default: those of the "
-            "model's recipe, if the weights are not quantized yet and --layers is not given; none: convert all."
-        ),
-    ] = None,
+    no_quantization: NoQuantization = False,
+    ignored_layers: IgnoredLayers = None,
     activation_scales: Annotated[
         Path | None, typer.Option(help="Of static activations: a file that a calibration was saved to.")
     ] = None,
@@ -54,26 +55,22 @@ def text_to_image(
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
 ) -> None:
     """Draw one picture from a text."""
-    for name in QUANTIZING if no_quantization else ():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            fail(f"--{name.replace('_', '-')} and --no-quantization exclude each other; leave one out")
+    if no_quantization:
+        check_no_quantization(context, QUANTIZING)
     check_picture(output)
 
     from ..calibration import load_calibration
     from ..pipelines.session import Session
     from ..pipelines.step_clock import StepClock
 
-    patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]
-    if "none" in patterns and len(patterns) > 1:
-        fail("--ignored-layers none excludes other patterns; leave one out")
-    options = settings.options([p for p in patterns if p != "none"])
+    patterns, chosen = parse_patterns(ignored_layers)
+    options = settings.options(patterns)
     session = Session.load(settings.model, settings.dtype, settings.device, quantized=not no_quantization)
     arguments = session.arguments(prompt=prompt, **settings.call())
     if no_quantization:
         session.compile_unquantized(settings.inner_backend, settings.compile_mode, whole)
     else:
-        if not patterns and settings.layers is None:
+        if not chosen and settings.layers is None:
             options |= _recommended(session)
         session.compile(options, whole, None if activation_scales is None else load_calibration(activation_scales))
     with StepClock(session.device) as clock:

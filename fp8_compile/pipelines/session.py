@@ -10,27 +10,37 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..checks import parse_options
 from ..embedded import EMBEDDED_CALLS, default_pipeline_dir, embedded_name
 from ..errors import Fp8Error, NothingConvertedError, OptionError
 from ..options import KEEP, expanded
+from ..quantize import quantize_
 from ..recipes import recommended
 from ..report import Report, report
+from .adapters import Adapters
 from .denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class CallError(Fp8Error, ValueError):
-    """Arguments that a pipeline refuses, or would ignore."""
+    """Arguments that a pipeline refuses, or would ignore.
+
+    Attributes:
+        argument: which one, where that is known.
+    """
+
+    def __init__(self, problem: str, argument: str | None = None) -> None:
+        super().__init__(problem)
+        self.argument = argument
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +50,24 @@ class Session:
     Attributes:
         model: the directory or hub name that it was loaded from, or an embedded pipeline such as "embedded:qwen-image".
         denoisers: the modules of ``pipe`` that are compiled, by their names in it.
+        adapters: of LoRA, one of which a call may use.
     """
 
     model: str
     pipe: Any
     device: str
     denoisers: dict[str, nn.Module]
+    adapters: Adapters | None = None
 
     @classmethod
-    def load(cls, model: str, dtype: str = "bfloat16", device: str | None = None, quantized: bool = True) -> Session:
+    def load(
+        cls,
+        model: str,
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        quantized: bool = True,
+        at_load: Mapping[str, Any] | None = None,
+    ) -> Session:
         """Load a pipeline onto its device.
 
         Args:
@@ -56,9 +75,11 @@ class Session:
             dtype: a key of `DTYPES`.
             device: a torch device. Default: cuda if there is one, else cpu.
             quantized: its weights shall become FP8.
+            at_load: options of `quantize_`: the denoisers are converted on their way to the device, which never holds
+                their unquantized weights. Those that are in FP8 already stay as they are. None: nothing is converted.
 
         Raises:
-            OptionError: ``dtype`` is not valid, or there is no embedded pipeline of that name.
+            OptionError: ``dtype`` or an option is not valid, or there is no embedded pipeline of that name.
             PipelineError: the pipeline cannot be loaded, or has nothing to compile.
         """
         if dtype not in DTYPES:
@@ -74,18 +95,32 @@ class Session:
 
         loader: Any = diffusers.DiffusionPipeline
         try:
-            pipe = loader.from_pretrained(source, dtype=DTYPES[dtype]).to(device)
+            pipe = loader.from_pretrained(source, dtype=DTYPES[dtype])
+            denoisers = denoisers_of(pipe)
+            for module in denoisers.values() if at_load is not None else ():
+                if not has_fp8_weights(module):
+                    quantize_(module, at_load, device)
+            pipe.to(device)
+        except Fp8Error:
+            raise
         except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: there is no such device
             raise PipelineError(f"model={model!r} could not be loaded on device={device!r}: {error}") from error
-        return cls(model, pipe, device, denoisers_of(pipe))
+        return cls(model, pipe, device, denoisers)
 
-    def compile(self, options: Mapping[str, Any], whole: bool = False, calibration: Calibration | None = None) -> None:
+    def compile(
+        self,
+        options: Mapping[str, Any],
+        whole: bool = False,
+        calibration: Calibration | None = None,
+        dynamic: bool | None = None,
+    ) -> None:
         """Compile the denoisers with the backend ``fp8_diffusion``.
 
         Args:
             options: see `Fp8Options`.
             whole: compile each denoiser as one graph. Default: its repeated blocks, where it names any.
             calibration: where each denoiser's ``activation_scales`` come from; alike ones by their names in ``pipe``.
+            dynamic: as ``torch.compile``'s: True makes one graph for all sizes and texts.
         """
         parsed = parse_options(options)
         marked = parsed.mode is not None or bool(parsed.inductor)
@@ -96,10 +131,16 @@ class Session:
                 keep = [*expanded(parsed.ignored_layers, recommended(module))]
                 keep += [pattern for pattern, entry in parsed.layers.items() if entry == KEEP]
                 scales = {"activation_scales": calibration.scales(module, name=known, ignored_layers=keep)}
-            self._compile(module, whole, marked, backend="fp8_diffusion", options={**options, **scales})
+            self._compile(
+                module, whole, marked, backend="fp8_diffusion", options={**options, **scales}, dynamic=dynamic
+            )
 
     def compile_unquantized(
-        self, inner_backend: str = "inductor", mode: str | None = None, whole: bool = False
+        self,
+        inner_backend: str = "inductor",
+        mode: str | None = None,
+        whole: bool = False,
+        dynamic: bool | None = None,
     ) -> None:
         """Compile the denoisers the same way with their weights as they are, to compare with.
 
@@ -113,7 +154,7 @@ class Session:
                     "bfloat16 or float16"
                 )
         for module in self.denoisers.values():
-            self._compile(module, whole, marked=mode is not None, backend=inner_backend, mode=mode)
+            self._compile(module, whole, marked=mode is not None, backend=inner_backend, mode=mode, dynamic=dynamic)
 
     @staticmethod
     def _compile(module: nn.Module, whole: bool, marked: bool, **arguments: Any) -> None:
@@ -136,7 +177,7 @@ class Session:
         given = {name: value for name, value in given.items() if value is not None}
         accepted = inspect.signature(self.pipe.__call__).parameters
         for name in sorted(given.keys() - accepted.keys()):
-            raise CallError(f"{type(self.pipe).__name__} takes no {name}; it takes {', '.join(accepted)}")
+            raise CallError(f"{type(self.pipe).__name__} takes no {name}; it takes {', '.join(accepted)}", name)
         self._check_guidance(given)
         own = dict(EMBEDDED_CALLS.get(embedded_name(self.model) or "", {}))
         if "negative_prompt" in given:
@@ -144,40 +185,65 @@ class Session:
                 own.pop(scale, None)
         return {**own, **given}
 
+    def takes(self, argument: str) -> bool:
+        """Whether the pipeline's call has an argument of this name."""
+        return argument in inspect.signature(self.pipe.__call__).parameters
+
+    def tokens(self, latents: Tensor) -> int:
+        """How many tokens the denoiser sees of one picture.
+
+        Args:
+            latents: as ``callback_on_step_end`` gives them: packed, ``(batch, tokens, channels)``, or as the VAE takes
+                them, ``(batch, channels, ..., height, width)``, which the denoiser cuts into patches.
+        """
+        if latents.dim() == 3:
+            return latents.shape[1]
+        config: Any = next(iter(self.denoisers.values())).config
+        patch: Any = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
+        return latents[0, 0].numel() // int(patch if isinstance(patch, int) else patch[-1]) ** 2
+
     def _check_guidance(self, given: Mapping[str, Any]) -> None:
         """Refuse what pipelines ignore without an error."""
         true_cfg, guidance = given.get("true_cfg_scale"), given.get("guidance_scale")
         for name, value in (("true_cfg_scale", true_cfg), ("guidance_scale", guidance)):
             if value is not None and not math.isfinite(value):
-                raise CallError(f"{name}={value}: expected a finite number")
+                raise CallError(f"{name}={value}: expected a finite number", name)
         if "negative_prompt" in given:
             if true_cfg is not None and true_cfg <= 1:
-                raise CallError(f"true_cfg_scale={true_cfg:g} is no guidance, but negative_prompt needs some")
+                raise CallError(
+                    f"true_cfg_scale={true_cfg:g} is no guidance, but negative_prompt needs some", "true_cfg_scale"
+                )
             if guidance is not None and guidance <= 0:
-                raise CallError(f"guidance_scale={guidance:g} is no guidance, but negative_prompt needs some")
+                raise CallError(
+                    f"guidance_scale={guidance:g} is no guidance, but negative_prompt needs some", "guidance_scale"
+                )
         elif true_cfg is not None and true_cfg > 1:
-            raise CallError(f"true_cfg_scale={true_cfg:g} needs a negative_prompt, if only ' '")
+            raise CallError(f"true_cfg_scale={true_cfg:g} needs a negative_prompt, if only ' '", "true_cfg_scale")
         transformer = getattr(self.pipe, "transformer", None)
         takes_none = getattr(getattr(transformer, "config", None), "guidance_embeds", None) is False
         if guidance is not None and guidance > 1 and takes_none:
             raise CallError(
-                f"guidance_scale={guidance:g}: this {type(transformer).__name__} takes none (no guidance_embeds)"
+                f"guidance_scale={guidance:g}: this {type(transformer).__name__} takes none (no guidance_embeds)",
+                "guidance_scale",
             )
 
-    def call(self, seed: int, **arguments: Any) -> Any:
+    def call(self, seed: int | Sequence[int], **arguments: Any) -> Any:
         """What the pipeline returns for ``arguments``.
 
         Args:
-            seed: of the initial noise, which is drawn on the CPU and so the same on every device.
+            seed: of the initial noise, which is drawn on the CPU and so the same on every device. Several: one for each
+                entry of ``prompt``, which is a list then.
             **arguments: see `arguments`. ``callback_on_step_end`` is left out where the pipeline takes none.
 
         Raises:
             CallError: the pipeline refuses the arguments.
         """
-        if "callback_on_step_end" not in inspect.signature(self.pipe.__call__).parameters:
+        if not self.takes("callback_on_step_end"):
             arguments.pop("callback_on_step_end", None)
+        seeds = [seed] if isinstance(seed, int) else seed
+        generators = [torch.Generator("cpu").manual_seed(each) for each in seeds]
         try:
-            return self.pipe(generator=torch.Generator("cpu").manual_seed(seed), **arguments)
+            return self.pipe(generator=generators[0] if isinstance(seed, int) else generators, **arguments)
         except Fp8Error:
             raise
         except ValueError:

@@ -104,7 +104,7 @@ def test_a_plan_from_a_file_and_block_scales(tmp_path: Path) -> None:
     arguments += ["--inner-backend", "eager", "--output", tmp_path / "own.png", "--weight-block-size", "128x128"]
     told = []
     for file in ("plan.toml", "plan.json"):
-        torch.compiler.reset()  # a block that meets a graph for other layers runs as written once, and there is one step
+        torch.compiler.reset()  # a block that meets a graph for other layers runs as written for a step
         done = CliRunner().invoke(
             app, [str(a) for a in [*arguments, "--show-layers", "--layers", tmp_path / file]], env={"COLUMNS": "300"}
         )

@@ -10,30 +10,15 @@ from typing import Any
 import pytest
 import torch
 from PIL.Image import Image
-from safetensors.torch import save_file
 
 import fp8_compile
 from bench.tiny import build_qwen_image
 from fp8_compile.measure.quality import psnr
+from tests.support.lora_files import write_lora
 
 pytestmark = pytest.mark.pipeline
 
-TARGETS = ("attn.to_q", "attn.to_v", "attn.to_out.0", "img_mlp.net.2")
 RANK = 8
-
-
-def write_lora(transformer: Any, file: Path, seed: int) -> Path:
-    """An adapter for every block, as a training writes it: both matrices, in BF16."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for path, module in transformer.named_modules():
-        if path.endswith(TARGETS):
-            shapes = {"A": (RANK, module.in_features), "B": (module.out_features, RANK)}
-            for name, (rows, columns) in shapes.items():
-                value = torch.randn(rows, columns, generator=generator) / columns**0.5
-                tensors[f"transformer.{path}.lora_{name}.weight"] = value.bfloat16()
-    save_file(tensors, file)
-    return file
 
 
 def draw(pipe: Any) -> Image:
@@ -53,7 +38,7 @@ def build() -> Any:
 def test_each_change_of_adapters_shows_in_the_next_picture(tmp_path: Path) -> None:
     """Against a twin in eager mode, which dequantizes the same FP8 weights at each use."""
     pipe, twin = build(), build()
-    first, second, third = (write_lora(pipe.transformer, tmp_path / f"{i}.safetensors", i) for i in range(3))
+    first, second, third = (write_lora(pipe.transformer, tmp_path / f"{i}.safetensors", i, RANK) for i in range(3))
     for one in (pipe, twin):
         one.enable_lora_hotswap(target_rank=RANK)
     options = {"inner_backend": "aot_eager"}

@@ -1,0 +1,143 @@
+"""The options of commands that draw for many, and the pipeline that they ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .arguments import CompileSettings, IgnoredLayers, NoQuantization, check_no_quantization, parse_patterns
+from .messages import fail, tell
+
+if TYPE_CHECKING:
+    from ..pipelines.session import Session
+
+
+QUANTIZING = (
+    "quantization",
+    "ignored_layers",
+    "layers",
+    "granularity",
+    "small_m",
+    "weight_block_size",
+    "activation_scheme",
+)
+
+
+@dataclass(frozen=True)
+class EngineSettings(CompileSettings):
+    """Options of the engine: what it loads, draws first, and may be asked for."""
+
+    warmup: Annotated[
+        list[str] | None,
+        typer.Option(help="A size to draw before it is ready; repeat it. Default: --sizes, or the pipeline's own."),
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of a picture of medium quality. Default: the pipeline's.")
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A LoRA file that requests may name; repeat it."),
+    ] = None
+    max_pixels: Annotated[int, typer.Option(min=256, help="Of a picture, without --sizes.")] = 4 * 1024 * 1024
+    max_steps: Annotated[int, typer.Option(min=1, help="That a request may ask for.")] = 100
+    # With guidance, twice as many rows: below those that count as tokens (`fp8_compile.passes.graphs`).
+    max_batch: Annotated[int, typer.Option(min=1, max=15, help="Pictures drawn together; 1: each alone.")] = 4
+    no_quantization: NoQuantization = False
+    ignored_layers: IgnoredLayers = None
+
+    def loader(self, context: typer.Context, model: str) -> Callable[[], Session]:
+        """Check the options, and return what loads and compiles ``model``, and says which layers stay as they are.
+
+        Raises:
+            OptionError: one is not valid.
+            PatternError: an entry of ``ignored_layers`` is malformed.
+        """
+        if self.no_quantization:
+            check_no_quantization(context, QUANTIZING)
+        if self.activation_scheme == "static":
+            fail("--activation-scheme static: this command takes no scales; serve weights that were saved with theirs")
+        patterns, chosen = parse_patterns(self.ignored_layers)
+        chosen = chosen or self.layers is not None
+        options = self.options(patterns if chosen else default_patterns(model))
+        adapters = _loras(self.lora)
+
+        def load() -> Session:
+            from ..pipelines.adapters import Adapters
+            from ..pipelines.session import Session
+
+            at_load = None if self.no_quantization else {**options, "strict": True}
+            session = Session.load(model, self.dtype, self.device, quantized=not self.no_quantization, at_load=at_load)
+            if adapters:
+                session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters))
+            if self.no_quantization:
+                session.compile_unquantized(self.inner_backend, self.compile_mode, dynamic=True)
+            else:
+                tell_kept(session)
+                session.compile(options, dynamic=True)
+            return session
+
+        return load
+
+
+def default_patterns(model: str) -> list[str]:
+    """What is kept where nothing is said; none of a pipeline of the package, which was measured without."""
+    from ..embedded import embedded_name
+    from ..options import RECOMMENDED
+
+    return [] if embedded_name(model) is not None else [RECOMMENDED]
+
+
+def tell_kept(session: Session) -> None:
+    """Say which layers stay as they are by pattern."""
+    from ..weights.records import record_of
+
+    for module in session.denoisers.values():
+        record = record_of(module)
+        patterns = () if record is None else record.options.get("ignored_layers", ())
+        kept = ", ".join(patterns)
+        rest = f"keeps {kept}; --ignored-layers none converts everything" if patterns else "keeps nothing"
+        tell(f"{type(module).__name__}: {rest}")
+
+
+def parse_sizes(option: str, given: Sequence[str] | None) -> list[tuple[int, int]]:
+    """The sizes that ``option`` names, ``(width, height)``."""
+    from ..serve.pictures import parse_size
+
+    sizes = []
+    for text in (part for item in given or [] for part in item.split(",")):
+        size = parse_size(text.strip())
+        if size is None:
+            fail(f"{option} {text!r}: expected width and height, such as 1024x1024")
+        sizes.append(size)
+    return sizes
+
+
+def _loras(given: Sequence[str] | None) -> dict[str, Path]:
+    """By name, the files of ``--lora``."""
+    files: dict[str, Path] = {}
+    for text in given or []:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            fail(f"--lora {text!r}: expected NAME=PATH")
+        if name in files:
+            fail(f"--lora {text!r}: there are two adapters {name!r}")
+        if not Path(path).is_file():
+            fail(f"--lora {text!r}: there is no file {path!r}")
+        files[name] = Path(path)
+    return files
+
+
+def require(*modules: str) -> None:
+    """Say what to install where the extra ``serve`` is not."""
+    import importlib
+
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            fail(f"{error.name} is not installed; this needs: pip install 'fp8-compile[serve]'")

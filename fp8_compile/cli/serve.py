@@ -1,0 +1,92 @@
+"""``fp8-diffusion serve``: an image server that speaks OpenAI's Images API."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from .arguments import with_options
+from .engine_settings import EngineSettings, parse_sizes, require
+from .messages import errors_as_messages, tell
+
+
+@with_options
+@errors_as_messages()
+def serve(
+    context: typer.Context,
+    settings: EngineSettings,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="[DIR_OR_ID]",
+            help="Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
+            "embedded:z-image.",
+        ),
+    ] = "embedded:qwen-image",
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in requests and answers. Default: DIR_OR_ID.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="FP8_DIFFUSION_API_KEY",
+            help="A key that requests must have; repeat it. Other users of the machine can read command lines: the "
+            "variable is safer, with spaces between keys.",
+        ),
+    ] = None,
+    no_key: Annotated[bool, typer.Option("--no-key", help="Let other machines in without a key.")] = False,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(help="A size that may be asked for, such as 1024x1024; repeat it. Default: any."),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=10, help="Pictures that may wait; more are refused with 429.")] = 64,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, waiting included.")] = 600,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what was accepted, at the end.")] = 30,
+) -> None:
+    """Serve pictures over OpenAI's Images API."""
+    require("fastapi", "prometheus_client", "python_multipart", "sse_starlette", "uvicorn")
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..serve.admission import Limits
+    from ..serve.app import ServerSettings, run
+    from ..serve.engine import Engine
+    from ..serve.guard import check_access
+
+    keys = tuple(api_key or ())
+    check_access(host, keys, no_key)
+    load = settings.loader(context, model)
+    served, drawn_first = parse_sizes("--sizes", sizes), parse_sizes("--warmup", settings.warmup)
+    _set_up_logs()
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("loading", total=None)
+
+        def on_progress(done: int, total: int, what: str) -> None:
+            progress.update(bar, completed=done, total=total, description=f"warm-up: {what}")
+
+        def on_ready() -> None:
+            progress.stop()
+            tell(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves {name or model}")
+
+        engine = Engine(load, drawn_first or served, settings.max_batch, max_queue, on_progress)
+        usual = drawn_first[0] if drawn_first else None
+        limits = Limits(served, settings.max_pixels, settings.max_steps)
+        answering = ServerSettings(name or model, keys, limits, usual, settings.steps, deadline)
+        run(engine, answering, host, port, grace, on_ready)
+
+
+def _set_up_logs() -> None:
+    """Warnings to stderr, and the access log, a JSON object in each line, to stdout."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    access = logging.getLogger("fp8_compile.serve.access")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access.addHandler(handler)
+    access.setLevel(logging.INFO)
+    access.propagate = False

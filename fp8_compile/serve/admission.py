@@ -1,0 +1,245 @@
+"""A request that is well-formed becomes an order for the engine, or a refusal that names the field."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import secrets
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..pipelines.session import CallError
+from .engine import Engine, Order
+from .pictures import parse_size
+from .protocol import ALIASES, LARGEST_SEED, QUALITIES, ApiError, PictureRequest, bad_value
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LONGEST_SIDE = 16_383
+"""What WebP can hold."""
+
+SEVERAL_IMAGES = ("QwenImageEditPlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
+"""Pipelines that draw one picture from several."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        sizes: ``(width, height)``, the first is the one for ``size="auto"``; none: any of up to ``pixels`` pixels.
+        steps: denoising steps, at most.
+    """
+
+    sizes: Sequence[tuple[int, int]] = ()
+    pixels: int = 4 * 1024 * 1024
+    steps: int = 100
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """An order, and what its answer says of it beside the pictures.
+
+    Attributes:
+        quality: the name to answer with; None where the request gave a number of steps.
+        text_tokens: of the prompts of one picture.
+        given_tokens: of the pictures that were given, at their own sizes.
+    """
+
+    order: Order
+    quality: str | None
+    output_format: str
+    compression: int | None
+    text_tokens: int
+    given_tokens: int
+    safety_identifier: str | None
+
+
+class Admission:
+    """Knows what the pipeline in ``engine``, which is ready, can be asked for.
+
+    Args:
+        model: the name that requests may give.
+        usual_size: for ``size="auto"`` without ``limits.sizes``; None: the pipeline's own.
+        steps: the usual number; None: the pipeline's own.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: str,
+        limits: Limits,
+        usual_size: tuple[int, int] | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._limits = limits
+        self._usual_size = limits.sizes[0] if limits.sizes else usual_size
+        pipe = engine.session.pipe
+        signature = inspect.signature(pipe.__call__).parameters
+        own = engine.session.arguments()
+        self._steps: int = steps or own.get("num_inference_steps", signature["num_inference_steps"].default)
+        self._multiple = 2 * getattr(pipe, "vae_scale_factor", 8)
+        # Of several text encoders, the one that reads most. A copy, since none is for two threads at once.
+        self._counting = threading.Lock()
+        tokenizers = [value for name, value in vars(pipe).items() if name.startswith("tokenizer") and callable(value)]
+        self._tokenizer: Any = copy.deepcopy(max(tokenizers, key=lambda t: t.model_max_length, default=None))
+        longest = getattr(self._tokenizer, "model_max_length", None)
+        sequence = signature.get("max_sequence_length")
+        limits_of_text = [each for each in (longest, sequence and sequence.default) if isinstance(each, int)]
+        self._text_limit = min(limits_of_text, default=None)
+        tokenizer: Any = self._tokenizer
+        if self._text_limit is not None and getattr(tokenizer, "chat_template", None):
+            # Some pipelines count these beside the prompt's. Better a refusal too many than a text that is cut off.
+            empty = [{"role": "user", "content": ""}]
+            text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True)
+            self._text_limit -= len(tokenizer(text).input_ids)
+
+    def admit(
+        self, request: PictureRequest, client: str, images: Sequence[Image] = (), mask: Image | None = None
+    ) -> Admitted:
+        """The order that ``request`` asks for.
+
+        Args:
+            images: that an edit starts from.
+            mask: see `fp8_compile.serve.edits.Edit`.
+
+        Raises:
+            ApiError: what it asks for cannot be had.
+        """
+        self._check_combinations(request)
+        session = self._engine.session
+        self._check_images(images)
+        size = self._size(request.size, images[0] if images else None)
+        steps, quality = self._steps_of(request)
+        given = {
+            "num_inference_steps": steps,
+            "width": None if size is None else size[0],
+            "height": None if size is None else size[1],
+            "guidance_scale": request.guidance_scale,
+            "true_cfg_scale": request.true_cfg_scale,
+            "negative_prompt": request.negative_prompt,
+            "strength": getattr(request, "strength", None),
+            "image": (images[0] if len(images) == 1 else list(images)) if images else None,
+            "mask_image": self._mask(images, mask),
+        }
+        try:
+            arguments = session.arguments(**given)
+        except CallError as error:
+            param = "mask" if error.argument == "mask_image" else error.argument
+            raise ApiError(400, str(error), param, "invalid_value") from error
+        n = request.n or 1
+        first = secrets.randbelow(2**32) if request.seed is None else request.seed
+        if first + n - 1 > LARGEST_SEED:
+            raise bad_value("seed", f"seed={first}: with n={n}, the last seed is above {LARGEST_SEED}")
+        order = Order(
+            prompt=request.prompt,
+            seeds=tuple(range(first, first + n)),
+            arguments=arguments,
+            previews=request.partial_images or 0,
+            lora=self._lora(request.lora),
+            client=client,
+        )
+        return Admitted(
+            order,
+            quality,
+            request.output_format or "png",
+            request.output_compression,
+            self._text_tokens("prompt", request.prompt)
+            + self._text_tokens("negative_prompt", request.negative_prompt or ""),
+            sum(image.width * image.height for image in images) // self._multiple**2,
+            request.safety_identifier or request.user or None,
+        )
+
+    def _check_combinations(self, request: PictureRequest) -> None:
+        if request.model is not None and request.model != self._model:
+            message = f"there is no model {request.model!r}; this server has {self._model!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+        if request.stream:
+            if (request.n or 1) > 1:
+                raise bad_value("n", f"n={request.n}: a stream has one picture; events do not say which one is meant")
+            if request.response_format == "url":
+                raise bad_value("response_format", "response_format='url': events of a stream hold b64_json")
+        if request.partial_images:
+            if not request.stream:
+                raise bad_value("partial_images", f"partial_images={request.partial_images} needs stream=true")
+            if self._engine.no_previews is not None:
+                raise bad_value("partial_images", f"no partial images here: {self._engine.no_previews}")
+        if request.output_compression not in (None, 100) and (request.output_format or "png") == "png":
+            message = f"output_compression={request.output_compression}: only webp and jpeg lose anything"
+            raise bad_value("output_compression", message)
+
+    def _check_images(self, images: Sequence[Image]) -> None:
+        pipe = type(self._engine.session.pipe).__name__
+        if images and not self._engine.session.takes("image"):
+            raise bad_value("image", f"the model draws from texts alone: {pipe} takes no image")
+        if not images and self._engine.needs_image:
+            raise ApiError(400, f"the model edits pictures ({pipe}): POST /v1/images/edits", "image", "image_needed")
+        if len(images) > 1 and pipe not in SEVERAL_IMAGES:
+            raise bad_value("image", f"{len(images)} images: {pipe} takes one")
+
+    def _lora(self, asked: dict[str, float] | None) -> tuple[str, float] | None:
+        adapters = self._engine.session.adapters
+        names = () if adapters is None else adapters.names
+        for name in asked or {}:
+            if name not in names:
+                raise bad_value("lora", f"lora: there is no adapter {name!r}; valid: {', '.join(names) or 'none'}")
+        if asked and len(asked) > 1:
+            raise bad_value("lora", f"lora: {len(asked)} adapters; a picture takes one")
+        return next(iter(asked.items())) if asked else None
+
+    def _mask(self, images: Sequence[Image], mask: Image | None) -> Image | None:
+        """``mask``; without one, all of the picture changes, also by pipelines that need a mask."""
+        if mask is None and images and self._engine.session.takes("mask_image"):
+            from PIL import Image
+
+            return Image.new("L", images[0].size, 255)
+        return mask
+
+    def _size(self, asked: str | None, given: Image | None) -> tuple[int, int] | None:
+        """Width and height; None for the pipeline's own. By default that of the picture that is ``given``, if any."""
+        if asked in (None, "auto"):
+            if given is None or self._limits.sizes:
+                return self._usual_size
+            asked = "x".join(str(max(1, side // self._multiple) * self._multiple) for side in given.size)
+        size = parse_size(str(asked))
+        if size is None:
+            raise bad_value("size", f"size={asked!r}: expected 'auto', or width and height such as '1024x1024'")
+        if self._limits.sizes:
+            if size not in self._limits.sizes:
+                valid = ", ".join(f"{width}x{height}" for width, height in self._limits.sizes)
+                raise bad_value("size", f"size={asked!r} is not served; valid: auto, {valid}")
+        elif size[0] % self._multiple or size[1] % self._multiple:
+            raise bad_value("size", f"size={asked!r}: expected multiples of {self._multiple}")
+        elif max(size) > LONGEST_SIDE:
+            raise bad_value("size", f"size={asked!r}: at most {LONGEST_SIDE} pixels on a side")
+        elif size[0] * size[1] > self._limits.pixels:
+            raise bad_value("size", f"size={asked!r}: at most {self._limits.pixels} pixels")
+        return size
+
+    def _steps_of(self, request: PictureRequest) -> tuple[int, str | None]:
+        """How many steps, and the quality to answer with."""
+        if request.num_inference_steps is None:
+            asked = request.quality or "auto"
+            quality = ALIASES.get(asked, asked)
+            return max(1, round(self._steps * QUALITIES[quality])), quality
+        if request.quality not in (None, "auto"):
+            raise bad_value("quality", "quality and num_inference_steps both set the steps; leave one out")
+        if request.num_inference_steps > self._limits.steps:
+            message = f"num_inference_steps={request.num_inference_steps}: at most {self._limits.steps}"
+            raise bad_value("num_inference_steps", message)
+        return request.num_inference_steps, None
+
+    def _text_tokens(self, param: str, text: str) -> int:
+        """How many tokens ``text`` has, which are not more than the pipeline reads."""
+        if self._tokenizer is None or not text:
+            return 0
+        with self._counting:
+            tokens = len(self._tokenizer(text, verbose=False).input_ids)
+        if self._text_limit is not None and tokens > self._text_limit:
+            raise bad_value(param, f"{param} has {tokens} tokens: at most {self._text_limit} are read")
+        return tokens

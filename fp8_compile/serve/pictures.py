@@ -1,0 +1,89 @@
+"""Pictures on their way to a client: as bytes of a format, and in files that an address leads to."""
+
+from __future__ import annotations
+
+import io
+import re
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+"""Of the formats that pictures are sent in."""
+
+
+def encoded(image: Image, output_format: str, compression: int | None) -> bytes:
+    """``image`` as a file.
+
+    Args:
+        output_format: a key of `MEDIA_TYPES`.
+        compression: of webp and jpeg, Pillow's ``quality``: 100, the default, is the best.
+    """
+    stream = io.BytesIO()
+    quality = {} if output_format == "png" else {"quality": 100 if compression is None else max(1, compression)}
+    image.save(stream, output_format, **quality)
+    return stream.getvalue()
+
+
+class PictureStore:
+    """Files that can be fetched for a while by whoever was told their names, which cannot be guessed.
+
+    Args:
+        folder: only for these files.
+        seconds: how long each is kept.
+        limit: bytes of all of them; the oldest make room.
+    """
+
+    def __init__(self, folder: Path, seconds: float = 3600, limit: int = 2**30) -> None:
+        self._folder = folder
+        self._seconds = seconds
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._kept: dict[str, tuple[float, int]] = {}
+
+    def put(self, content: bytes, output_format: str) -> str:
+        """Keep ``content``, and return its name.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        name = f"{secrets.token_urlsafe(24)}.{output_format}"
+        try:
+            (self._folder / name).write_bytes(content)
+        except OSError:
+            (self._folder / name).unlink(missing_ok=True)
+            raise
+        with self._lock:
+            self._kept[name] = (time.monotonic() + self._seconds, len(content))
+            self._make_room()
+        return name
+
+    def path(self, name: str) -> Path | None:
+        """The file of this name; None if there is none any more."""
+        with self._lock:
+            self._make_room()
+            return self._folder / name if name in self._kept else None
+
+    def _make_room(self) -> None:
+        total = sum(size for _, size in self._kept.values())
+        for name, (until, size) in list(self._kept.items()):
+            if until > time.monotonic() and total <= self._limit:
+                break
+            total -= size
+            del self._kept[name]
+            (self._folder / name).unlink(missing_ok=True)
+
+
+SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+"""Width and height in pixels, as OpenAI writes them."""
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """Width and height of a text such as "1024x768"; None if it is no such text."""
+    found = SIZE.fullmatch(text)
+    return None if found is None else (int(found[1]), int(found[2]))

@@ -1,0 +1,232 @@
+"""What requests and answers look like: OpenAI's Images API, as its Python client 3.57 speaks it, and errors.
+
+A field that is not known, or that asks for what this server does not do, is an error that names it. A field that is
+null counts as not given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+MAX_PICTURES = 10
+MAX_PROMPT = 32_000
+LARGEST_SEED = 2**64 - 1
+
+QUALITIES = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0}
+"""How many of the usual number of steps each quality takes."""
+
+ALIASES = {"auto": "medium", "standard": "medium", "hd": "high"}
+"""Other names of qualities, the neutral one and those of retired models."""
+
+
+class ApiError(Exception):
+    """An answer that is an error, in OpenAI's shape.
+
+    Attributes:
+        status: of HTTP.
+        param: the field that is to blame.
+        code: for programs.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> dict[str, Any]:
+        """What is sent."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def bad_value(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """A 400 that blames a field."""
+    return ApiError(400, message, param, code)
+
+
+def _refuse(value: object) -> None:
+    if value is not None:
+        raise PydanticCustomError("unsupported", "this server does not do that; leave it out")
+
+
+Unsupported = Annotated[None, BeforeValidator(_refuse)]
+Text = Annotated[str, Field(max_length=MAX_PROMPT)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class PictureRequest(BaseModel):
+    """What both kinds of requests hold; from ``seed`` on it is this server's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
+    size: str | None = None
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
+    output_format: Literal["png", "webp", "jpeg"] | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+    complexity: Unsupported = None
+    frame_count: Unsupported = None
+    frame_duration_ms: Unsupported = None
+    svg: Unsupported = None
+
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: Number | None = None
+    true_cfg_scale: Number | None = None
+    negative_prompt: Text | None = None
+    lora: dict[str, Number] | None = None
+
+
+class GenerationRequest(PictureRequest):
+    """The body of ``POST /v1/images/generations``."""
+
+    model_config = ConfigDict(strict=True)
+
+    moderation: Literal["auto"] | None = None
+    style: Unsupported = None
+
+
+class EditRequest(PictureRequest):
+    """The texts of the form of ``POST /v1/images/edits``; its files are ``image`` or ``image[]``, and ``mask``."""
+
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    input_fidelity: Unsupported = None
+    markup: Unsupported = None
+
+
+FILES = ("image", "image[]", "mask")
+"""Fields of the form of an edit that hold files."""
+
+
+def refusal(model: type[BaseModel], errors: Sequence[Any]) -> ApiError:
+    """Of pydantic's ``errors`` about a body that should have been a ``model``, the first, as a 400."""
+    error = errors[0]
+    where = [str(part) for part in error["loc"] if part != "body"]
+    param, kind = (where[0] if where else None), error["type"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {error['ctx']['error']}", code="invalid_json")
+    if param is None:
+        return ApiError(400, "expected a JSON object in the body, sent as application/json", code="invalid_json")
+    if kind == "extra_forbidden":
+        valid = ", ".join((*model.model_fields, *(FILES if model is EditRequest else ())))
+        return ApiError(400, f"unknown parameter {param!r}; valid: {valid}", param, "unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"{param} is missing", param, "missing_required_parameter")
+    given = repr(error["input"])
+    given = given if len(given) <= 80 else f"{given[:80]}..."
+    code = "unsupported_parameter" if kind == "unsupported" else "invalid_value"
+    return ApiError(400, f"{param}={given}: {error['msg']}", param, code)
+
+
+class InputTokens(BaseModel):
+    """Tokens of what a request brings."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of the prompts as the tokenizer counts them, and of the pictures as the transformer sees them."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, text: int, given: int, pictures: int) -> Usage:
+        """Of ``text`` tokens of all prompts, and tokens of the pictures that were ``given`` and that were drawn."""
+        return cls(
+            input_tokens=text + given,
+            input_tokens_details=InputTokens(text_tokens=text, image_tokens=given),
+            output_tokens=pictures,
+            total_tokens=text + given + pictures,
+        )
+
+
+class ImageItem(BaseModel):
+    """A picture, as base64 or as an address, and the seed that draws it again."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class ImagesResponse(BaseModel):
+    """The answer with all pictures. ``quality`` is null where the request gave a number of steps."""
+
+    created: int
+    background: Literal["opaque"] = "opaque"
+    data: list[ImageItem]
+    output_format: str
+    quality: str | None
+    size: str
+    safety_identifier: str | None
+    usage: Usage
+
+
+class PartialImageEvent(BaseModel):
+    """A preview in a stream."""
+
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
+    b64_json: str
+    partial_image_index: int
+    created_at: int
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    quality: str
+    size: str
+
+
+class CompletedEvent(BaseModel):
+    """The last event of a stream."""
+
+    type: Literal["image_generation.completed", "image_edit.completed"]
+    b64_json: str
+    seed: int
+    created_at: int
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    quality: str
+    size: str
+    safety_identifier: str | None
+    usage: Usage
+
+
+class Model(BaseModel):
+    """The model that is served."""
+
+    id: str
+    created: int
+    object: Literal["model"] = "model"
+    owned_by: str = "fp8-compile"
+
+
+class Models(BaseModel):
+    """``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
