@@ -11,11 +11,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fp8_compile
 from fp8_compile.errors import PatternError, UnmatchedPatternWarning
-from fp8_compile.recipes import RECIPES, recommended, table
+from fp8_compile.patterns import Pattern
+from fp8_compile.recipes import ENCODERS, RECIPES, recommended, table
 from fp8_compile.recipes.recipe import SOURCES
 from tests.support.blocks import WIDTH, Model
 from tests.support.zoo import MODELS
@@ -43,8 +45,34 @@ def test_a_recipe_names_what_diffusers_has(recipe: Any) -> None:
     assert recipe.says
 
 
+@pytest.mark.parametrize("recipe", ENCODERS.values(), ids=lambda recipe: recipe.encoder)
+def test_an_encoders_recipe_names_layers_that_it_has(recipe: Any) -> None:
+    kind: Any = getattr(transformers, recipe.encoder)
+    with torch.device("meta"):
+        encoder = kind(kind.config_class()).bfloat16()
+    linears = [path for path, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in recommended(encoder):
+        assert any(map(Pattern(pattern).matches, linears)), pattern
+    assert recommended(encoder) == recipe.keep
+
+
+@pytest.mark.parametrize("way", ["load", "compile"])
+def test_a_text_encoder_keeps_what_its_recipe_says(way: str) -> None:
+    torch._dynamo.reset()
+    config = transformers.T5Config(d_model=64, d_kv=32, d_ff=128, num_heads=2, num_layers=1, vocab_size=32)
+    model = transformers.T5EncoderModel(config).bfloat16().eval()
+    if way == "load":
+        fp8_compile.quantize_(model, OPTIONS)
+    else:
+        model.compile(backend="fp8_diffusion", options=COMPILED)
+    with torch.no_grad():
+        model(torch.arange(16).unsqueeze(0))
+    assert kept(model) == {"encoder.block.0.layer.1.DenseReluDense.wo"}
+    assert fp8_compile.report(model).totals["quantized"] == 5
+
+
 def test_every_source_is_cited() -> None:
-    said = " ".join(recipe.says for recipe in RECIPES.values())
+    said = " ".join(recipe.says for recipe in (*RECIPES.values(), *ENCODERS.values()))
     assert [name for name in SOURCES if f"[{name}]" not in said] == []
 
 

@@ -21,10 +21,11 @@ from . import (
     qwen_image,
     qwen_image_21,
     sd3,
+    text_encoders,
     wan,
     z_image,
 )
-from .recipe import SOURCES, Groups, Recipe
+from .recipe import SOURCES, EncoderRecipe, Groups, Recipe
 
 _FAMILIES = (
     z_image,
@@ -43,18 +44,32 @@ _FAMILIES = (
 RECIPES: dict[str, Recipe] = {family.RECIPE.transformer: family.RECIPE for family in _FAMILIES}
 """By the class of the transformer."""
 
-__all__ = ["RECIPES", "Groups", "Recipe", "block_classes", "recipe_of", "recipes_in", "recommended", "table"]
+ENCODERS: dict[str, EncoderRecipe] = {recipe.encoder: recipe for recipe in text_encoders.RECIPES}
+"""By the class of the text encoder."""
+
+__all__ = [
+    "ENCODERS",
+    "RECIPES",
+    "EncoderRecipe",
+    "Groups",
+    "Recipe",
+    "block_classes",
+    "recipe_of",
+    "recipes_in",
+    "recommended",
+    "table",
+]
 
 
-def recipe_of(module: nn.Module) -> Recipe | None:
+def recipe_of(module: nn.Module) -> Recipe | EncoderRecipe | None:
     """The recipe for the class of ``module`` itself, or for one that it inherits from."""
-    return next((RECIPES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in RECIPES), None)
+    every: dict[str, Recipe | EncoderRecipe] = {**ENCODERS, **RECIPES}
+    return next((every[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in every), None)
 
 
-def recipes_in(model: nn.Module) -> list[Recipe]:
+def recipes_in(model: nn.Module) -> list[Recipe | EncoderRecipe]:
     """The recipes for the modules in ``model``, itself included."""
-    found = {recipe.transformer: recipe for recipe in map(recipe_of, model.modules()) if recipe is not None}
-    return list(found.values())
+    return list({id(recipe): recipe for recipe in map(recipe_of, model.modules()) if recipe is not None}.values())
 
 
 def block_classes(module: nn.Module) -> tuple[str, ...]:
@@ -108,10 +123,13 @@ def table() -> str:
         "| model | class of the transformer | steps | `ignored_layers` | others say | looked up |",
         "|---|---|---|---|---|---|",
     ]
-    for recipe in RECIPES.values():
+
+    def cells(recipe: Recipe | EncoderRecipe) -> str:
         keep = ", ".join(f'"{pattern}"' for pattern in recipe.keep)
         says = re.sub(r"\[([\w-]+)\]", lambda found: numbers[found[1]], recipe.says)
-        rows.append(
-            f"| {recipe.models} | `{recipe.transformer}` | {recipe.steps} | `[{keep}]` | {says} | {recipe.date} |"
-        )
+        return f"`[{keep}]` | {says} | {recipe.date} |"
+
+    rows += [f"| {recipe.models} | `{name}` | {recipe.steps} | {cells(recipe)}" for name, recipe in RECIPES.items()]
+    rows += ["", "| text encoder | class | `ignored_layers` | others say | looked up |", "|---|---|---|---|---|"]
+    rows += [f"| {recipe.models} | `{name}` | {cells(recipe)}" for name, recipe in ENCODERS.items()]
     return "\n".join([*rows, "", "Sources:", "", *(f"{i}. {text}" for i, text in enumerate(SOURCES.values(), 1))])

@@ -33,6 +33,23 @@ class Recipe:
     groups: Groups = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """What to keep in one class of text encoders, if it is converted.
+
+    Attributes:
+        models: as people call them.
+        encoder: the class, in transformers.
+        keep, says, date: as in `Recipe`.
+    """
+
+    models: str
+    encoder: str
+    keep: tuple[str, ...]
+    says: str
+    date: str
+
+
 SOURCES = {
     "vllm-omni": "vLLM-Omni, [FP8 guide](https://docs.vllm.ai/projects/vllm-omni/en/latest/user_guide/quantization/"
     "fp8/): scales computed while the model runs.",
@@ -45,6 +62,12 @@ SOURCES = {
     "2920": "vLLM-Omni, [pull request 2920](https://github.com/vllm-project/vllm-omni/pull/2920), not merged. With "
     "calibrated scales all attention and MLP layers are in FP8: "
     "[pull request 3305](https://github.com/vllm-project/vllm-omni/pull/3305).",
+    "3998": "vLLM-Omni, [pull request 3998](https://github.com/vllm-project/vllm-omni/pull/3998), not merged.",
+    "7823": "vLLM-Omni, [pull request 7823](https://github.com/vllm-project/vllm-omni/pull/7823), not merged.",
+    "7824": "vLLM-Omni, [pull request 7824](https://github.com/vllm-project/vllm-omni/pull/7824), not merged: "
+    "transformers casts the activation to the dtype of `wo`'s weight, which would be FP8 there. Here a weight in FP8 "
+    "still says BF16.",
+    "1338": "vLLM-Omni, [pull request 1338](https://github.com/vllm-project/vllm-omni/pull/1338), not merged.",
     "tencent": "Tencent, [HunyuanVideo](https://github.com/Tencent-Hunyuan/HunyuanVideo/blob/main/hyvideo/modules/"
     "fp8_optimization.py): one scale per weight, multiplied in BF16.",
 }

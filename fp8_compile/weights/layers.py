@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..patterns import is_adapter, join, layer_path, parameter_layer, spellings
-from ..recipes import Recipe, block_classes, recipe_of
+from ..recipes import EncoderRecipe, Recipe, block_classes, recipe_of
 from .quantized_weight import QuantizedWeight
 from .records import Record, kept_by_itself, record_of
 from .sharded import refilled, stack
@@ -85,7 +85,7 @@ class _Place:
     regional: str
     record: Record | None
     recorded: str
-    recipe: Recipe | None
+    recipe: Recipe | EncoderRecipe | None
     blocks: tuple[str, ...]
 
 
