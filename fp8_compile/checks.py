@@ -192,7 +192,7 @@ def complain_of_nothing(reasons: Counter[str], what: str, *, strict: bool, stack
         NothingConvertedError: under ``strict``.
     """
     counted = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-    message = f"none of the {sum(reasons.values())} linears of {what} became FP8: {counted}"
+    message = f"none of the {sum(reasons.values())} linears of {what} was quantized: {counted}"
     if strict:
         raise NothingConvertedError(message)
     warnings.warn(message, NothingConvertedWarning, stacklevel=stacklevel + 1)

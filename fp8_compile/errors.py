@@ -93,14 +93,14 @@ class CalibrationError(Fp8Error, ValueError):
 
 
 class NothingConvertedError(Fp8Error, RuntimeError):
-    """None of the linears became FP8, or at load time not all that should.
+    """None of the linears was quantized, or at load time not all that should.
 
     Raised under ``strict=True`` and by the command line.
     """
 
 
 class NothingConvertedWarning(UserWarning):
-    """Linears were found, and none of them became FP8, or at load time not all that should."""
+    """Linears were found, and none of them was quantized, or at load time not all that should."""
 
 
 class UnmatchedPatternWarning(UserWarning):

@@ -73,7 +73,7 @@ def quantize_(
         TypeError: ``model`` is no module.
         OptionError: an option is invalid, or cannot be served at load time: ``small_m="keep"``.
         PatternError: an entry of ``ignored_layers`` or ``layers`` is malformed or misspelt, or names only layers that
-            are in FP8 already; nothing has been converted.
+            are quantized already; nothing has been converted.
         UnsupportedDeviceError: ``device`` cannot run the method; nothing has been converted.
         NothingConvertedError: under ``strict``, but not where layers are in FP8 from an earlier call.
         NonFiniteWeightError: weights hold NaN or Inf. It names all of them; they stay, and the others are converted.
@@ -107,7 +107,7 @@ def convert(
         NonFiniteWeightError: see `quantize_`.
     """
     broken = []
-    for choice in _progress([c for c in choices if c.reason is None], "Quantizing to FP8"):
+    for choice in _progress([c for c in choices if c.reason is None], "Quantizing"):
         made = quantized(choice.weight, choice.scheme, target)
         if made is None:
             broken.append(choice.paths[0])
@@ -183,7 +183,7 @@ def check_at_load(options: Fp8Options) -> None:
 
 
 def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
-    """Decide on the weights of all linears of ``model`` that are no adapters and not in FP8 yet.
+    """Decide on the weights of all linears of ``model`` that are no adapters and not quantized yet.
 
     Raises:
         OptionError: see `check_at_load`.
@@ -259,18 +259,18 @@ def check_choices(
     for pattern, option in options.patterns.items():
         late = list(filter(Pattern(pattern).matches, prequantized))
         if late and pattern in unmatched:
-            raise PatternError(pattern, f"names {late[0]}, which is in FP8 already; load the model anew", option)
+            raise PatternError(pattern, f"names {late[0]}, which is quantized already; load the model anew", option)
         if late:
-            message = f"{option}: {pattern!r} names {late[0]} too, which is in FP8 already and stays so"
+            message = f"{option}: {pattern!r} names {late[0]} too, which is quantized already and stays so"
             warnings.warn(message, UnmatchedPatternWarning, stacklevel=4)
     linears = [*paths, *prequantized]
     warn_of_unused_scales(options, [*linears, *others], "this model", stacklevel=4)
     warn_of_unmatched(unmatched, linears, "this model", count=len(linears), stacklevel=4)
     if prequantized and not choices:
-        message = f"all {len(prequantized)} linears of this model are in FP8 already; these options changed nothing"
+        message = f"all {len(prequantized)} linears of this model are quantized already; these options changed nothing"
         warnings.warn(message, NothingConvertedWarning, stacklevel=4)
     if choices and all(choice.reason is not None for choice in choices):
-        others = f" that are not in FP8 yet ({len(prequantized)} are)" if prequantized else ""
+        others = f" that are not quantized yet ({len(prequantized)} are)" if prequantized else ""
         complain_of_nothing(
             Counter(str(choice.reason) for choice in choices for _ in choice.paths),
             f"this model{others}",

@@ -414,9 +414,9 @@ def test_twice_changes_nothing() -> None:
 def test_a_second_call_tells_what_it_cannot_do_any_more() -> None:
     m = model(1)
     fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_k"]})
-    with pytest.raises(fp8_compile.PatternError, match=r"'to_q': names blocks\.0\.to_q, which is in FP8 already"):
+    with pytest.raises(fp8_compile.PatternError, match=r"'to_q': names blocks\.0\.to_q, which is quantized already"):
         fp8_compile.quantize_(m, {**LOAD, "ignored_layers": ["to_q"]})
-    with pytest.warns(fp8_compile.NothingConvertedWarning, match=r"none of the 1 linears .* not in FP8 yet \(3 are\)"):
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match=r"none of the 1 linears .* not quantized yet \(3"):
         fp8_compile.quantize_(m, {**LOAD, "strict": True})  # not strict's business: the model is in FP8
 
 
@@ -430,7 +430,7 @@ def test_a_part_first_and_then_the_whole() -> None:
     assert not isinstance(m.blocks[1].to_k.weight, QuantizedWeight)
     with pytest.raises(fp8_compile.PatternError, match="did you mean"):
         fp8_compile.quantize_(m.blocks[0], {**LOAD, "ignored_layers": ["to_kk"]})
-    with pytest.warns(fp8_compile.NothingConvertedWarning, match="all 4 linears of this model are in FP8 already"):
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match="all 4 linears of this model are quantized already"):
         fp8_compile.quantize_(m.blocks[0], {**LOAD, "granularity": "tensor"})
 
 

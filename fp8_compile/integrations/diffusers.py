@@ -328,7 +328,7 @@ def finish(model: nn.Module, choices: list[Choice], options: Fp8Options) -> None
     paths = [path for choice in left for path in choice.paths]
     if paths:
         message = (
-            f"{len(paths)} linears did not become FP8, because device_map offloads them: {', '.join(paths[:3])}"
+            f"{len(paths)} linears were not quantized, because device_map offloads them: {', '.join(paths[:3])}"
             f"{' and others' if len(paths) > 3 else ''}; load the whole model into memory"
         )
         if options.strict:

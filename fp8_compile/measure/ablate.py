@@ -130,7 +130,7 @@ def ablate(
     if len(failures) == len(groups):
         raise AblationError(f"every group failed: {'; '.join(failures)}")
     if not any(row.fp8_layers for row in rows.values()):
-        raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(sorted(reasons))}")
+        raise NothingConvertedError(f"no layer of the model was quantized: {'; '.join(sorted(reasons))}")
     for done in range(rounds):
         progress(f"timing, round {done + 1} of {rounds}")
         for row in [row for row in rows.values() if not row.failure]:

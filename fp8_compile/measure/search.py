@@ -249,7 +249,7 @@ class Search:
             found.setdefault(region.denoiser, {})[region.path] = paths
         if not any(paths for blocks in found.values() for paths in blocks.values()):
             reasons = sorted({row.reason for report in reports.values() for row in report.layers})
-            raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(reasons)}")
+            raise NothingConvertedError(f"no layer of the model was quantized: {'; '.join(reasons)}")
         return found
 
     def _patterns(self, kept: frozenset[str], by: str) -> dict[str, tuple[str, ...]]:

@@ -76,7 +76,7 @@ class Session:
             device: a torch device. Default: cuda if there is one, else cpu.
             quantized: its weights shall become FP8.
             at_load: options of `quantize_`: the denoisers are converted on their way to the device, which never holds
-                their unquantized weights. Those that are in FP8 already stay as they are. None: nothing is converted.
+                their unquantized weights. Those that are quantized already stay so. None: nothing is converted.
 
         Raises:
             OptionError: ``dtype`` or an option is not valid, or there is no embedded pipeline of that name.
@@ -271,12 +271,12 @@ class Session:
         """The `report` of every denoiser, after a call.
 
         Raises:
-            NothingConvertedError: no layer became FP8.
+            NothingConvertedError: no layer was quantized.
         """
         found = {name: report(module) for name, module in self.denoisers.items()}
         if not any(r.totals["quantized"] for r in found.values()):
             reasons = sorted({row.reason for r in found.values() for row in r.layers})
-            raise NothingConvertedError(f"no layer of the model became FP8: {'; '.join(reasons)}")
+            raise NothingConvertedError(f"no layer of the model was quantized: {'; '.join(reasons)}")
         return found
 
 

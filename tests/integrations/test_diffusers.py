@@ -338,7 +338,7 @@ def test_with_a_part_on_the_disk_the_rest_is_converted_and_the_part_is_said(save
     plain = load(saved)
     where = {"device_map": on_disk(plain, "transformer_blocks"), "offload_folder": tmp_path / "offload"}
     config = {"min_features": 64}
-    with pytest.warns(fp8_compile.NothingConvertedWarning, match="42 linears did not become FP8, because device_map"):
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match="42 linears were not quantized, because device_map"):
         m = load(saved, quantization_config=Fp8DiffusionConfig(**config), **where)
     assert is_fp8(m, "proj_out")
     rows = {row.path: row for row in fp8_compile.report(m).layers}
@@ -379,7 +379,7 @@ def test_a_text_encoder_with_a_part_on_the_disk(t5: Path, tmp_path: Path) -> Non
 
     ids = torch.arange(12)[None]
     expected = transformers.T5EncoderModel.from_pretrained(t5, dtype=torch.bfloat16)(ids).last_hidden_state
-    with pytest.warns(fp8_compile.NothingConvertedWarning, match="6 linears did not become FP8, because device_map"):
+    with pytest.warns(fp8_compile.NothingConvertedWarning, match="6 linears were not quantized, because device_map"):
         m = load_t5()
     assert is_fp8(m, "encoder.block.0.layer.0.SelfAttention.q")
     assert sqnr(expected, m(ids).last_hidden_state) > 20

@@ -140,5 +140,5 @@ def test_a_pipeline_of_which_nothing_became_fp8_is_an_error(session: Session) ->
     session.compile({"inner_backend": "eager", "min_features": 100_000})
     with pytest.warns(fp8_compile.NothingConvertedWarning):
         session.call(0, **PICTURE)
-    with pytest.raises(NothingConvertedError, match="no layer of the model became FP8: "):
+    with pytest.raises(NothingConvertedError, match="no layer of the model was quantized: "):
         session.reports()
