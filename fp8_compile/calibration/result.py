@@ -306,16 +306,13 @@ def summaries(record: ModelRecord) -> list[Summary]:
 
 
 def sizes(record: ModelRecord) -> str:
-    """The largest tensor among the arguments, for each size that the model ran at."""
-    named = [
-        max(
-            ((name, shape) for name, shapes in inputs.shapes.items() for shape in shapes), key=lambda n: math.prod(n[1])
-        )
-        for inputs in record.inputs
-        if any(inputs.shapes.values())
-    ]
-    shown = dict.fromkeys(f"{name} {list(shape)}" for name, shape in named)
-    return ", ".join(list(shown)[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+    """The two largest tensors among the arguments, for each size that the model ran at."""
+    shown: dict[str, None] = {}
+    for inputs in record.inputs:
+        named = [(name, shape) for name, shapes in inputs.shapes.items() for shape in shapes]
+        largest = sorted(named, key=lambda pair: math.prod(pair[1]), reverse=True)[:2]
+        shown[", ".join(f"{name} {list(shape)}" for name, shape in largest)] = None
+    return " or ".join(list(shown)[:3]) + (f" and {len(shown) - 3} others" if len(shown) > 3 else "")
 
 
 def about(record: ModelRecord) -> str:
