@@ -116,6 +116,38 @@ def test_a_plan_from_a_file_and_block_scales(tmp_path: Path) -> None:
     assert re.search(r"img_mlp\.net\.2 .* fp8-128x128", told[0])  # a plan stands in the place of the recipe
 
 
+def test_static_activations_from_a_file(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from bench.tiny import build_qwen_image
+    from fp8_compile.cli.main import app
+
+    pipe = build_qwen_image()
+    pipe.save_pretrained(tmp_path / "own")
+    with fp8_compile.calibrate(transformer=pipe.transformer, progress=False) as calibration:
+        pipe(PROMPT, num_inference_steps=2, height=64, width=64)
+    calibration.save(tmp_path / "scales.json")
+    torch.compiler.reset()
+    arguments = ["text-to-image", PROMPT, "--model", tmp_path / "own", "--steps", 2, "--height", 64, "--width", 64]
+    arguments += [
+        "--inner-backend",
+        "eager",
+        "--output",
+        tmp_path / "own.png",
+        "--show-layers",
+        "--ignored-layers",
+        "none",
+    ]
+    static = ["--activation-scheme", "static", "--activation-scales", tmp_path / "scales.json"]
+    done = CliRunner().invoke(app, [str(a) for a in [*arguments, *static]], env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    assert re.search(r"img_mlp\.net\.2 .* fp8-row-static", done.output)
+    assert "static input scales: amax of QwenImageTransformer2DModel" in done.output
+    done = CliRunner().invoke(app, [str(a) for a in [*arguments, *static[2:]]])
+    assert done.exit_code == 1
+    assert "activation_scales is of use with activation_scheme='static'" in done.output
+
+
 def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
