@@ -132,12 +132,12 @@ def _loras(given: Sequence[str] | None) -> dict[str, Path]:
     return files
 
 
-def require(*modules: str) -> None:
-    """Say what to install where the extra ``serve`` is not."""
+def require(*modules: str, extra: str = "serve") -> None:
+    """Say what to install where ``extra`` is not."""
     import importlib
 
     for name in modules:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            fail(f"{error.name} is not installed; this needs: pip install 'fp8-compile[serve]'")
+            fail(f"{error.name} is not installed; this needs: pip install 'fp8-compile[{extra}]'")
