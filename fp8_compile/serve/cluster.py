@@ -230,9 +230,9 @@ class RemoteEngine:
         while self._abilities is None:
             try:
                 self._abilities = await self._workers.abilities.remote()
-            except (*LOST, DeploymentUnavailableError) as error:  # Ray starts another, or says why it does not
-                log.warning("no worker yet: %s", error)
-                await asyncio.sleep(1)
+            except Exception:  # whatever it is: it is not ready without
+                log.exception("no worker has said yet what it can be asked for")
+                await asyncio.sleep(5)
 
 
 def _as_failure(error: Exception) -> Exception:
