@@ -337,7 +337,7 @@ def run(made: Application, host: str, port: int, on_ready: Callable[[], None]) -
             try:
                 serve.run(made, name=NAME)
             except RuntimeError as error:
-                raise ClusterError(str(error)) from error
+                raise ClusterError(f"{error} The log above has the reason.") from error
             on_ready()
             signal.pause()
     finally:
