@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +15,8 @@ import fp8_compile
 from fp8_compile.schemes.fp8 import Fp8
 from fp8_compile.schemes.int8 import Int8
 from tests.support.blocks import OPTIONS, WIDTH, Model, model, tokens
+from tests.support.processes import run_python
 from tests.support.sqnr import sqnr
-
-
-def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **env},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
 
 
 def inner(error: pytest.ExceptionInfo[BackendCompilerFailed]) -> Exception:

@@ -53,11 +53,16 @@ def parse_patterns(ignored_layers: Sequence[str] | None) -> tuple[list[str], boo
     return [p for p in patterns if p != "none"], bool(patterns)
 
 
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether the option ``name`` stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def check_no_quantization(context: typer.Context, names: Sequence[str]) -> None:
     """Refuse options ``names`` of quantization beside ``--no-quantization``."""
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if was_given(context, name):
             fail(f"--{name.replace('_', '-')} and --no-quantization exclude each other; leave one out")
 
 

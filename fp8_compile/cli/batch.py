@@ -73,7 +73,7 @@ def batch(
         engine.start().result()
         usual = drawn_first[0] if drawn_first else None
         limits = Limits((), settings.max_pixels, settings.max_steps)
-        admission = Admission(engine, model, limits, usual, settings.steps)
+        admission = Admission(engine.abilities, model, limits, usual, settings.steps)
         progress.update(bar, completed=total - len(left), total=total, description="drawing")
         try:
             draw(engine, admission, left, manifest, on_done)

@@ -47,6 +47,9 @@ class EngineSettings(CompileSettings):
     max_steps: Annotated[int, typer.Option(min=1, help="That a request may ask for.")] = 100
     # With guidance, twice as many rows: below those that count as tokens (`fp8_compile.passes.graphs`).
     max_batch: Annotated[int, typer.Option(min=1, max=15, help="Pictures drawn together; 1: each alone.")] = 4
+    compile_cache: Annotated[
+        Path | None, typer.Option(help="Compiled code to start with: the folder of fp8-diffusion compile --output.")
+    ] = None
     no_quantization: NoQuantization = False
     ignored_layers: IgnoredLayers = None
 
@@ -72,6 +75,8 @@ class EngineSettings(CompileSettings):
 
             at_load = None if self.no_quantization else {**options, "strict": True}
             session = Session.load(model, self.dtype, self.device, quantized=not self.no_quantization, at_load=at_load)
+            if self.compile_cache is not None:
+                tell_loaded(self.compile_cache, session.device)
             if adapters:
                 session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters))
             if self.no_quantization:
@@ -104,6 +109,19 @@ def tell_kept(session: Session) -> None:
         tell(f"{type(module).__name__}: {rest}")
 
 
+def tell_loaded(cache: Path, device: str) -> None:
+    """Let compiled code be found that ``cache`` has, and say whether it can be.
+
+    Raises:
+        SavedCacheError: it is no folder of compiled code.
+    """
+    from ..inductor import saved_cache
+
+    other = saved_cache.load(cache, device)
+    used = "compiled code is taken from it" if other is None else f"{other}. It is not used; all is compiled anew"
+    tell(f"--compile-cache {cache}: {used}")
+
+
 def parse_sizes(option: str, given: Sequence[str] | None) -> list[tuple[int, int]]:
     """The sizes that ``option`` names, ``(width, height)``."""
     from ..serve.pictures import parse_size
@@ -132,12 +150,12 @@ def _loras(given: Sequence[str] | None) -> dict[str, Path]:
     return files
 
 
-def require(*modules: str) -> None:
-    """Say what to install where the extra ``serve`` is not."""
+def require(*modules: str, extra: str = "serve") -> None:
+    """Say what to install where ``extra`` is not."""
     import importlib
 
     for name in modules:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            fail(f"{error.name} is not installed; this needs: pip install 'fp8-compile[serve]'")
+            fail(f"{error.name} is not installed; this needs: pip install 'fp8-compile[{extra}]'")

@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 
 from .ablate import ablate
 from .batch import batch
+from .compile import compile
 from .search import search
 from .serve import serve
 from .text_to_image import text_to_image
@@ -22,6 +23,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.command()(text_to_image)
 app.command()(ablate)
 app.command()(batch)
+app.command()(compile)
 app.command()(search)
 app.command()(serve)
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .arguments import with_options
+from .arguments import was_given, with_options
 from .engine_settings import EngineSettings, parse_sizes, require
-from .messages import errors_as_messages, tell
+from .messages import errors_as_messages, fail, tell
 
 
 @with_options
@@ -47,6 +47,11 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=10, help="Pictures that may wait; more are refused with 429.")] = 64,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, waiting included.")] = 600,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what was accepted, at the end.")] = 30,
+    on_ray: Annotated[bool, typer.Option("--ray", help="Draw with workers of a Ray cluster, a GPU each.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="Workers, with --ray.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --ray, workers at most, as more is asked for. Default: --replicas.")
+    ] = None,
 ) -> None:
     """Serve pictures over OpenAI's Images API."""
     require("fastapi", "prometheus_client", "python_multipart", "sse_starlette", "uvicorn")
@@ -60,9 +65,36 @@ def serve(
     from ..serve.guard import check_access
 
     keys = tuple(api_key or ())
-    check_access(host, keys, no_key)
+    deploy = context.obj  # see `ray_config`
+    if deploy is not None and (was_given(context, "host") or was_given(context, "port")):
+        fail("--host and --port have no place here: http_options of the config say where to listen")
+    # Where such a config says nothing, that is everywhere.
+    check_access(host if deploy is None else "0.0.0.0", keys, no_key)
+    most = max_replicas or replicas
+    if most > 1 and not on_ray:
+        fail("--replicas and --max-replicas need --ray")
+    if most < replicas:
+        fail(f"--max-replicas {most} is below --replicas {replicas}")
     load = settings.loader(context, model)
     served, drawn_first = parse_sizes("--sizes", sizes), parse_sizes("--warmup", settings.warmup)
+    warmup = drawn_first or served
+    usual = drawn_first[0] if drawn_first else None
+    limits = Limits(served, settings.max_pixels, settings.max_steps)
+    answering = ServerSettings(name or model, keys, limits, usual, settings.steps, deadline)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    if on_ray:
+        require("ray", extra="ray")
+        from ..serve import cluster
+
+        if deploy is None:
+            cluster.connect()
+        spread = cluster.Spread(replicas, most, settings.max_batch, max_queue, settings.device, grace)
+        made = cluster.application(load, warmup, answering, spread)
+        if deploy is None:
+            cluster.run(made, host, port, lambda: tell(f"ready: {address} serves {answering.model}"))
+        else:
+            deploy(made)
+        return
     _set_up_logs()
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("loading", total=None)
@@ -72,12 +104,9 @@ def serve(
 
         def on_ready() -> None:
             progress.stop()
-            tell(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves {name or model}")
+            tell(f"ready: {address} serves {answering.model}")
 
-        engine = Engine(load, drawn_first or served, settings.max_batch, max_queue, on_progress)
-        usual = drawn_first[0] if drawn_first else None
-        limits = Limits(served, settings.max_pixels, settings.max_steps)
-        answering = ServerSettings(name or model, keys, limits, usual, settings.steps, deadline)
+        engine = Engine(load, warmup, settings.max_batch, max_queue, on_progress)
         run(engine, answering, host, port, grace, on_ready)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,28 +18,17 @@ from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..checks import parse_options
-from ..embedded import EMBEDDED_CALLS, default_pipeline_dir, embedded_name
+from ..embedded import default_pipeline_dir, embedded_name
 from ..errors import Fp8Error, NothingConvertedError, OptionError
 from ..options import KEEP, expanded
 from ..quantize import quantize_
 from ..recipes import recommended
 from ..report import Report, report
 from .adapters import Adapters
+from .call_rules import CallError, CallRules
 from .denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class CallError(Fp8Error, ValueError):
-    """Arguments that a pipeline refuses, or would ignore.
-
-    Attributes:
-        argument: which one, where that is known.
-    """
-
-    def __init__(self, problem: str, argument: str | None = None) -> None:
-        super().__init__(problem)
-        self.argument = argument
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,26 +156,30 @@ class Session:
         compile_blocks: Any = module.compile_repeated_blocks
         compile_blocks(fullgraph=True, **arguments)
 
+    @property
+    def rules(self) -> CallRules:
+        """What the pipeline's call takes."""
+        parameters = inspect.signature(self.pipe.__call__).parameters
+        transformer = getattr(self.pipe, "transformer", None)
+        takes_none = getattr(getattr(transformer, "config", None), "guidance_embeds", None) is False
+        return CallRules(
+            self.model,
+            type(self.pipe).__name__,
+            {name: parameter.default for name, parameter in parameters.items()},
+            type(transformer).__name__ if takes_none else None,
+        )
+
     def arguments(self, **given: Any) -> dict[str, Any]:
-        """Arguments for `call`: those of ``given`` that are not None, over the embedded pipelines' own.
+        """Arguments for `call`; see `CallRules.arguments`.
 
         Raises:
             CallError: the pipeline takes no such argument, or would ignore it.
         """
-        given = {name: value for name, value in given.items() if value is not None}
-        accepted = inspect.signature(self.pipe.__call__).parameters
-        for name in sorted(given.keys() - accepted.keys()):
-            raise CallError(f"{type(self.pipe).__name__} takes no {name}; it takes {', '.join(accepted)}", name)
-        self._check_guidance(given)
-        own = dict(EMBEDDED_CALLS.get(embedded_name(self.model) or "", {}))
-        if "negative_prompt" in given:
-            for scale in ("true_cfg_scale", "guidance_scale"):  # these switch guidance off, which would ignore it
-                own.pop(scale, None)
-        return {**own, **given}
+        return self.rules.arguments(**given)
 
     def takes(self, argument: str) -> bool:
         """Whether the pipeline's call has an argument of this name."""
-        return argument in inspect.signature(self.pipe.__call__).parameters
+        return argument in self.rules.defaults
 
     def tokens(self, latents: Tensor) -> int:
         """How many tokens the denoiser sees of one picture.
@@ -201,31 +193,6 @@ class Session:
         config: Any = next(iter(self.denoisers.values())).config
         patch: Any = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
         return latents[0, 0].numel() // int(patch if isinstance(patch, int) else patch[-1]) ** 2
-
-    def _check_guidance(self, given: Mapping[str, Any]) -> None:
-        """Refuse what pipelines ignore without an error."""
-        true_cfg, guidance = given.get("true_cfg_scale"), given.get("guidance_scale")
-        for name, value in (("true_cfg_scale", true_cfg), ("guidance_scale", guidance)):
-            if value is not None and not math.isfinite(value):
-                raise CallError(f"{name}={value}: expected a finite number", name)
-        if "negative_prompt" in given:
-            if true_cfg is not None and true_cfg <= 1:
-                raise CallError(
-                    f"true_cfg_scale={true_cfg:g} is no guidance, but negative_prompt needs some", "true_cfg_scale"
-                )
-            if guidance is not None and guidance <= 0:
-                raise CallError(
-                    f"guidance_scale={guidance:g} is no guidance, but negative_prompt needs some", "guidance_scale"
-                )
-        elif true_cfg is not None and true_cfg > 1:
-            raise CallError(f"true_cfg_scale={true_cfg:g} needs a negative_prompt, if only ' '", "true_cfg_scale")
-        transformer = getattr(self.pipe, "transformer", None)
-        takes_none = getattr(getattr(transformer, "config", None), "guidance_embeds", None) is False
-        if guidance is not None and guidance > 1 and takes_none:
-            raise CallError(
-                f"guidance_scale={guidance:g}: this {type(transformer).__name__} takes none (no guidance_embeds)",
-                "guidance_scale",
-            )
 
     def call(self, seed: int | Sequence[int], **arguments: Any) -> Any:
         """What the pipeline returns for ``arguments``.

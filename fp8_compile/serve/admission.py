@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..pipelines.session import CallError
-from .engine import Engine, Order
+from ..pipelines.call_rules import CallError
+from .engine import Abilities, Order
 from .pictures import parse_size
 from .protocol import ALIASES, LARGEST_SEED, QUALITIES, ApiError, PictureRequest, bad_value
 
@@ -59,9 +58,10 @@ class Admitted:
 
 
 class Admission:
-    """Knows what the pipeline in ``engine``, which is ready, can be asked for.
+    """Knows what a pipeline can be asked for.
 
     Args:
+        abilities: of the engine that has the pipeline.
         model: the name that requests may give.
         usual_size: for ``size="auto"`` without ``limits.sizes``; None: the pipeline's own.
         steps: the usual number; None: the pipeline's own.
@@ -69,28 +69,25 @@ class Admission:
 
     def __init__(
         self,
-        engine: Engine,
+        abilities: Abilities,
         model: str,
         limits: Limits,
         usual_size: tuple[int, int] | None = None,
         steps: int | None = None,
     ) -> None:
-        self._engine = engine
+        self._abilities = abilities
+        self._rules = abilities.rules
         self._model = model
         self._limits = limits
         self._usual_size = limits.sizes[0] if limits.sizes else usual_size
-        pipe = engine.session.pipe
-        signature = inspect.signature(pipe.__call__).parameters
-        own = engine.session.arguments()
-        self._steps: int = steps or own.get("num_inference_steps", signature["num_inference_steps"].default)
-        self._multiple = 2 * getattr(pipe, "vae_scale_factor", 8)
-        # Of several text encoders, the one that reads most. A copy, since none is for two threads at once.
+        defaults = self._rules.defaults
+        own = self._rules.arguments()
+        self._steps: int = steps or own.get("num_inference_steps", defaults["num_inference_steps"])
+        # A copy, since none is for two threads at once.
         self._counting = threading.Lock()
-        tokenizers = [value for name, value in vars(pipe).items() if name.startswith("tokenizer") and callable(value)]
-        self._tokenizer: Any = copy.deepcopy(max(tokenizers, key=lambda t: t.model_max_length, default=None))
+        self._tokenizer: Any = copy.deepcopy(abilities.tokenizer)
         longest = getattr(self._tokenizer, "model_max_length", None)
-        sequence = signature.get("max_sequence_length")
-        limits_of_text = [each for each in (longest, sequence and sequence.default) if isinstance(each, int)]
+        limits_of_text = [each for each in (longest, defaults.get("max_sequence_length")) if isinstance(each, int)]
         self._text_limit = min(limits_of_text, default=None)
         tokenizer: Any = self._tokenizer
         if self._text_limit is not None and getattr(tokenizer, "chat_template", None):
@@ -112,7 +109,6 @@ class Admission:
             ApiError: what it asks for cannot be had.
         """
         self._check_combinations(request)
-        session = self._engine.session
         self._check_images(images)
         size = self._size(request.size, images[0] if images else None)
         steps, quality = self._steps_of(request)
@@ -128,7 +124,7 @@ class Admission:
             "mask_image": self._mask(images, mask),
         }
         try:
-            arguments = session.arguments(**given)
+            arguments = self._rules.arguments(**given)
         except CallError as error:
             param = "mask" if error.argument == "mask_image" else error.argument
             raise ApiError(400, str(error), param, "invalid_value") from error
@@ -151,7 +147,7 @@ class Admission:
             request.output_compression,
             self._text_tokens("prompt", request.prompt)
             + self._text_tokens("negative_prompt", request.negative_prompt or ""),
-            sum(image.width * image.height for image in images) // self._multiple**2,
+            sum(image.width * image.height for image in images) // self._abilities.multiple**2,
             request.safety_identifier or request.user or None,
         )
 
@@ -167,24 +163,23 @@ class Admission:
         if request.partial_images:
             if not request.stream:
                 raise bad_value("partial_images", f"partial_images={request.partial_images} needs stream=true")
-            if self._engine.no_previews is not None:
-                raise bad_value("partial_images", f"no partial images here: {self._engine.no_previews}")
+            if self._abilities.no_previews is not None:
+                raise bad_value("partial_images", f"no partial images here: {self._abilities.no_previews}")
         if request.output_compression not in (None, 100) and (request.output_format or "png") == "png":
             message = f"output_compression={request.output_compression}: only webp and jpeg lose anything"
             raise bad_value("output_compression", message)
 
     def _check_images(self, images: Sequence[Image]) -> None:
-        pipe = type(self._engine.session.pipe).__name__
-        if images and not self._engine.session.takes("image"):
+        pipe = self._rules.pipeline
+        if images and "image" not in self._rules.defaults:
             raise bad_value("image", f"the model draws from texts alone: {pipe} takes no image")
-        if not images and self._engine.needs_image:
+        if not images and self._abilities.needs_image:
             raise ApiError(400, f"the model edits pictures ({pipe}): POST /v1/images/edits", "image", "image_needed")
         if len(images) > 1 and pipe not in SEVERAL_IMAGES:
             raise bad_value("image", f"{len(images)} images: {pipe} takes one")
 
     def _lora(self, asked: dict[str, float] | None) -> tuple[str, float] | None:
-        adapters = self._engine.session.adapters
-        names = () if adapters is None else adapters.names
+        names = self._abilities.adapters
         for name in asked or {}:
             if name not in names:
                 raise bad_value("lora", f"lora: there is no adapter {name!r}; valid: {', '.join(names) or 'none'}")
@@ -194,7 +189,7 @@ class Admission:
 
     def _mask(self, images: Sequence[Image], mask: Image | None) -> Image | None:
         """``mask``; without one, all of the picture changes, also by pipelines that need a mask."""
-        if mask is None and images and self._engine.session.takes("mask_image"):
+        if mask is None and images and "mask_image" in self._rules.defaults:
             from PIL import Image
 
             return Image.new("L", images[0].size, 255)
@@ -202,10 +197,11 @@ class Admission:
 
     def _size(self, asked: str | None, given: Image | None) -> tuple[int, int] | None:
         """Width and height; None for the pipeline's own. By default that of the picture that is ``given``, if any."""
+        multiple = self._abilities.multiple
         if asked in (None, "auto"):
             if given is None or self._limits.sizes:
                 return self._usual_size
-            asked = "x".join(str(max(1, side // self._multiple) * self._multiple) for side in given.size)
+            asked = "x".join(str(max(1, side // multiple) * multiple) for side in given.size)
         size = parse_size(str(asked))
         if size is None:
             raise bad_value("size", f"size={asked!r}: expected 'auto', or width and height such as '1024x1024'")
@@ -213,8 +209,8 @@ class Admission:
             if size not in self._limits.sizes:
                 valid = ", ".join(f"{width}x{height}" for width, height in self._limits.sizes)
                 raise bad_value("size", f"size={asked!r} is not served; valid: auto, {valid}")
-        elif size[0] % self._multiple or size[1] % self._multiple:
-            raise bad_value("size", f"size={asked!r}: expected multiples of {self._multiple}")
+        elif size[0] % multiple or size[1] % multiple:
+            raise bad_value("size", f"size={asked!r}: expected multiples of {multiple}")
         elif max(size) > LONGEST_SIDE:
             raise bad_value("size", f"size={asked!r}: at most {LONGEST_SIDE} pixels on a side")
         elif size[0] * size[1] > self._limits.pixels:

@@ -8,10 +8,10 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -23,11 +23,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from ..pipelines.session import CallError
+from ..pipelines.call_rules import CallError
 from .admission import Admission, Admitted, Limits
 from .edits import MAX_PICTURES_GIVEN, Edit, read_form
 from .engine import (
+    AnyEngine,
     Engine,
+    EngineError,
     Event,
     Failed,
     NotFiniteError,
@@ -55,6 +57,8 @@ from .protocol import (
 )
 
 log = logging.getLogger("fp8_compile.serve")
+
+T = TypeVar("T")
 
 PAGE_MAY = (
     "default-src 'none'; img-src data:; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -99,18 +103,26 @@ class _Events:
         """Called by the engine."""
         self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
+    async def in_time(self, awaited: Awaitable[T]) -> T:
+        """What ``awaited`` gives before the deadline.
+
+        Raises:
+            ApiError: it does not come in time.
+        """
+        try:
+            async with asyncio.timeout_at(self._until):
+                return await awaited
+        except TimeoutError:
+            message = f"not done after {self._deadline:g} s, the deadline of this server"
+            raise ApiError(504, message, code="deadline_exceeded") from None
+
     async def next(self) -> Preview | Picture:
         """The next event.
 
         Raises:
             ApiError: it is a failure, or does not come in time.
         """
-        try:
-            async with asyncio.timeout_at(self._until):
-                event = await self._queue.get()
-        except TimeoutError:
-            message = f"not done after {self._deadline:g} s, the deadline of this server"
-            raise ApiError(504, message, code="deadline_exceeded") from None
+        event = await self.in_time(self._queue.get())
         if isinstance(event, Failed):
             raise _api_error(event.error)
         return event
@@ -131,7 +143,7 @@ def _api_error(error: Exception) -> ApiError:
 class _Images:
     """Answers requests for pictures."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings, store: PictureStore) -> None:
+    def __init__(self, engine: AnyEngine, settings: ServerSettings, store: PictureStore) -> None:
         self._engine = engine
         self._settings = settings
         self._store = store
@@ -144,14 +156,14 @@ class _Images:
         if self._admission is None:
             settings = self._settings
             self._admission = Admission(
-                self._engine, settings.model, settings.limits, settings.usual_size, settings.steps
+                self._engine.abilities, settings.model, settings.limits, settings.usual_size, settings.steps
             )
         given = ((), None) if edit is None else (edit.images, edit.mask)
         admitted = await run_in_threadpool(self._admission.admit, body, request.state.client, *given)
         events = _Events(self._settings.deadline)
         try:
-            ticket = self._engine.submit(admitted.order, events.put)
-        except (QueueFullError, UnavailableError) as error:
+            ticket = await events.in_time(self._engine.accept(admitted.order, events.put))
+        except EngineError as error:
             raise _api_error(error) from error
         if body.stream:
             stream = self._stream("image_generation" if edit is None else "image_edit", admitted, ticket, events)
@@ -258,7 +270,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def create_app(engine: Engine, settings: ServerSettings, store: PictureStore) -> Guard:
+def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore) -> Guard:
     """The ASGI application.
 
     Args:

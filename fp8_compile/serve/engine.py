@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import Fp8Error, NothingConvertedError
+from ..pipelines.call_rules import CallError, CallRules
 from ..pipelines.denoisers import PipelineError
 from ..pipelines.previews import PreviewError, Previews
-from ..pipelines.session import CallError, Session
+from ..pipelines.session import Session
 from ..pipelines.step_clock import StepClock
 from .metrics import Metrics
 from .waiting import WaitingItems
@@ -54,8 +55,8 @@ class QueueFullError(EngineError):
         retry_after: seconds after which there should be some.
     """
 
-    def __init__(self, pictures: int, limit: int, retry_after: int) -> None:
-        super().__init__(f"{pictures} pictures more than the {limit} that may wait; try again in {retry_after} s")
+    def __init__(self, problem: str, retry_after: int) -> None:
+        super().__init__(f"{problem}; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -177,6 +178,51 @@ class Ticket:
             self._on_event(event)
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What an engine can be asked for. It holds no weights, so that it can be sent to a machine that has none.
+
+    Attributes:
+        multiple: of pixels, that width and height must be.
+        tokenizer: that counts the tokens of a text; of several, the one that reads most. None: there is none.
+        adapters: names of the LoRA adapters.
+        no_previews: why there can be no unfinished pictures; None: there can.
+        needs_image: it cannot draw from a text alone.
+    """
+
+    rules: CallRules
+    multiple: int
+    tokenizer: Any
+    adapters: tuple[str, ...]
+    no_previews: str | None
+    needs_image: bool
+
+
+class AnyEngine(Protocol):
+    """Whoever draws for the HTTP side: an `Engine` in its own process, or those of other machines."""
+
+    metrics: Metrics
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can become ready, or is."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes orders."""
+
+    @property
+    def abilities(self) -> Abilities:
+        """What it can be asked for, once it is ready."""
+
+    async def accept(self, order: Order, on_event: Callable[[Event], None]) -> Ticket:
+        """Return once ``order`` has its place. ``on_event`` must return at once, and may be called in any thread.
+
+        Raises:
+            EngineError: it will not be drawn.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class _Row:
     """One picture of a ticket: a row of a batch."""
@@ -278,9 +324,28 @@ class Engine:
             rows = [_Row(ticket, index, now) for index in range(len(order.seeds))]
             if not self._waiting.put(rows):
                 seconds = len(self._waiting) * self._seconds_per_picture
-                raise QueueFullError(len(rows), self._max_waiting, max(1, round(seconds)))
+                problem = f"{len(rows)} pictures more than the {self._max_waiting} that may wait"
+                raise QueueFullError(problem, max(1, round(seconds)))
             self._tickets = {each for each in self._tickets if not each.done} | {ticket}
         return ticket
+
+    async def accept(self, order: Order, on_event: Callable[[Event], None]) -> Ticket:
+        """`submit`, as `AnyEngine` has it."""
+        return self.submit(order, on_event)
+
+    @property
+    def abilities(self) -> Abilities:
+        """What can be asked for, once it is ready."""
+        pipe = self.session.pipe
+        tokenizers = [value for name, value in vars(pipe).items() if name.startswith("tokenizer") and callable(value)]
+        return Abilities(
+            rules=self.session.rules,
+            multiple=2 * getattr(pipe, "vae_scale_factor", 8),
+            tokenizer=max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None),
+            adapters=() if self.session.adapters is None else tuple(self.session.adapters.names),
+            no_previews=self.no_previews,
+            needs_image=self.needs_image,
+        )
 
     def close(self, grace: float) -> None:
         """Take no more orders, finish those there are within ``grace`` seconds, and fail the rest."""

@@ -84,6 +84,9 @@ def test_one_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
         (["no/such/model"], "'no/such/model' could not be loaded"),
         (["--activation-scheme", "static"], "this command takes no scales"),
         (["--small-m", "keep"], "small_m='keep': at load time it is not known"),
+        (["--compile-cache", "no/such/folder"], "'no/such/folder' has no compiled code"),
+        (["--replicas", "2"], "--replicas and --max-replicas need --ray"),
+        (["--ray", "--replicas", "3", "--max-replicas", "2"], "--max-replicas 2 is below --replicas 3"),
     ],
 )
 def test_what_cannot_be_served_ends_with_a_message(

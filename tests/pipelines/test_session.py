@@ -11,8 +11,9 @@ import torch
 
 import fp8_compile
 from fp8_compile.errors import NothingConvertedError, OptionError
+from fp8_compile.pipelines.call_rules import CallError
 from fp8_compile.pipelines.denoisers import PipelineError
-from fp8_compile.pipelines.session import CallError, Session
+from fp8_compile.pipelines.session import Session
 
 pytestmark = pytest.mark.pipeline
 

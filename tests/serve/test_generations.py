@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ import openai
 import pytest
 
 from fp8_compile.measure.quality import psnr
-from tests.support.serving import MODEL, PROMPT, Served, WatchedSession, decoded
+from tests.support.serving import MODEL, PROMPT, Served, WatchedSession, decoded, serving
 
 pytestmark = pytest.mark.pipeline
 
@@ -240,10 +241,15 @@ def test_what_is_not_honoured_is_refused_and_named(
     assert refused.value.request_id is not None
 
 
-def test_previews_of_a_pipeline_without_are_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previews_of_a_pipeline_without_are_refused(
+    served: Served, session: WatchedSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(served.engine, "no_previews", "the pipeline hides its latents")
-    with pytest.raises(openai.BadRequestError, match="no partial images here: the pipeline hides its latents"):
-        list(served.openai().images.generate(prompt=PROMPT, stream=True, partial_images=1))
+    with (
+        serving(session, tmp_path, engine=served.engine) as hidden,
+        pytest.raises(openai.BadRequestError, match="no partial images here: the pipeline hides its latents"),
+    ):
+        list(hidden.openai().images.generate(prompt=PROMPT, stream=True, partial_images=1))
 
 
 def test_fields_of_the_installed_client_are_all_known(served: Served) -> None:

@@ -65,14 +65,15 @@ def test_a_picture_is_drawn_with_previews_and_kept(served: Served, browser: Any,
 
 
 def test_a_pipeline_without_previews_is_drawn_all_the_same(
-    served: Served, browser: Any, monkeypatch: pytest.MonkeyPatch
+    served: Served, session: WatchedSession, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served.engine, "no_previews", "there are none")
-    page = browser.new_page()
-    page.goto(served.url)
-    page.get_by_role("button", name="Draw").click()
-    playwright.expect(page.locator("#status")).to_contain_text("64x64, seed", timeout=20_000)
-    page.close()
+    with serving(session, tmp_path, engine=served.engine) as hidden:
+        page = browser.new_page()
+        page.goto(hidden.url)
+        page.get_by_role("button", name="Draw").click()
+        playwright.expect(page.locator("#status")).to_contain_text("64x64, seed", timeout=20_000)
+        page.close()
 
 
 def test_a_key_is_asked_for(served: Served, session: WatchedSession, browser: Any, tmp_path: Path) -> None:

@@ -1,0 +1,218 @@
+"""Workers of a Ray cluster behind one ingress: requests are answered also where a worker dies under them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.support.serving import MODEL, PROMPT, WatchedSession, decoded, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
+
+# One picture at a time, so that none depends on which others are drawn with it.
+OPTIONS = "--replicas 2 --no-quantization --inner-backend eager --max-batch 1 --max-queue 10"
+
+
+class Cluster:
+    """Ray on this machine, with as many CPUs as it is told."""
+
+    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
+        self._process = process
+        self.environment = {**os.environ, "RAY_ADDRESS": address}
+
+    def workers(self) -> list[int]:
+        """Processes of this cluster that draw."""
+        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
+        ours = {pid for pid, parent, _ in rows if parent == str(self._process.pid)}
+        return [
+            int(pid)
+            for pid, parent, name in rows
+            if parent in ours and name.startswith("ray::ServeReplica:fp8-diffusion:Worker")
+        ]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # a short name, since sockets stand in it
+        port = free_port()
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "4"]
+        command += ["--include-dashboard", "false", "--disable-usage-stats", "--temp-dir", folder, "--port", str(port)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            wait_for(lambda: answers(port), 60)
+            yield Cluster(process, f"127.0.0.1:{port}")
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
+class ClusterServer:
+    """The application on a cluster, and clients for it."""
+
+    def __init__(self, cluster: Cluster, port: int) -> None:
+        self.cluster = cluster
+        self.url = f"http://127.0.0.1:{port}"
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def draw(self, **body: Any) -> list[bytes]:
+        """The pixels of each picture."""
+        data = self.openai.images.generate(prompt=PROMPT, extra_body=body).data
+        assert data is not None
+        return [decoded(item.b64_json).tobytes() for item in data]
+
+    def status(self, **body: Any) -> tuple[int, str]:
+        """Of an answer: its status, and the code of its error."""
+        answer = httpx.post(f"{self.url}/v1/images/generations", json={"prompt": PROMPT, **body}, timeout=120)
+        return answer.status_code, answer.json().get("error", {}).get("code", "")
+
+    def kill(self, worker: int) -> None:
+        """End ``worker``, and wait until it is gone."""
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: worker not in self.cluster.workers())
+
+    def wait_for_workers(self) -> None:
+        wait_for(lambda: len(self.cluster.workers()) == 2, 120)
+
+
+@contextlib.contextmanager
+def on_cluster(cluster: Cluster, port: int, log: Path, end: signal.Signals, *command: str) -> Iterator[ClusterServer]:
+    """The server of ``command``, which writes to ``log``, until ``end`` ends it."""
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, "-m", *command], env=cluster.environment, stderr=output)
+    server = ClusterServer(cluster, port)
+    try:
+        wait_for(lambda: process.poll() is not None or server.ready(), 180)
+        assert process.poll() is None, log.read_text()
+        yield server
+    finally:
+        process.send_signal(end)
+        process.wait(90)
+
+
+@pytest.fixture(scope="module")
+def served(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterServer]:
+    port, log = free_port(), tmp_path_factory.mktemp("log") / "log"
+    command = ["fp8_compile", "serve", "--ray", *OPTIONS.split(), "--port", str(port)]
+    with on_cluster(cluster, port, log, signal.SIGTERM, *command) as made:
+        wait_for(lambda: f"ready: {made.url}/v1 serves {MODEL}" in log.read_text())
+        yield made
+    assert not cluster.workers()
+
+
+def test_a_config_of_serve_run(cluster: Cluster, tmp_path: Path) -> None:
+    """The first test here, since Ray Serve takes one config at a time."""
+    port = free_port()
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"http_options: {{host: 127.0.0.1, port: {port}}}\n"
+        "applications:\n"
+        "- name: fp8-diffusion\n"
+        "  import_path: fp8_compile.cli.ray_config:application\n"
+        f"  args: {{options: {OPTIONS} --no-key}}\n"
+        "  deployments: [{name: Worker, num_replicas: 1}]\n"
+    )
+    command = ["ray.serve.scripts", "run", str(config)]
+    with on_cluster(cluster, port, tmp_path / "log", signal.SIGINT, *command) as configured:
+        assert configured.draw(seed=1)
+        assert len(cluster.workers()) == 1
+
+
+def test_it_answers_as_the_server_of_one_machine(served: ClusterServer, session: WatchedSession) -> None:
+    arguments = session.arguments(prompt=PROMPT, num_inference_steps=4)
+    direct = session.call(3, callback_on_step_end=lambda p, i, t, kwargs: kwargs, **arguments).images[0]
+    assert served.draw(seed=3, num_inference_steps=4) == [direct.tobytes()]
+    assert served.draw(seed=2, n=2, num_inference_steps=4)[1] == direct.tobytes()
+    assert served.status(foo=1) == (400, "unknown_parameter")
+    assert served.status(size="65x64") == (400, "invalid_value")
+    assert httpx.get(f"{served.url}/v1/nowhere").json()["error"]["code"] == "not_found"
+    assert [model.id for model in served.openai.models.list()] == [MODEL]
+    stream = served.openai.images.generate(prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 3})
+    events = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.type for event in stream] == events
+
+
+def test_more_than_may_wait_is_429(served: ClusterServer) -> None:
+    with ThreadPoolExecutor(40) as pool:
+        answers = Counter(pool.map(lambda _: served.status(num_inference_steps=30), range(40)))
+    assert answers.keys() == {(200, ""), (429, "queue_full")}
+    assert answers[200, ""] >= 10  # those that may wait
+    assert served.draw()
+
+
+def test_a_client_that_leaves_is_not_drawn_for(served: ClusterServer) -> None:
+    """Else what nobody waits for would keep both workers busy for minutes."""
+    body = {"prompt": PROMPT, "n": 10, "num_inference_steps": 100}
+    with ThreadPoolExecutor(4) as pool:
+        for leaving in [
+            pool.submit(httpx.post, f"{served.url}/v1/images/generations", json=body, timeout=2) for _ in range(4)
+        ]:
+            with pytest.raises(httpx.ReadTimeout):
+                leaving.result()
+    with httpx.Client(timeout=10) as client:
+        assert client.post(f"{served.url}/v1/images/generations", json={"prompt": PROMPT}).status_code == 200
+
+
+def test_no_accepted_request_is_lost_with_a_worker(served: ClusterServer) -> None:
+    served.wait_for_workers()
+    expected = served.draw(seed=7, n=2, num_inference_steps=60)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(served.draw, seed=7, n=2, num_inference_steps=60) for _ in range(8)]
+        first = served.cluster.workers()[0]
+        wait_for(lambda: any(each.done() for each in asked), 60)
+        served.kill(first)
+        assert [each.result() for each in asked] == [expected] * 8
+
+
+def test_a_stream_that_has_shown_a_preview_ends_with_an_error(served: ClusterServer) -> None:
+    served.wait_for_workers()
+    served.draw()
+    body = {"num_inference_steps": 100}
+    stream = iter(served.openai.images.generate(prompt=PROMPT, stream=True, partial_images=3, extra_body=body))
+    assert next(stream).type == "image_generation.partial_image"
+    for worker in served.cluster.workers():
+        os.kill(worker, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="the worker that drew this was lost"):
+        list(stream)
+
+
+def test_each_worker_draws_the_same_picture(served: ClusterServer) -> None:
+    served.wait_for_workers()
+    first, second = served.cluster.workers()
+    served.kill(first)
+    expected = served.draw(seed=11)  # by the second, since another takes long to load
+    served.wait_for_workers()
+    served.kill(second)
+    assert served.draw(seed=11) == expected  # by the third
