@@ -101,6 +101,7 @@ INT8 = {"qwen-image": 2060, "z-image": 2445, "flux": 2217, "flux-single": 1805, 
 
 
 @lowers
+@pytest.mark.slow
 def test_blocks_in_int8(tmp_path: Path) -> None:
     for found in lower(tmp_path, "--model", *INT8, "--options", '{"method": "int8"}'):
         name, bounds = found["model"], BOUNDS[found["model"]]
@@ -114,6 +115,7 @@ def test_blocks_in_int8(tmp_path: Path) -> None:
 
 
 @lowers
+@pytest.mark.slow
 def test_static_activations_leave_no_reduction_for_a_scale(tmp_path: Path) -> None:
     options = {"activation_scheme": "static", "input_scale": 0.02}
     for found in lower(tmp_path, "--model", "qwen-image", "wan", "--options", json.dumps(options)):
@@ -138,6 +140,7 @@ PIECES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, float]] = {
 
 
 @lowers
+@pytest.mark.slow
 def test_each_piece_is_good_for_something() -> None:
     asked = [(model, options) for model, *both, _, _ in PIECES.values() for options in both]
     program = f"""

@@ -92,7 +92,7 @@ def denoise(m: Any) -> Tensor:
     [
         (first_block, False),
         (taylor_seer, False),
-        (pyramid_attention_broadcast, True),
+        pytest.param(pyramid_attention_broadcast, True, marks=pytest.mark.slow),
         (sea, False),
         (mag, False),
     ],

@@ -287,7 +287,8 @@ def test_what_is_written_for_others_is_read_as_theirs_is(
     fp8_compile.load_fp8_checkpoint(again := model(1), file)
     x = tokens()
     assert torch.equal(m(x), again(x))
-    assert torch.equal(m.compile_whole()(x), again.compile_whole()(x))
+    eager = {"inner_backend": "eager"}  # quicker to compile
+    assert torch.equal(m.compile_whole(**eager)(x), again.compile_whole(**eager)(x))
     assert {row.scheme for row in fp8_compile.report(again).layers} == {scheme}
 
 

@@ -253,6 +253,7 @@ def test_gate_the_compiled_pipeline_draws_what_bf16_draws(name: str, choice: str
 HARD = {"qwen-image": 2.0**17, "z-image": 2.0**18}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HARD)
 def test_gate_outliers_spare_finer_scales_and_ruin_one_per_tensor(name: str) -> None:
     found = measure(name, HARD[name], HELD_OUT[:3])
