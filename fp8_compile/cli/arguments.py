@@ -59,11 +59,31 @@ def was_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+QUANTIZING = (
+    "quantization",
+    "ignored_layers",
+    "layers",
+    "granularity",
+    "small_m",
+    "weight_block_size",
+    "activation_scheme",
+)
+"""Options of commands that say how to quantize."""
+
+
 def check_no_quantization(context: typer.Context, names: Sequence[str]) -> None:
     """Refuse options ``names`` of quantization beside ``--no-quantization``."""
     for name in names:
         if was_given(context, name):
             fail(f"--{name.replace('_', '-')} and --no-quantization exclude each other; leave one out")
+
+
+MODEL_HELP = (
+    "Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
+    "embedded:z-image."
+)
+ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
+ModelArgument = Annotated[str, typer.Argument(metavar="[DIR_OR_ID]", help=MODEL_HELP)]
 
 
 @dataclass(frozen=True)
@@ -128,13 +148,7 @@ class CompileSettings:
 class Settings(CompileSettings):
     """Options of every command that draws: which pipeline, and how it is called."""
 
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
-            "embedded:z-image."
-        ),
-    ] = "embedded:qwen-image"
+    model: ModelOption = "embedded:qwen-image"
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
     height: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None
     width: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None

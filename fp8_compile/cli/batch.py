@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import with_options
+from .arguments import ModelOption, with_options
 from .engine_settings import EngineSettings, parse_sizes, require
 from .messages import errors_as_messages, fail, tell
 
@@ -27,13 +27,7 @@ def batch(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for pictures and manifest.jsonl.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
-            "embedded:z-image."
-        ),
-    ] = "embedded:qwen-image",
+    model: ModelOption = "embedded:qwen-image",
 ) -> None:
     """Draw a picture for each line of a file; what is in the folder's manifest is not drawn again."""
     require("pydantic", "prometheus_client", "starlette")

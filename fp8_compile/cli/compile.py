@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import with_options
+from .arguments import ModelArgument, with_options
 from .engine_settings import EngineSettings, parse_sizes, require
 from .messages import errors_as_messages, tell
 
@@ -18,14 +18,7 @@ def compile(
     settings: EngineSettings,
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the compiled code, for serve --compile-cache.")],
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="[DIR_OR_ID]",
-            help="Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
-            "embedded:z-image.",
-        ),
-    ] = "embedded:qwen-image",
+    model: ModelArgument = "embedded:qwen-image",
     sizes: Annotated[
         list[str] | None, typer.Option(help="As those of serve, which are drawn first without --warmup.")
     ] = None,

@@ -10,22 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import CompileSettings, IgnoredLayers, NoQuantization, check_no_quantization, parse_patterns
+from .arguments import (
+    QUANTIZING,
+    CompileSettings,
+    IgnoredLayers,
+    NoQuantization,
+    check_no_quantization,
+    parse_patterns,
+)
 from .messages import fail, tell
 
 if TYPE_CHECKING:
     from ..pipelines.session import Session
-
-
-QUANTIZING = (
-    "quantization",
-    "ignored_layers",
-    "layers",
-    "granularity",
-    "small_m",
-    "weight_block_size",
-    "activation_scheme",
-)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import was_given, with_options
+from .arguments import ModelArgument, was_given, with_options
 from .engine_settings import EngineSettings, parse_sizes, require
 from .messages import errors_as_messages, fail, tell
 
@@ -18,14 +18,7 @@ from .messages import errors_as_messages, fail, tell
 def serve(
     context: typer.Context,
     settings: EngineSettings,
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="[DIR_OR_ID]",
-            help="Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
-            "embedded:z-image.",
-        ),
-    ] = "embedded:qwen-image",
+    model: ModelArgument = "embedded:qwen-image",
     name: Annotated[
         str | None, typer.Option(help="The model's name in requests and answers. Default: DIR_OR_ID.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .arguments import (
+    QUANTIZING,
     IgnoredLayers,
     NoQuantization,
     Seed,
@@ -23,19 +24,6 @@ if TYPE_CHECKING:
     from ..pipelines.session import Session
     from ..pipelines.step_clock import StepClock
     from ..report import Report
-
-
-QUANTIZING = (
-    "quantization",
-    "ignored_layers",
-    "layers",
-    "granularity",
-    "small_m",
-    "weight_block_size",
-    "activation_scheme",
-    "activation_scales",
-    "show_layers",
-)
 
 
 @with_options
@@ -56,7 +44,7 @@ def text_to_image(
 ) -> None:
     """Draw one picture from a text."""
     if no_quantization:
-        check_no_quantization(context, QUANTIZING)
+        check_no_quantization(context, (*QUANTIZING, "activation_scales", "show_layers"))
     check_picture(output)
 
     from ..calibration import load_calibration

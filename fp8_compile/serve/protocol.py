@@ -188,30 +188,29 @@ class ImagesResponse(BaseModel):
     usage: Usage
 
 
-class PartialImageEvent(BaseModel):
+class _ImageEvent(BaseModel):
+    """What every event of a stream has."""
+
+    b64_json: str
+    created_at: int
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    quality: str
+    size: str
+
+
+class PartialImageEvent(_ImageEvent):
     """A preview in a stream."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"]
-    b64_json: str
     partial_image_index: int
-    created_at: int
-    background: Literal["opaque"] = "opaque"
-    output_format: str
-    quality: str
-    size: str
 
 
-class CompletedEvent(BaseModel):
+class CompletedEvent(_ImageEvent):
     """The last event of a stream."""
 
     type: Literal["image_generation.completed", "image_edit.completed"]
-    b64_json: str
     seed: int
-    created_at: int
-    background: Literal["opaque"] = "opaque"
-    output_format: str
-    quality: str
-    size: str
     safety_identifier: str | None
     usage: Usage
 
