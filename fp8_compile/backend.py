@@ -32,7 +32,6 @@ from .options import RECOMMENDED, Fp8Options
 from .passes.context import Context, Plan
 from .passes.graphs import example
 from .passes.pipeline import rewrite
-from .patterns import matching
 from .runtime.binder import BoundGraph
 from .runtime.constants import LOCK, GraphRecord, forget_all
 from .weights import eligible, lora, marks
@@ -82,7 +81,7 @@ def fp8_diffusion(
     context = Context(gm, opts, refusal if asked else None, layers)
     rewritten = rewrite(context, partial(tracing.trace_graph, options=opts))
     plan = context.plan
-    eligible.check_calibrated([d.path for d in plan.quantized if d.scheme is not None and d.scheme.input_scale_missing])
+    eligible.check_calibrated([d.path for d in plan.quantized if d.needs_scale])
     tracing.trace_plan(plan, opts)
     with LOCK:
         _complain(plan, layers.values(), roots, opts)
@@ -165,9 +164,9 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
     names = [name for tree in trees for name in tree.names]
     others = [name for tree in trees for name in tree.others]
     of_graph = [name for d in plan.decisions for name in (d.path, d.within)]
-    matched = matching(options.patterns, [*names, *others] or of_graph) | {RECOMMENDED}
+    unmatched = options.unmatched([*names, *others] or of_graph)
     warn_of_unmatched(
-        {p: option for p, option in options.patterns.items() if p not in matched and p in plan.unmatched_patterns},
+        {pattern: option for pattern, option in unmatched.items() if pattern in plan.unmatched_patterns},
         names or of_graph,
         "this model" if names else "this graph",
         count=sum(tree.count for tree in trees) if names else len(plan.decisions),

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .errors import NothingConvertedError, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
-from .options import COMMON, KEEP, RECOMMENDED, Fp8Options, check_choice, check_inductor, expanded, inductor_settings
+from .options import COMMON, RECOMMENDED, Fp8Options, check_choice, check_inductor, expanded, inductor_settings
 from .patterns import check_unmatched
 from .recipes import RECIPES, recipes_in, recommended
 from .schemes import DEFAULT_METHOD, Scheme, own_options, owner_of, scheme_for, scheme_named
@@ -47,7 +47,7 @@ def parse_options(options: Fp8Options | Mapping[str, Any] | None, mode: str | No
         for name in parsed.disabled_passes:
             check_choice("disabled_passes", name, DISABLEABLE)
     static = False
-    for pattern in (None, *(p for p, entry in parsed.layers.items() if entry != KEEP)):
+    for pattern in parsed.askable:
         try:
             scheme = scheme_for(parsed, pattern)
             scheme.check_given(parsed.asked_of(pattern)[1])

@@ -19,13 +19,13 @@ from typing import Any
 
 from .errors import OptionError, PatternError
 from .numerics import LARGEST_SCALE, SCALE_FLOOR
-from .patterns import Pattern
+from .patterns import Pattern, matching
 
 RECOMMENDED = "recommended"
 """In ``ignored_layers``: what the recipe of the model keeps (`fp8_compile.recipes`)."""
 
 KEEP = "keep"
-"""In ``layers``: stays as it is."""
+"""The entry of ``layers`` for a layer that shall stay as it is."""
 
 DEFAULT_METHOD = "fp8"
 
@@ -158,11 +158,27 @@ class Fp8Options:
         """All entries that name layers, with the option of each."""
         return {**dict.fromkeys(self.ignored_layers, "ignored_layers"), **dict.fromkeys(self.layers, "layers")}
 
+    def unmatched(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of `patterns` that match none of ``names``."""
+        matched = matching(self.patterns, names)
+        return {pattern: option for pattern, option in self.patterns.items() if pattern not in matched}
+
+    @property
+    def askable(self) -> tuple[str | None, ...]:
+        """What `asked_of` takes: None, and the entries of ``layers`` that ask for something."""
+        return (None, *(pattern for pattern, entry in self.layers.items() if entry != KEEP))
+
+    @property
+    def calibrated(self) -> str:
+        """Where ``activation_scales`` come from; empty if nobody said, or there are none."""
+        scales: Any = self.activation_scales
+        return str(scales.about)
+
     def asked_of(self, pattern: str | None) -> tuple[str | None, Mapping[str, Any]]:
         """The method, if one was given, and the options of it that hold for layers named by ``pattern``.
 
         Args:
-            pattern: a key of ``layers`` that does not stand for `KEEP`; None for all other layers.
+            pattern: one of `askable`; or of an entry that is `KEEP`, which asks for what holds for all.
         """
         entry = None if pattern is None else self.layers[pattern]
         if entry is None or isinstance(entry, str):

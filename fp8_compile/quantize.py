@@ -21,8 +21,8 @@ from .checks import (
 )
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
-from .options import KEEP, Fp8Options
-from .patterns import Pattern, is_adapter, join, layer_path, matching
+from .options import Fp8Options
+from .patterns import Pattern, is_adapter, join, layer_path
 from .runtime.binder import forget_bindings
 from .runtime.constants import forget_weights
 from .schemes import Scheme, finite, scheme_for
@@ -83,12 +83,12 @@ def quantize_(
     options = with_recipe(parse_options(options), model, stacklevel=2)
     target = None if device is None else torch.device(device)
     choices = choose(model, options)
-    check_scales(choices)
+    check_scales(model, choices, options)
     if target is not None:
         for scheme in dict.fromkeys(choice.scheme for choice in choices if choice.reason is None):
             check_device(target, scheme)
     prequantized = _prequantized(model)
-    check_choices(choices, options, prequantized, Tree(model).others)
+    check_choices(choices, options, prequantized)
     some = bool(prequantized) or any(choice.reason is None for choice in choices)
     try:
         convert(model, choices, options, target)
@@ -178,7 +178,7 @@ def check_at_load(options: Fp8Options) -> None:
     Raises:
         OptionError: names the option.
     """
-    for pattern in (None, *(p for p, entry in options.layers.items() if entry != KEEP)):
+    for pattern in options.askable:
         scheme_for(options, pattern).check_at_load()
 
 
@@ -226,14 +226,17 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     return list(choices.values())
 
 
-def check_scales(choices: Iterable[Choice]) -> None:
-    """Refuse layers that are to be static and have no scale.
+def check_scales(model: nn.Module, choices: Iterable[Choice], options: Fp8Options) -> None:
+    """Refuse ``choices`` that are to be static and have no scale, and complain of scales that name no layer.
 
     Raises:
         OptionError: there is one; it names all.
     """
     missing = [path for choice in choices if choice.reason is None for path in choice.paths if choice.needs_scale]
     eligible.check_calibrated(missing)
+    if options.activation_scales:
+        tree = Tree(model)
+        warn_of_unused_scales(options, [*tree.names, *tree.others], "this model", stacklevel=4)
 
 
 def _prequantized(model: nn.Module) -> list[str]:
@@ -245,17 +248,14 @@ def _prequantized(model: nn.Module) -> list[str]:
     ]
 
 
-def check_choices(
-    choices: Sequence[Choice], options: Fp8Options, prequantized: Sequence[str] = (), others: Sequence[str] = ()
-) -> None:
+def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: Sequence[str] = ()) -> None:
     """Complain of patterns that matched nothing, and of a model in which nothing will be converted.
 
     Args:
         prequantized: paths of linears that are no choice any more.
-        others: paths of matrices that are no linears', which a calibration may have scales of.
     """
     paths = [path for choice in choices for path in choice.paths]
-    unmatched = _unmatched_of(choices, options)
+    unmatched = options.unmatched(name for choice in choices for name in choice.names)
     for pattern, option in options.patterns.items():
         late = list(filter(Pattern(pattern).matches, prequantized))
         if late and pattern in unmatched:
@@ -264,7 +264,6 @@ def check_choices(
             message = f"{option}: {pattern!r} names {late[0]} too, which is quantized already and stays so"
             warnings.warn(message, UnmatchedPatternWarning, stacklevel=4)
     linears = [*paths, *prequantized]
-    warn_of_unused_scales(options, [*linears, *others], "this model", stacklevel=4)
     warn_of_unmatched(unmatched, linears, "this model", count=len(linears), stacklevel=4)
     if prequantized and not choices:
         message = f"all {len(prequantized)} linears of this model are quantized already; these options changed nothing"
@@ -277,12 +276,6 @@ def check_choices(
             strict=options.strict and not prequantized,
             stacklevel=4,
         )
-
-
-def _unmatched_of(choices: Sequence[Choice], options: Fp8Options) -> dict[str, str]:
-    """The entries that name none of these linears, with the option of each."""
-    matched = matching(options.patterns, (name for choice in choices for name in choice.names))
-    return {pattern: option for pattern, option in options.patterns.items() if pattern not in matched}
 
 
 def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -> None:
@@ -304,10 +297,10 @@ def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -
     for path, module, leaf, parameter in all_parameters(model):
         if is_matrix(parameter) and not (isinstance(module, nn.Linear) and leaf == "weight") and not is_adapter(path):
             note_kept(module, leaf, NOT_A_LINEAR)
-    matched = matching(options.patterns, Tree(model).names)  # what files hold in FP8 is no choice any more
-    unmatched = tuple(dict.fromkeys((*unmatched, *(p for p in options.patterns if p not in matched))))
+    # Of all linears: what files hold in FP8 is no choice any more.
+    unmatched = tuple(dict.fromkeys((*unmatched, *options.unmatched(Tree(model).names))))
     static = any(isinstance(p, QuantizedWeight) and p.scheme.static for p in model.parameters())
-    about = getattr(options.activation_scales, "about", "") if static else ""
+    about = options.calibrated if static else ""
     about = about or ("" if earlier is None else earlier.calibrated)
     write_record(model, Record(_all_asked(model, options).of_weights(), kept, unmatched, about))
     _decide_anew(model)

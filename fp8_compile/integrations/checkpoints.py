@@ -75,22 +75,19 @@ def split(state_dict: Mapping[str, Any], format: str = OWN) -> dict[str, Any]:
     repeated = {name for names in _tied(state_dict) for name in names[1:]}
     for name, value in state_dict.items():
         if isinstance(value, QuantizedWeight):
-            for suffix, constant in _constants(name, value, format):
+            for suffix, constant in _constants(name, value, format).items():
                 plain[constant_name(name, suffix)] = constant.clone() if name in repeated else constant
         else:
             plain[name] = value
     return plain
 
 
-def _constants(name: str, weight: QuantizedWeight, format: str) -> Iterator[tuple[str, Tensor]]:
+def _constants(name: str, weight: QuantizedWeight, format: str) -> dict[str, Tensor]:
     """What a file has of ``weight``, by suffix."""
     if format == OWN:
-        for suffix, constant in zip(weight.scheme.suffixes(), weight.constants, strict=True):
-            if suffix is not None:
-                yield suffix, constant
-        return
+        return weight.scheme.by_suffix(weight.constants)
     try:
-        yield from tensors_of(weight, format).items()
+        return tensors_of(weight, format)
     except QuantizedWeightError as error:
         raise QuantizedWeightError(f"{name!r} {error}") from error
 
@@ -232,6 +229,7 @@ class Names:
             path, _, leaf = name.rpartition(".")
             if leaf in _INPUT_SCALES and name not in self.own and (weight := join_path(path, "weight")) in scaled:
                 self._static[name] = weight
+        self._with_input_scale = frozenset(self._static.values())
 
     def constant(self, name: str) -> tuple[str, str] | None:
         """Of which weight the tensor ``name`` is another constant, and the suffix of that; or None."""
@@ -245,7 +243,7 @@ class Names:
     def needed(self, weight: str, scheme: Scheme) -> set[str]:
         """The suffixes of the constants that files have of ``weight``."""
         own = {suffix for suffix in scheme.suffixes() if suffix is not None}
-        return own | {INPUT_SCALE} if weight in self._static.values() else own
+        return own | {INPUT_SCALE} if weight in self._with_input_scale else own
 
     def is_mark(self, name: str) -> bool:
         """Whether nothing is made of the tensor ``name``."""

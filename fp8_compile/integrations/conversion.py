@@ -44,8 +44,7 @@ class Rows(Tensor):
     @classmethod
     def of(cls, weight: QuantizedWeight) -> Rows:
         """What ``weight`` is while names change."""
-        parts = {s: part for s, part in zip(weight.scheme.suffixes(), weight.constants, strict=True) if s is not None}
-        return cls(weight.scheme, parts, weight.shape, weight.dtype)
+        return cls(weight.scheme, weight.scheme.by_suffix(weight.constants), weight.shape, weight.dtype)
 
     def weight(self) -> QuantizedWeight:
         """What it is afterwards.

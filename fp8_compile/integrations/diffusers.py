@@ -34,10 +34,11 @@ from ..errors import (
     OptionError,
 )
 from ..options import COMMON, RECOMMENDED, WEIGHT_OPTIONS, Fp8Options
+from ..patterns import layer_path
 from ..quantize import Choice, check_at_load, check_choices, check_scales, choose, convert, quantized
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_for, scheme_named
 from ..weights import eligible
-from ..weights.layers import Layer, Tree
+from ..weights.layers import Layer
 from ..weights.quantized_weight import QuantizedWeight
 from .checkpoints import (
     Names,
@@ -136,7 +137,6 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         if self._scheme.input_scale_missing:  # of FP8 in files, these say so
             self._scheme = self._scheme.with_input_scale(None)
         self._given: list[str] = []
-        self._entries: dict[str, str | None] = {}
         self._names = self._names_of({})
         self._parts: dict[str, Tensor] = {}
 
@@ -210,11 +210,9 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         for choice in choices:
             if choice.pattern is None and any(f"{path}.weight" in self._fp8 for path in choice.paths):
                 choice.reason = None  # it is in FP8, however narrow
-        check_scales(c for c in choices if not any(f"{path}.weight" in self._fp8 for path in c.paths))
-        check_choices(choices, self.options, others=Tree(model).others)
-        self._entries = {
-            f"{path}.weight": eligible.entry_of(Layer((path,)), self.options) for c in choices for path in c.paths
-        }
+        unquantized = (c for c in choices if not any(f"{path}.weight" in self._fp8 for path in c.paths))
+        check_scales(model, unquantized, self.options)
+        check_choices(choices, self.options)
         self._wanted = {f"{path}.weight": c for c in choices if c.reason is None for path in c.paths}
         self._ignored = {f"{path}.weight" for c in choices if c.pattern is not None for path in c.paths}
 
@@ -259,7 +257,8 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
             if param_name in self._ignored:  # asked to be no FP8: the numbers that it stands for
                 param_value = param_value.dequantize()
             elif not self._saved_so:
-                check_agreement(self.options, param_value.scheme, self._entries.get(param_name))
+                entry = eligible.entry_of(Layer((layer_path(path),)), self.options)
+                check_agreement(self.options, param_value.scheme, entry)
             made = parameter_of(param_value.to(target_device), module, param_value.dtype)
         else:
             scheme = self._wanted[param_name].scheme

@@ -66,11 +66,7 @@ def tensors_of(weight: QuantizedWeight, format: str) -> dict[str, Tensor]:
     Raises:
         QuantizedWeightError: the format has no such weights.
     """
-    named = {
-        suffix: constant
-        for suffix, constant in zip(weight.scheme.suffixes(), weight.constants, strict=True)
-        if suffix is not None
-    }
+    named = weight.scheme.by_suffix(weight.constants)
     values, scale = named[""], named.get("_scale")
     ours = values.dtype == torch.float8_e4m3fn and set(named) <= {"", "_scale", INPUT_SCALE}
     if not ours or scale is None or scale.shape not in ((), (values.shape[0], 1)):

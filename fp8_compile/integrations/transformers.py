@@ -21,7 +21,6 @@ from ..errors import CheckpointError
 from ..options import Fp8Options
 from ..quantize import Choice, check_at_load, check_choices, check_scales, choose, quantized
 from ..weights.eligible import QUANTIZABLE_DTYPES
-from ..weights.layers import Tree
 from .checkpoints import fp8_in
 from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of, finish
 
@@ -55,8 +54,8 @@ class Fp8TransformersQuantizer(HfQuantizer):
             )
         self.options = with_recipe(self.options, model, stacklevel=3)
         choices = choose(model, self.options)
-        check_scales(choices)
-        check_choices(choices, self.options, others=Tree(model).others)
+        check_scales(model, choices, self.options)
+        check_choices(choices, self.options)
         self._wanted = {f"{path}.weight": c for c in choices if c.reason is None for path in c.paths}
         return model
 

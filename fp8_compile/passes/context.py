@@ -54,6 +54,11 @@ class Decision:
     verdict: str | None = None
     tracked: bool = True
 
+    @property
+    def needs_scale(self) -> bool:
+        """Whether its constants cannot be made for want of an input scale."""
+        return self.scheme is not None and self.scheme.input_scale_missing
+
 
 DEQUANTIZED = "; its quantized weight is dequantized"
 """What a reason says besides of a weight that is quantized already."""

@@ -41,7 +41,7 @@ def plan_linears(graph: Graph, context: Context) -> int:
         decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
     options = context.options
     static = any(d.call is not None and d.call.takes for d in decisions)
-    calibrated = getattr(options.activation_scales, "about", "") if static else ""
+    calibrated = options.calibrated if static else ""
     context.plan = Plan(tuple(decisions), tuple(options.patterns), options.min_features, calibrated)
     return len(context.plan.quantized)
 

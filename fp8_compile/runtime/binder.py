@@ -187,7 +187,7 @@ class BoundGraph:
             marks.mark(root, self._options, anew=not fits)
         if fits:
             found = [d for d in decisions if d is not None]
-            eligible.check_calibrated([d.path for d in found if d.scheme is not None and d.scheme.input_scale_missing])
+            eligible.check_calibrated([d.path for d in found if d.needs_scale])
             return found
         for name, weight in of_args.items():
             marks.put(weight, self._options, "", marks.verdict(layers[name], self._options))
@@ -255,12 +255,9 @@ def _of_layer(decision: Decision, layer: Layer, weight: Tensor, options: Fp8Opti
         reason = decision.reason
     elif decision.reason.endswith(DEQUANTIZED):
         reason += DEQUANTIZED
-    scheme = decision.scheme
-    if scheme is not None:
-        scheme = eligible.called(weight, layer, options)
     return replace(
         decision,
-        scheme=scheme,
+        scheme=None if decision.scheme is None else eligible.called(weight, layer, options),
         path=layer.path(decision.within) or decision.path,
         reason=reason,
         pattern=eligible.pattern_of(layer, options),

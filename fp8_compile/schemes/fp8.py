@@ -186,8 +186,6 @@ class Fp8(Scheme):
             more = DEQUANTIZED if blocks is None else DEQUANTIZED_BLOCKS
             some = (weight_only,) if m <= numerics.FEW_ROWS else (more,)
             return few_rows(m, self.min_m, self.small_m, weight_only) or some
-        if self.static:
-            weight_only = STATIC_WEIGHT_ONLY
         if m == math.inf:  # the meta function of _scaled_mm compares it
             return (high_precision("number of rows is known only at run time"),)
         enough: tuple[Call, ...]
@@ -298,8 +296,8 @@ STATIC_TENSORWISE = Call(
     takes=("input_scale",),
     operands=("qdata", "scale"),
 )
-STATIC_WEIGHT_ONLY = Call("fp8-weight-only", numerics.weight_only_linear, operands=("qdata", "scale"))
-WEIGHT_ONLY = Call("fp8-weight-only", numerics.weight_only_linear)
+# Static activations or not: few rows need none of what belongs to them.
+WEIGHT_ONLY = Call("fp8-weight-only", numerics.weight_only_linear, operands=("qdata", "scale"))
 # The same for more rows, by its own name in a graph and by the same name in a report.
 DEQUANTIZED = Call("fp8-weight-only", numerics.dequantized_linear)
 BLOCKS = {

@@ -227,6 +227,11 @@ class Scheme(abc.ABC):
         """
         return ("", *(f"_{name}" for name in list(self.specs(1, 1))[1:]))
 
+    def by_suffix(self, constants: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Those of ``constants`` that files have, by their suffixes."""
+        named = zip(self.suffixes(), constants, strict=True)
+        return {suffix: constant for suffix, constant in named if suffix is not None}
+
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[Scheme, tuple[Tensor, ...]]:
         """The scheme and the constants that ``tensors``, by the suffixes of their names in a file, stand for.
 

@@ -16,7 +16,7 @@ import hashlib
 
 from torch import Tensor, nn
 
-from ..options import KEEP, Fp8Options
+from ..options import Fp8Options
 from ..schemes import Scheme, scheme_for
 from . import eligible
 from .layers import Layer, tree_of
@@ -37,8 +37,7 @@ def verdicts(options: Fp8Options) -> set[str]:
     """All that marks may say under ``options``."""
     if not several(options):
         return {STAYS, CONVERTS}
-    entries = [pattern for pattern, entry in options.layers.items() if entry != KEEP]
-    schemes = {scheme_for(options, pattern) for pattern in (None, *entries)}
+    schemes = {scheme_for(options, pattern) for pattern in options.askable}
     if options.uncalibrated == "dynamic":
         schemes |= {scheme.with_input_scale(None) for scheme in schemes if scheme.input_scale_missing}
     return {STAYS, *map(_of, schemes)}
