@@ -123,6 +123,8 @@ def blockwise_linear(
     out_shape = (*values.shape[:-1], weight.shape[0])
     if statically_known_true(values.numel() == 0):  # not every kernel takes zero rows
         return torch.empty(out_shape, dtype=dtype, device=values.device)
+    if not numerics.has_kernel(values.device.type):
+        return reference(x, weight, weight_scale, bias, dtype)
     rows = block_rows(weight, weight_scale)
     out: Tensor = MATMUL(
         values.reshape(-1, values.shape[-1]),
@@ -130,7 +132,7 @@ def blockwise_linear(
         weight,
         _for_kernel(weight_scale, rows),
         rows,
-        torch.bfloat16 if values.device.type == "cuda" else torch.float32,
+        torch.bfloat16,
     )
     return (out if bias is None else out + bias.float()).to(dtype).view(out_shape)
 
@@ -143,6 +145,7 @@ def _for_kernel(weight_scale: Tensor, rows: int) -> Tensor:
     return functional.pad(weight_scale, (0, padding)) if padding else weight_scale
 
 
+@numerics.as_written
 def reference(x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What `blockwise_linear` computes, of the dequantized operands in float32."""
     values, scale = x
@@ -164,9 +167,10 @@ def blockwise_weight_only_linear(
 def dequantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``x @ weight.T + bias`` of the dequantized weight, in ``dtype``: for many rows where no kernel takes blocks."""
-    matrix = dequantize(weight, weight_scale, block_rows(weight, weight_scale), dtype)
-    return numerics.linear_in(x, matrix, bias, dtype)
+    """As `numerics.dequantized_linear`: for many rows where no kernel takes blocks."""
+    products = numerics.products_dtype(weight.device, dtype)
+    matrix = dequantize(weight, weight_scale, block_rows(weight, weight_scale), products)
+    return numerics.linear_in(x, matrix, bias, products).to(dtype)
 
 
 # --- the operator ---

@@ -206,7 +206,7 @@ def test_generated_code_is_the_same_to_the_bit(features: int, rows: int) -> None
 
 
 @pytest.mark.inductor
-def test_max_autotune_calls_the_operator_and_nothing_else() -> None:
+def test_max_autotune_calls_the_operator_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one FP8 activation for three matmuls, as `one_fp8_copy` sees to."""
     qkv = nn.ModuleList(nn.Linear(256, 256) for _ in range(3)).bfloat16()
 
@@ -220,6 +220,7 @@ def test_max_autotune_calls_the_operator_and_nothing_else() -> None:
             return [linear(normed) for linear in self.qkv]
 
     m, x = Normed(), gaussian(2, 16, 256)
+    monkeypatch.setattr(numerics, "has_kernel", lambda device_type: True)
     options = {"weight_block_size": [128, 128], "mode": "max-autotune-no-cudagraphs"}
     expected = m(x)
     with torch._inductor.config.patch(force_disable_caches=True):
@@ -308,6 +309,7 @@ def test_what_cublaslt_gets(m: int, n: int, k: int, rows: int, monkeypatch: pyte
         return torch.zeros(m, n)
 
     monkeypatch.setattr(block_scales, "MATMUL", kept)
+    monkeypatch.setattr(numerics, "has_kernel", lambda device_type: True)
     function(gaussian(m, k), *block_scales.quantize_weight(gaussian(n, k), rows), None, torch.bfloat16)
     ((*tensors, of_rows, _),) = operands
     out = block_scales._on_cuda(*tensors, of_rows, torch.bfloat16)
