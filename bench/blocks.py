@@ -1,4 +1,4 @@
-"""Transformer blocks of diffusers at the size of the released models, made of fake tensors: no memory, no weights."""
+"""Transformer blocks of diffusers at the size of the released models; `make` needs no memory and no weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 BF16, F32, C64 = torch.bfloat16, torch.float32, torch.complex64
 
@@ -22,8 +23,8 @@ class Block:
     """One block and the arguments of one call.
 
     Attributes:
-        build: makes the module; called on the meta device.
-        arguments: keyword arguments for a number of image tokens; called with fake tensors on the GPU.
+        build: makes the module.
+        arguments: keyword arguments for a number of image tokens, on the meta device.
         text: text tokens that go with the image.
         float32: parts of parameters' paths that diffusers keeps in float32.
     """
@@ -35,7 +36,7 @@ class Block:
 
 
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _qwen_image() -> nn.Module:
@@ -123,6 +124,10 @@ def make(name: str, tokens: int) -> tuple[nn.Module, dict[str, Any]]:
 
     To be called within a ``FakeTensorMode``: parameters and arguments are fake tensors on the GPU.
     """
+
+    def on_gpu(like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(like.shape, dtype=dtype, device="cuda")
+
     block = BLOCKS[name]
     with torch.device("meta"):
         module = block.build().eval()
@@ -130,6 +135,20 @@ def make(name: str, tokens: int) -> tuple[nn.Module, dict[str, Any]]:
         for key, parameter in owner._parameters.items():
             if parameter is not None:
                 kept = any(part in block.float32 for part in (*path.split("."), key))
-                value = _empty(*parameter.shape, dtype=F32 if kept else BF16)
+                value = on_gpu(parameter, F32 if kept else BF16)
                 owner._parameters[key] = nn.Parameter(value, requires_grad=False)
-    return module, block.arguments(tokens)
+    return module, tree_map_only(Tensor, lambda value: on_gpu(value, value.dtype), block.arguments(tokens))
+
+
+def make_on_cpu(name: str, tokens: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A block in float32 and the arguments of a call, with random numbers; rotations keep lengths."""
+
+    def random(like: Tensor) -> Tensor:
+        if like.is_complex():
+            return torch.polar(torch.ones(like.shape), torch.randn(like.shape))
+        return torch.randn(like.shape)
+
+    block = BLOCKS[name]
+    torch.manual_seed(0)
+    module = block.build().eval().requires_grad_(False)
+    return module, tree_map_only(Tensor, random, block.arguments(tokens))

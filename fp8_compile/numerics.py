@@ -173,6 +173,44 @@ def quantize_static_tensorwise(x: Tensor, input_scale: Tensor) -> Quantized:
     return _saturated(x, input_scale).to(FP8_DTYPE, memory_format=torch.contiguous_format), input_scale
 
 
+def rounded_to_e4m3(x: Tensor) -> Tensor:
+    """What ``x.to(float8_e4m3fn).float()`` is, to the bit, in float32 operators: for CPUs, which have no such cast.
+
+    Veltkamp's splitting leaves the 4 leading bits (T. J. Dekker, "A floating-point technique for extending the
+    available precision", 1971), below the smallest normal number, 2**-6, an addition leaves multiples of 2**-9. Both
+    round to the nearest even, if nothing is contracted or reassociated.
+
+    Args:
+        x: float32; what is beyond 448 becomes 448, as by torch's own cast from 2.13 on.
+    """
+    x = x.clamp(-FP8_MAX, FP8_MAX)
+    split = x * (2.0**20 + 1)
+    normal = split - (split - x)
+    subnormal = (x + 1.5 * 2.0**14) - 1.5 * 2.0**14
+    return torch.where(x.abs() < 2.0**-6, subnormal, normal)
+
+
+def decoded_e4m3(values: Tensor) -> Tensor:
+    """What ``values.float()`` is, to the bit, by integer operators.
+
+    Sign, exponent and mantissa are put where float32 has them, and the product is for the difference of the exponents'
+    biases. It holds for subnormal codes too, unless ``torch.set_flush_denormal`` makes zeros of them.
+
+    By way of bfloat16, which rounds nothing, because Inductor then handles twice as many values at a time with AVX2.
+
+    Args:
+        values: float8_e4m3fn.
+    """
+    code = values.view(torch.int8).to(torch.int32)
+    bits = (code << 20) & _SIGN_AND_VALUE
+    decoded = (bits.view(torch.float32) * 2.0**120).masked_fill((code & 0x7F) == 0x7F, math.nan)
+    return decoded.to(torch.bfloat16).float()
+
+
+_SIGN_AND_VALUE = 0x87F00000 - (1 << 32)
+"""Of a code, shifted by 20 bits, what float32 has at the same place, as int32."""
+
+
 def gelu_by_sigmoid(x: Tensor) -> Tensor:
     """GELU's approximation with tanh (Hendrycks and Gimpel, arXiv:1606.08415), written as ``x * sigmoid(2 * u)``.
 
@@ -349,6 +387,26 @@ def dequantized_linear(
     """
     products = products_dtype(weight.device, dtype)
     return linear_in(x, dequantize(weight, weight_scale, products), bias, products).to(dtype)
+
+
+@as_written
+def attention_in_float32(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``scaled_dot_product_attention`` on operands cast to float32, its result in ``dtype``; a mask may be of bools."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
+    attention = torch.nn.functional.scaled_dot_product_attention
+    operands = query.float(), key.float(), value.float(), mask, dropout, causal
+    return attention(*operands, scale=scale, enable_gqa=gqa).to(dtype)
 
 
 @as_written

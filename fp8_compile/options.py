@@ -30,6 +30,7 @@ KEEP = "keep"
 DEFAULT_METHOD = "fp8"
 
 UNCALIBRATED = ("error", "dynamic")
+CPU_ATTENTION = ("as-written", "float32")
 
 
 class Scales(dict[str, float]):
@@ -63,6 +64,8 @@ class Fp8Options:
             layer's path, as ``calibration.scales(model)`` gives it (`fp8_compile.calibrate`).
         uncalibrated: "error" refuses layers that are to be static and have no scale, "dynamic" leaves them dynamic.
         min_features: a linear with fewer input or output features stays as it is.
+        cpu_attention: "float32" computes attention in float32 where it is in half precision on a CPU: faster on one
+            that has no instructions for bfloat16. "as-written" leaves it alone.
         strict: raise `NothingConvertedError` where a graph with linears would only warn that none was converted.
         inner_backend: what compiles the rewritten graph: the name of a registered backend, or a callable
             ``(graph_module, example_inputs) -> callable``.
@@ -85,6 +88,7 @@ class Fp8Options:
     activation_scales: Mapping[str, float] = field(default_factory=Scales, repr=False)
     uncalibrated: str = "error"
     min_features: int = 256
+    cpu_attention: str = "as-written"
     strict: bool = False
     inner_backend: str | Callable[..., Any] = "inductor"
     mode: str | None = None
@@ -117,6 +121,7 @@ class Fp8Options:
         object.__setattr__(self, "activation_scales", Scales(checked, getattr(scales, "about", "")))
         check_choice("uncalibrated", self.uncalibrated, UNCALIBRATED)
         check_count("min_features", self.min_features)
+        check_choice("cpu_attention", self.cpu_attention, CPU_ATTENTION)
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r}: expected True or False")
         if isinstance(self.dump_graphs, os.PathLike):

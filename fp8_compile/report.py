@@ -16,6 +16,7 @@ from .options import RECOMMENDED, Fp8Options
 from .passes.context import Decision, PassResult
 from .patterns import join, layer_path, matching, parameter_layer
 from .runtime.constants import GraphRecord, WeightState, state_of
+from .schemes import Scheme
 from .weights.layers import Layer, Tree, all_parameters
 from .weights.quantized_weight import QuantizedWeight
 from .weights.records import record_of
@@ -63,6 +64,7 @@ class Report:
         extra_bytes: FP8 constants held beside the model's own weights.
         calibrated: where static input scales come from: algorithm, model, steps, sizes, date. Of weights from a file,
             nobody knows.
+        on_cpu: in which dtype quantized values are multiplied, of weights on a CPU.
     """
 
     layers: tuple[LayerReport, ...]
@@ -71,6 +73,7 @@ class Report:
     passes: dict[str, tuple[PassResult, ...]]
     extra_bytes: int
     calibrated: tuple[str, ...] = ()
+    on_cpu: tuple[str, ...] = ()
 
     @property
     def totals(self) -> dict[str, int]:
@@ -92,6 +95,7 @@ class Report:
             "graphs": list(self.graphs),
             "passes": {graph: [asdict(result) for result in results] for graph, results in self.passes.items()},
             "calibrated": list(self.calibrated),
+            "on_cpu": list(self.on_cpu),
         }
 
     def __str__(self) -> str:
@@ -109,6 +113,7 @@ class Report:
         )
         lines.extend(_of_passes(self.passes))
         lines.extend(f"static input scales: {text}" for text in self.calibrated)
+        lines.extend(f"on the CPU, {text}" for text in self.on_cpu)
         lines.extend(f"pattern {pattern!r} matched nothing" for pattern in self.unmatched_patterns)
         return "\n".join(lines)
 
@@ -132,12 +137,16 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     tree = Tree(model)
     seen: set[int] = set()
     stacks: list[tuple[int, str, torch.nn.Parameter]] = []
+    schemes: dict[Scheme, None] = {}
     for path, module, leaf, parameter in all_parameters(model):
         state = state_of(parameter)
         decisions: dict[GraphRecord, list[Decision]] = {}
         if state is not None:
             decisions = {r: ds for r, ds in state.decisions.items() if graphs is None or r.compile_id in graphs}
             records.update(dict.fromkeys(decisions))
+            if parameter.device.type == "cpu":
+                quantized = (d.scheme for ds in decisions.values() for d in ds if d.decision == "quantized")
+                schemes.update(dict.fromkeys(scheme for scheme in quantized if scheme is not None))
             if id(parameter) not in seen:
                 extra += state.nbytes
             seen.add(id(parameter))
@@ -171,6 +180,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         {record.compile_id: tuple(record.passes) for record in ordered},
         extra,
         tuple(dict.fromkeys(text for text in (*calibrated, *(r.plan.calibrated for r in ordered)) if text)),
+        tuple(dict.fromkeys(scheme.on_cpu for scheme in schemes if scheme.on_cpu)),
     )
 
 

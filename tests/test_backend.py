@@ -380,12 +380,14 @@ def test_report_tells_what_each_pass_did() -> None:
     assert results == [
         ("plan_linears", 8, ""),
         ("rotary_pairs", 0, ""),
+        ("float32_attention", 0, ""),
         ("quantize_linears", 8, ""),
         ("real_rotary", None, "disabled"),
         ("sigmoid_gelu", None, "not run by inner_backend 'aot_eager'"),
+        ("e4m3_on_cpu", None, "not run by inner_backend 'aot_eager'"),
         ("one_fp8_copy", None, "not run by inner_backend 'aot_eager'"),
     ]
-    assert all(r.milliseconds > 0 for r in report.passes[graph][:3])
+    assert all(r.milliseconds > 0 for r in report.passes[graph][:4])
     assert report.to_dict()["passes"][graph][0]["matches"] == 8
     assert "plan_linears: 8 matches in " in str(report)
     assert "one_fp8_copy: not run by inner_backend 'aot_eager' (1 graphs)" in str(report)
@@ -508,9 +510,12 @@ def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
     assert "('autograd_cache_miss', 1)" in first
     assert "('autograd_cache_hit', 1)" in second
     assert "autograd_cache_miss" not in second
-    before = "plan_linears: 4 ; real_rotary: 0 ; rotary_pairs: 0 ; sigmoid_gelu: 0 ; quantize_linears: 4 ; one_fp8_copy"
-    assert f"{before}: 4 ;" in first
-    assert f"{before}: None from cache;" in second
+    before = (
+        "plan_linears: 4 ; real_rotary: 0 ; rotary_pairs: 0 ; float32_attention: 0 ; sigmoid_gelu: 0 ; "
+        "quantize_linears: 4 ; e4m3_on_cpu"
+    )
+    assert f"{before}: 4 ; one_fp8_copy: 0 ;" in first
+    assert f"{before}: None from cache; one_fp8_copy: None from cache;" in second
 
 
 @pytest.mark.inductor

@@ -147,6 +147,20 @@ def every_bfloat16() -> Tensor:
     return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
 
+def test_the_rounding_is_torchs_cast() -> None:
+    """For every bfloat16, and every mantissa of a float32 in three exponents: ties, subnormals, and beyond 448."""
+    mantissas = torch.arange(1 << 23, dtype=torch.int32)
+    values = [every_bfloat16().float(), *((mantissas | ((127 + e) << 23)).view(torch.float32) for e in (-8, 0, 8))]
+    for x in values:
+        expected = x.clamp(-448, 448).to(FP8_DTYPE).float()
+        torch.testing.assert_close(numerics.rounded_to_e4m3(x), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_decoding_is_torchs_cast() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE)
+    torch.testing.assert_close(numerics.decoded_e4m3(codes), codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_an_amax_by_bits_is_that_of_floats() -> None:
     """For pairs of all bfloat16 values, NaN and infinities included, and for float32."""
     values = every_bfloat16()

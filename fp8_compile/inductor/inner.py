@@ -10,7 +10,6 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-from ..numerics import CPU_HAS_BFLOAT16
 from ..passes import pipeline
 from ..passes.context import Context, PassResult
 from .source_hash import source_hash
@@ -77,9 +76,7 @@ def _settings(gm: GraphModule, context: Context) -> dict[str, Any]:
         return options.inductor.get(name, getattr(config, name))
 
     # AOTAutograd caches a graph only if it knows each function in it. Ours are pure; their source is their identity.
-    # What a CPU can do decides about what they trace.
-    identity = f"{source_hash()} {CPU_HAS_BFLOAT16}"
-    ours = {f"{f.__module__}.{f.__name__}": identity for f in _functions(gm)}
+    ours = {f"{f.__module__}.{f.__name__}": source_hash() for f in _functions(gm)}
     return {
         # None stands for a default of Inductor's that depends on the device.
         **{name: max(current(name) or 0, least) for name, least in _THRESHOLDS.items() if name not in options.inductor},

@@ -15,6 +15,8 @@ from torch.fx import Graph, GraphModule
 
 from . import spec
 from .context import Context, PassResult
+from .e4m3_on_cpu import e4m3_on_cpu
+from .float32_attention import float32_attention
 from .graphs import copy_graph, module_of
 from .one_fp8_copy import one_fp8_copy
 from .plan import plan_linears
@@ -53,8 +55,10 @@ PASSES = (
     Pass(plan_linears, "dynamo", "first: it names nodes of the graph as the user wrote it", optional=False),
     Pass(real_rotary, "dynamo", "touches no linear, and no pass touches rotations"),
     Pass(rotary_pairs, "dynamo", "the same, for other spellings"),
+    Pass(float32_attention, "dynamo", "runs only where an option asks for it; no other pass touches attention"),
     Pass(sigmoid_gelu, "dynamo", "Inductor decomposes GELU before its own passes; no pass knows it", fuses=True),
     Pass(quantize_linears, "dynamo", "carries out the plan, which no earlier pass may outdate", optional=False),
+    Pass(e4m3_on_cpu, "post_grad", "touches CPUs only, and the next one GPUs only", fuses=True),
     Pass(one_fp8_copy, "post_grad", "last: earlier passes of Inductor's read the metadata that it takes away"),
 )
 

@@ -119,6 +119,12 @@ class Fp8(Scheme):
             return BLOCKS[self.weight_block_size].name
         return f"fp8-{self.granularity}-static" if self.static else f"fp8-{self.granularity}"
 
+    @property
+    def on_cpu(self) -> str:
+        if numerics.CPU_HAS_BFLOAT16 and self.weight_block_size is None:
+            return "FP8 values are multiplied in bfloat16, for which this CPU has instructions"
+        return "FP8 values are multiplied in float32"
+
     def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
         scale: tuple[int, ...] = (out_features, 1) if self.granularity == "row" else ()
         if self.weight_block_size is not None:

@@ -181,6 +181,11 @@ class Scheme(abc.ABC):
         return self.method
 
     @property
+    def on_cpu(self) -> str:
+        """What a report says of how a CPU multiplies such weights, where it depends on the CPU; by default nothing."""
+        return ""
+
+    @property
     def static(self) -> bool:
         """Whether a scale of activations is one of the constants."""
         return False

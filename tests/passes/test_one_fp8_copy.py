@@ -25,51 +25,9 @@ from fp8_compile.numerics import FP8_DTYPE
 from fp8_compile.passes import pipeline
 from fp8_compile.passes.context import Context
 from fp8_compile.passes.one_fp8_copy import one_fp8_copy
+from tests.support.aten import Aten, aten, prims
 from tests.support.graphs import CONTEXT, rand, show
 from tests.support.sqnr import sqnr
-
-aten, prims = torch.ops.aten, torch.ops.prims
-
-
-class Aten:
-    """A graph as AOTAutograd leaves it, written by hand: each node knows its value, on the meta device."""
-
-    def __init__(self) -> None:
-        self.graph = Graph()
-
-    def input(self, name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Node:
-        node = self.graph.placeholder(name)
-        node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
-        return node
-
-    def call(self, function: Callable[..., Any], *args: Any, val: Tensor | None = None) -> Node:
-        values = torch.fx.map_arg(args, lambda node: node.meta["val"])
-        node = self.graph.call_function(function, args)
-        node.meta["val"] = function(*values) if val is None else val
-        return node
-
-    def quantize(self, x: Node) -> Node:
-        return self.call(prims.convert_element_type.default, x, FP8_DTYPE)
-
-    def matmul(self, values: Node, name: str) -> Node:
-        """A scaled matmul of ``values`` [M, K] that asks for all strides of its operands."""
-        rows, features = values.meta["val"].shape
-        weight = self.input(f"{name}_weight", 32, features, dtype=FP8_DTYPE)
-        scales = [self.input(f"{name}_scale_{i}", *s, dtype=torch.float32) for i, s in enumerate([(rows, 1), (1, 32)])]
-        operands = (values, self.call(aten.permute.default, weight, [1, 0]), *scales, None, None, torch.bfloat16)
-        result = torch.empty(rows, 32, dtype=torch.bfloat16, device="meta")
-        node = self.call(aten._scaled_mm.default, *operands, val=result)
-        node.meta["eager_input_vals"] = torch.fx.map_arg(operands, lambda n: n.meta["val"]), {}
-        return node
-
-    def output(self, *nodes: Node) -> Graph:
-        self.graph.output(nodes)
-        # Placeholders come first in every graph.
-        first = next(n for n in self.graph.nodes if n.op != "placeholder")
-        for node in self.graph.find_nodes(op="placeholder"):
-            first.prepend(node)
-        self.graph.lint()
-        return self.graph
 
 
 def matmuls(graph: Graph) -> list[Node]:
@@ -119,7 +77,7 @@ def test_with_blocks_the_scales_of_the_activation_are_written_once_too() -> None
     for name in "qk":
         weight = build.input(f"{name}_weight", 32, 256, dtype=FP8_DTYPE)
         operands = values, scales, weight, build.input(f"{name}_scale", 1, 4, dtype=torch.float32), 128, torch.float32
-        node = build.call(MATMUL, *operands, val=torch.empty(16, 32, device="meta"))
+        node = build.call(MATMUL, *operands, val=build.empty(16, 32))
         node.meta["eager_input_vals"] = torch.fx.map_arg(operands, lambda n: n.meta["val"]), {}
         results.append(node)
     graph = build.output(*results)
