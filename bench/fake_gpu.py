@@ -124,6 +124,34 @@ GPUS = {
         source="https://www.nvidia.com/en-us/data-center/dgx-b200/: 72 PFLOP/s of sparse FP8 and 64 TB/s for eight "
         "GPUs, BF16 at half the rate of FP8",
     ),
+    "a100": Gpu(
+        name="NVIDIA A100",
+        capability=(8, 0),
+        processors=108,
+        threads=2048,
+        shared=166912,
+        l2=40 << 20,
+        memory=80 * 10**9,
+        bf16_flops=250e12,
+        fp8_flops=499e12,
+        bandwidth=1.83e12,
+        source="https://www.nvidia.com/en-us/data-center/a100/: 312 TFLOP/s BF16, dense, 624 TOP/s int8 (no FP8), "
+        "2,039 GB/s, of the 80 GB SXM card",
+    ),
+    "rtx3090": Gpu(
+        name="NVIDIA GeForce RTX 3090",
+        capability=(8, 6),
+        processors=82,
+        threads=1536,
+        shared=101376,
+        l2=6 << 20,
+        memory=24 * 10**9,
+        bf16_flops=57e12,
+        fp8_flops=227e12,
+        bandwidth=0.842e12,
+        source="https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf, "
+        "appendix A: 71 TFLOP/s BF16 with float32 accumulation, 284 TOP/s int8, both dense (no FP8), 936 GB/s",
+    ),
     "rtx4090": Gpu(
         name="NVIDIA GeForce RTX 4090",
         capability=(8, 9),

@@ -46,10 +46,32 @@ from .fake_gpu import GPUS, FakeGpuError, Gpu, fake_gpu, in_8_bits
 from .lower import BACKENDS, Kernel, Lowered, lower, options
 
 # Boost clocks of the data sheets' SXM cards, in Hz; those of the 4090 and 5090 are their reference boost.
-CLOCK = {"h100": 1.755e9, "h200": 1.755e9, "b200": 1.85e9, "rtx4090": 2.52e9, "rtx5090": 2.407e9}
-ARCHITECTURE = {(8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100a", (12, 0): "sm_120a"}
+CLOCK = {
+    "h100": 1.755e9,
+    "h200": 1.755e9,
+    "b200": 1.85e9,
+    "rtx4090": 2.52e9,
+    "rtx5090": 2.407e9,
+    "a100": 1.41e9,
+    "rtx3090": 1.695e9,
+}
+ARCHITECTURE = {
+    (8, 0): "sm_80",
+    (8, 6): "sm_86",
+    (8, 9): "sm_89",
+    (9, 0): "sm_90a",
+    (10, 0): "sm_100a",
+    (12, 0): "sm_120a",
+}
 # Bytes of shared memory in a multiprocessor: "Technical Specifications per Compute Capability" of the same guide.
-SHARED = {(8, 9): 100 << 10, (9, 0): 228 << 10, (10, 0): 228 << 10, (12, 0): 100 << 10}
+SHARED = {
+    (8, 0): 164 << 10,
+    (8, 6): 100 << 10,
+    (8, 9): 100 << 10,
+    (9, 0): 228 << 10,
+    (10, 0): 228 << 10,
+    (12, 0): 100 << 10,
+}
 REGISTERS = 65536
 # FlashAttention 2, which torch calls, reaches 35 % of an H100's dense peak (arXiv:2407.08608, abstract). Elsewhere the
 # ceiling of BF16 matmuls stands for it.

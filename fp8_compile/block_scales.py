@@ -164,6 +164,11 @@ def blockwise_weight_only_linear(
     return numerics.weight_only_linear(x, matrix, one, bias, dtype)
 
 
+def decoded_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As `numerics.decoded_linear`, on a weight with a scale for each block."""
+    return blockwise_weight_only_linear(x, numerics.decoded_by_words(weight), weight_scale, bias, dtype)
+
+
 def dequantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

@@ -33,7 +33,7 @@ def check_device(device: torch.device, scheme: Scheme) -> None:
         given, needed = (".".join(map(str, version)) for version in (capability, scheme.min_capability))
         raise UnsupportedDeviceError(
             f"device {device} ({torch.cuda.get_device_name(device)}) has compute capability {given}; method "
-            f'{scheme.method!r} needs {needed} or higher. Compile with backend="inductor" there.'
+            f"{scheme.method!r} needs {needed} or higher. Leave the backend out there."
         )
 
 

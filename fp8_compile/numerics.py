@@ -207,6 +207,18 @@ def decoded_e4m3(values: Tensor) -> Tensor:
     return decoded.to(torch.bfloat16).float()
 
 
+def decoded_by_words(values: Tensor) -> Tensor:
+    """The same of four codes at a time, for a compiler that cannot even load E4M3: Triton below compute capability 8.9.
+
+    Args:
+        values: ``[..., K]`` float8_e4m3fn, contiguous, K a multiple of 4.
+    """
+    words = values.view(torch.int32).unsqueeze(-1)
+    codes = words >> torch.arange(0, 32, 8, dtype=torch.int32, device=values.device)
+    bits = ((codes & 0x7F) << 20) | ((codes & 0x80) << 24)
+    return (bits.view(torch.float32) * 2.0**120).masked_fill((codes & 0x7F) == 0x7F, math.nan).flatten(-2)
+
+
 _SIGN_AND_VALUE = 0x87F00000 - (1 << 32)
 """Of a code, shifted by 20 bits, what float32 has at the same place, as int32."""
 
@@ -371,6 +383,11 @@ def weight_only_linear(
     out = out.to(dtype)
     # Likewise stored once; else each kernel that reads it, a modulation, would round and shift it anew in each row.
     return out.as_strided(out.shape, out.stride()).view(*x.shape[:-1], weight.shape[0])
+
+
+def decoded_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`weight_only_linear` for a GPU whose compiler knows no E4M3."""
+    return weight_only_linear(x, decoded_by_words(weight), weight_scale, bias, dtype)
 
 
 def dequantized_linear(

@@ -129,7 +129,7 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("block", BLOCK_SIZES, ids=str)
 def test_chunks_are_of_whole_blocks(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheme_module, "CHUNK", 300 * 208)
+    monkeypatch.setattr(scheme_module, "CHUNK_ON_CPU", 300 * 208)
     scheme = Fp8(weight_block_size=block)
     for weight in (gaussian(400, 208), gaussian(208, 400).t()):
         for whole, part in zip(scheme.quantize_weight(weight), scheme.quantize_in_chunks(weight), strict=True):

@@ -161,6 +161,11 @@ def test_the_decoding_is_torchs_cast() -> None:
     torch.testing.assert_close(numerics.decoded_e4m3(codes), codes.float(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_the_decoding_by_words_is_torchs_cast() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE).view(4, 64)
+    torch.testing.assert_close(numerics.decoded_by_words(codes), codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_an_amax_by_bits_is_that_of_floats() -> None:
     """For pairs of all bfloat16 values, NaN and infinities included, and for float32."""
     values = every_bfloat16()

@@ -146,11 +146,11 @@ def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None
                 refused = refused or reason
                 continue
         if context.refusal is None or scheme.input_scale_missing:  # an error, when all layers of its kind are known
-            return call, None if call.quantize else refused
+            return call, None if call.quantize else refused or call.reason or None
         bias = linear.bias is not None
         reason = context.refusal(scheme, call, x.device, math.prod(x.shape[:-1]), linear.features, x.dtype, bias)
         if reason is None:
-            return call, None if call.quantize else refused
+            return call, None if call.quantize else refused or call.reason or None
         refused = refused or reason
     return None, reason
 

@@ -21,6 +21,9 @@ ACTIVATION_SCHEMES = ("dynamic", "static", "none")
 BLOCK_SIZES = ((128, 128), (1, 128))
 """Of weights: those that a kernel multiplies by activations with a scale for each row and 128 columns."""
 
+FP8_CAPABILITY = (8, 9)
+"""Of the first NVIDIA GPUs with FP8 tensor cores, Ada Lovelace (https://developer.nvidia.com/cuda-gpus)."""
+
 INPUT_SCALE = ".input_scale"
 """Where files have what stands for a unit of a layer's activation: ``PATH.input_scale`` beside ``PATH.weight``."""
 
@@ -170,11 +173,11 @@ class Fp8(Scheme):
         if self.granularity == "row" or weight.numel() == 0:
             return super().quantize_in_chunks(weight, device)
         device = weight.device if device is None else device
-        chunks = torch.split(weight, chunk_rows(weight))
+        chunks = torch.split(weight, chunk_rows(weight, device))
         amax = torch.stack([chunk.to(device).abs().amax() for chunk in chunks]).amax()
         parts = (numerics.quantize_weight_with(chunk.to(device), amax)[0] for chunk in chunks)
         qdata = torch.empty(weight.shape, dtype=numerics.FP8_DTYPE, device=device)
-        for whole, part in zip(torch.split(qdata, chunk_rows(weight)), parts, strict=True):
+        for whole, part in zip(torch.split(qdata, chunk_rows(weight, device)), parts, strict=True):
             whole.copy_(part)
         return qdata, numerics.quantize_weight_with(amax, amax)[1]
 
@@ -187,6 +190,9 @@ class Fp8(Scheme):
     def for_call(self, m: float, device: torch.device) -> tuple[Call, ...]:
         blocks = self.weight_block_size
         weight_only = WEIGHT_ONLY if blocks is None else WEIGHT_ONLY_BLOCKS
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            decoded = DECODED if blocks is None else DECODED_BLOCKS
+            return few_rows(m, self.min_m, self.small_m, decoded) or (decoded,)
         if self.activation_scheme == "none":
             # Also above min_m, where the weight is read once for so few rows that nothing else takes time.
             more = DEQUANTIZED if blocks is None else DEQUANTIZED_BLOCKS
@@ -251,7 +257,7 @@ class Fp8(Scheme):
                 )
         if qdata.device.type != "meta" and qdata.dtype == numerics.FP8_DTYPE:
             # NaN is 0x7F and 0xFF. A few rows at a time, as bytes: a mask of all would be as large as the values.
-            chunks = torch.split(qdata.view(torch.uint8), chunk_rows(qdata))
+            chunks = torch.split(qdata.view(torch.uint8), chunk_rows(qdata, qdata.device))
             if any((chunk & 0x7F == 0x7F).any() for chunk in chunks):
                 raise QuantizedWeightError("holds NaN")
         scheme = replace(
@@ -315,6 +321,10 @@ BLOCKS = {
     )
     for size in BLOCK_SIZES
 }
+# For GPUs without FP8 tensor cores, for any number of rows.
+_NO_CORES = "weight-only: no FP8 cores; method='int8' is the fast one on this GPU"
+DECODED = Call("fp8-weight-only", numerics.decoded_linear, operands=("qdata", "scale"), reason=_NO_CORES)
+DECODED_BLOCKS = Call("fp8-weight-only", block_scales.decoded_linear, reason=_NO_CORES)
 WEIGHT_ONLY_BLOCKS = Call("fp8-weight-only", block_scales.blockwise_weight_only_linear)
 # For devices without a kernel for blocks: all but Hopper.
 DEQUANTIZED_BLOCKS = Call("fp8-weight-only", block_scales.dequantized_linear)

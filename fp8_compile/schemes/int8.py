@@ -221,7 +221,6 @@ class Int8(Scheme):
 
     method: ClassVar[str] = "int8"
     call_options: ClassVar[tuple[str, ...]] = ("min_m", "small_m")
-    min_capability: ClassVar[tuple[int, int]] = (8, 0)  # Ampere; Inductor writes no bfloat16 code for older ones
 
     min_m: int = 8
     small_m: str = "weight-only"

@@ -45,7 +45,7 @@ class Call:
             as it is written, on the weight that the constants stand for.
         quantize: an activation ``[..., K]``, and what ``takes`` names, to what ``linear`` takes; None if that is the
             activation itself.
-        reason: why ``linear`` is None.
+        reason: why ``linear`` is None; or, where nothing is quantized for it, why that is all that the device can do.
         reference: what ``linear`` must agree with, of the same arguments; a GPU whose kernel does not, for a shape, is
             taken for one that refuses it. For kernels that are wrong without a word where they are. None: it is only
             asked whether ``linear`` runs.
@@ -83,13 +83,13 @@ class Scheme(abc.ABC):
         method: the value of the option ``method``.
         call_options: the names of those fields that make no difference to constants: over weights that are quantized
             already, they may be given anew when a graph is compiled.
-        min_capability: the compute capability that an NVIDIA GPU needs for it; the default is that of Ada Lovelace, the
-            first with FP8 tensor cores (https://developer.nvidia.com/cuda-gpus).
+        min_capability: the compute capability that an NVIDIA GPU needs for it; the default is that of Ampere, the first
+            for which Inductor writes bfloat16 code.
     """
 
     method: ClassVar[str]
     call_options: ClassVar[tuple[str, ...]] = ()
-    min_capability: ClassVar[tuple[int, int]] = (8, 9)
+    min_capability: ClassVar[tuple[int, int]] = (8, 0)
 
     @abc.abstractmethod
     def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:
@@ -163,7 +163,7 @@ class Scheme(abc.ABC):
             return self.quantize_weight(weight.to(device))
         made = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs.values())
         rest = made
-        for chunk in torch.split(weight, max(1, chunk_rows(weight) // together) * together):
+        for chunk in torch.split(weight, max(1, chunk_rows(weight, device) // together) * together):
             parts = self.quantize_weight(chunk.to(device))
             for whole, part in zip(rest, parts, strict=True):
                 whole[: part.shape[0]].copy_(part)
@@ -285,10 +285,13 @@ def check_class(scheme: Any, name: str | None = None) -> type[Scheme]:
     return scheme
 
 
-# Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 10 bytes for each.
+# Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 10 bytes for each. On a CPU
+# so few that most of it stays in the cache of a core.
 CHUNK = 1 << 20
+CHUNK_ON_CPU = 1 << 18
 
 
-def chunk_rows(weight: Tensor) -> int:
-    """How many rows of ``weight``, ``[N, K]``, are quantized at a time."""
-    return max(1, weight.shape[0] if weight.is_meta else CHUNK // max(1, weight.shape[1]))
+def chunk_rows(weight: Tensor, device: torch.device) -> int:
+    """How many rows of ``weight``, ``[N, K]``, are quantized on ``device`` at a time."""
+    chunk = CHUNK_ON_CPU if device.type == "cpu" else CHUNK
+    return max(1, weight.shape[0] if weight.is_meta else chunk // max(1, weight.shape[1]))

@@ -170,3 +170,17 @@ def test_another_torch_is_refused() -> None:
 
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("bench.lower: torch 2.99.0: bench/fake_gpu.py replaces internals")
+
+
+@lowers
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["a100", "rtx3090"])
+def test_a_gpu_without_fp8_cores_gets_code_without_the_type(device: str, tmp_path: Path) -> None:
+    """Triton has no E4M3 there. Half a minute each."""
+    code = tmp_path / "code.py"
+    (result,) = lower(tmp_path, "--device", device, "--model", "qwen-image", "--code", str(code))
+    kernels = code.read_text().split("def call(")[0]
+    assert "fp8" not in kernels.lower()
+    assert "float8" not in kernels
+    assert result["matmuls"] == {"bfloat16 -> bfloat16": 12}
+    assert result["bytes"] - result["view_bytes"] < 2.5e9

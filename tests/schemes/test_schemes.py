@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fp8_compile
 from fp8_compile import (
@@ -140,6 +141,32 @@ def test_how_fp8_runs() -> None:
     assert TENSORWISE.quantize is numerics.quantize_tensorwise
 
 
+@pytest.mark.parametrize("scheme", [Fp8(), Fp8("tensor"), NONE, *(Fp8(weight_block_size=size) for size in BLOCK_SIZES)])
+def test_a_gpu_without_fp8_cores_keeps_the_weights_in_fp8_only(scheme: Fp8, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operator of the graph may touch a tensor of E4M3 but to view it in another type, which launches no kernel."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    weight, x = torch.randn(32, 256).bfloat16(), torch.randn(24, 256).bfloat16()
+    for m in (1, 24, float("inf")):
+        (how,) = scheme.for_call(m, torch.device("cuda"))
+        assert (how.name, how.quantize) == ("fp8-weight-only", None)
+        assert "no FP8 cores" in how.reason
+        assert "method='int8'" in how.reason
+        constants = scheme.quantize_weight(weight)
+        for rows in (x, x[:1]):
+            out = how.linear(rows, *constants[:2], None, torch.bfloat16)
+            assert sqnr(rows.float() @ scheme.dequantize(constants, torch.float32).T, out) > 40
+    touched = [
+        node
+        for node in make_fx(lambda *args: how.linear(x, *args, None, torch.bfloat16))(*constants).graph.nodes
+        if node.op == "call_function" and any(_is_fp8(value) for value in node.all_input_nodes)
+    ]
+    assert [node.target for node in touched] == [torch.ops.aten.view.dtype]
+
+
+def _is_fp8(node: Any) -> bool:
+    return getattr(node.meta.get("val"), "dtype", None) == torch.float8_e4m3fn
+
+
 @dataclass(frozen=True)
 class OneScale(Doubled):
     """A constant whose first dimension is not N: rows depend on each other."""
@@ -160,7 +187,7 @@ class OneScale(Doubled):
 
 
 def test_rows_that_depend_on_each_other_are_not_quantized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheme_module, "CHUNK", 7 * 64)
+    monkeypatch.setattr(scheme_module, "CHUNK_ON_CPU", 7 * 64)
     weight = torch.randn(48, 64)
     weight[40] *= 30
     for whole, part in zip(OneScale().quantize_weight(weight), OneScale().quantize_in_chunks(weight), strict=True):

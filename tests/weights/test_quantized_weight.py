@@ -83,7 +83,7 @@ def test_chunks_change_no_bit(kind: Fp8, monkeypatch: pytest.MonkeyPatch) -> Non
 
     weight = plain()
     weight[5] = 0
-    monkeypatch.setattr(scheme, "CHUNK", 7 * K)
+    monkeypatch.setattr(scheme, "CHUNK_ON_CPU", 7 * K)
     quantize = numerics.quantize_weight_rowwise if kind is ROW else numerics.quantize_weight_tensorwise
     for made, expected in zip(kind.quantize_in_chunks(weight), quantize(weight), strict=True):
         assert torch.equal(made.float(), expected.float())
@@ -107,7 +107,7 @@ def test_on_another_device_no_more_than_a_small_m_are_in_bf16(kind: Fp8, monkeyp
                     self.seen.add(t.numel())
             return out
 
-    monkeypatch.setattr(scheme, "CHUNK", 7 * K)
+    monkeypatch.setattr(scheme, "CHUNK_ON_CPU", 7 * K)
     with Sizes() as sizes:
         made = QuantizedWeight.quantize(plain(), kind, device=torch.device("meta"))
     assert made.qdata.device.type == made.scale.device.type == "meta"
