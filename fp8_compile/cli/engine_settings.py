@@ -39,6 +39,13 @@ class EngineSettings(CompileSettings):
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A LoRA file that requests may name; repeat it."),
     ] = None
+    max_loras: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Adapters that one picture may use; each costs time, used or not. Default: 2, or 1 with one --lora.",
+        ),
+    ] = None
     max_pixels: Annotated[int, typer.Option(min=256, help="Of a picture, without --sizes.")] = 4 * 1024 * 1024
     max_steps: Annotated[int, typer.Option(min=1, help="That a request may ask for.")] = 100
     # With guidance, twice as many rows: below those that count as tokens (`fp8_compile.passes.graphs`).
@@ -64,6 +71,8 @@ class EngineSettings(CompileSettings):
         chosen = chosen or self.layers is not None
         options = self.options(patterns if chosen else default_patterns(model))
         adapters = _loras(self.lora)
+        if self.max_loras is not None and self.max_loras > len(adapters):
+            fail(f"--max-loras {self.max_loras}: there are {len(adapters)} adapters (--lora)")
 
         def load() -> Session:
             from ..pipelines.adapters import Adapters
@@ -74,7 +83,7 @@ class EngineSettings(CompileSettings):
             if self.compile_cache is not None:
                 tell_loaded(self.compile_cache, session.device)
             if adapters:
-                session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters))
+                session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters, self.max_loras or 2))
             if self.no_quantization:
                 session.compile_unquantized(self.inner_backend, self.compile_mode, dynamic=True)
             else:

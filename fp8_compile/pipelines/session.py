@@ -38,7 +38,7 @@ class Session:
     Attributes:
         model: the directory or hub name that it was loaded from, or an embedded pipeline such as "embedded:qwen-image".
         denoisers: the modules of ``pipe`` that are compiled, by their names in it.
-        adapters: of LoRA, one of which a call may use.
+        adapters: of LoRA, some of which a call may use.
     """
 
     model: str

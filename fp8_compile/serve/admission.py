@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..pipelines.adapters import Lora
 from ..pipelines.call_rules import CallError
 from .engine import Abilities, Order
 from .pictures import parse_size
@@ -178,14 +179,14 @@ class Admission:
         if len(images) > 1 and pipe not in SEVERAL_IMAGES:
             raise bad_value("image", f"{len(images)} images: {pipe} takes one")
 
-    def _lora(self, asked: dict[str, float] | None) -> tuple[str, float] | None:
-        names = self._abilities.adapters
+    def _lora(self, asked: dict[str, float] | None) -> Lora:
+        names, at_once = self._abilities.adapters, self._abilities.adapters_at_once
         for name in asked or {}:
             if name not in names:
                 raise bad_value("lora", f"lora: there is no adapter {name!r}; valid: {', '.join(names) or 'none'}")
-        if asked and len(asked) > 1:
-            raise bad_value("lora", f"lora: {len(asked)} adapters; a picture takes one")
-        return next(iter(asked.items())) if asked else None
+        if asked and len(asked) > at_once:
+            raise bad_value("lora", f"lora: {len(asked)} adapters, and this server takes {at_once} at once")
+        return tuple(sorted((asked or {}).items()))
 
     def _mask(self, images: Sequence[Image], mask: Image | None) -> Image | None:
         """``mask``; without one, all of the picture changes, also by pipelines that need a mask."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Fp8Error, NothingConvertedError
+from ..pipelines.adapters import Lora
 from ..pipelines.call_rules import CallError, CallRules
 from ..pipelines.denoisers import PipelineError
 from ..pipelines.previews import PreviewError, Previews
@@ -84,7 +85,7 @@ class Order:
         seeds: one for each picture.
         arguments: of `Session.call`, checked by `Session.arguments`, without the prompt.
         previews: how many unfinished pictures to show.
-        lora: name and weight of an adapter of the session.
+        lora: adapters of the session.
         client: whose turn it takes in the queue.
     """
 
@@ -92,7 +93,7 @@ class Order:
     seeds: tuple[int, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     previews: int = 0
-    lora: tuple[str, float] | None = None
+    lora: Lora = ()
     client: str = ""
 
     @property
@@ -186,6 +187,7 @@ class Abilities:
         multiple: of pixels, that width and height must be.
         tokenizer: that counts the tokens of a text; of several, the one that reads most. None: there is none.
         adapters: names of the LoRA adapters.
+        adapters_at_once: how many of them a picture may use.
         no_previews: why there can be no unfinished pictures; None: there can.
         needs_image: it cannot draw from a text alone.
     """
@@ -194,6 +196,7 @@ class Abilities:
     multiple: int
     tokenizer: Any
     adapters: tuple[str, ...]
+    adapters_at_once: int
     no_previews: str | None
     needs_image: bool
 
@@ -337,12 +340,14 @@ class Engine:
     def abilities(self) -> Abilities:
         """What can be asked for, once it is ready."""
         pipe = self.session.pipe
+        adapters = self.session.adapters
         tokenizers = [value for name, value in vars(pipe).items() if name.startswith("tokenizer") and callable(value)]
         return Abilities(
             rules=self.session.rules,
             multiple=2 * getattr(pipe, "vae_scale_factor", 8),
             tokenizer=max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None),
-            adapters=() if self.session.adapters is None else tuple(self.session.adapters.names),
+            adapters=() if adapters is None else adapters.names,
+            adapters_at_once=0 if adapters is None else adapters.at_once,
             no_previews=self.no_previews,
             needs_image=self.needs_image,
         )

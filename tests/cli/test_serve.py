@@ -81,6 +81,7 @@ def test_one_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
         (["--granularity", "row", "--no-quantization"], "--granularity and --no-quantization exclude each other"),
         (["--lora", "name"], "--lora 'name': expected NAME=PATH"),
         (["--lora", "a=no/such/file"], "there is no file 'no/such/file'"),
+        (["--max-loras", "2"], "--max-loras 2: there are 0 adapters (--lora)"),
         (["no/such/model"], "'no/such/model' could not be loaded"),
         (["--activation-scheme", "static"], "this command takes no scales"),
         (["--small-m", "keep"], "small_m='keep': at load time it is not known"),
