@@ -47,6 +47,7 @@ class EngineSettings(CompileSettings):
         ),
     ] = None
     max_pixels: Annotated[int, typer.Option(min=256, help="Of a picture, without --sizes.")] = 4 * 1024 * 1024
+    max_frames: Annotated[int, typer.Option(min=2, help="Of a video.")] = 257
     max_steps: Annotated[int, typer.Option(min=1, help="That a request may ask for.")] = 100
     # With guidance, twice as many rows: below those that count as tokens (`fp8_compile.passes.graphs`).
     max_batch: Annotated[int, typer.Option(min=1, max=15, help="Pictures drawn together; 1: each alone.")] = 4
@@ -80,6 +81,8 @@ class EngineSettings(CompileSettings):
 
             at_load = None if self.no_quantization else {**options, "strict": True}
             session = Session.load(model, self.dtype, self.device, quantized=not self.no_quantization, at_load=at_load)
+            if session.rules.makes_videos:
+                require("imageio", "imageio_ffmpeg", extra="serve,video")
             if self.compile_cache is not None:
                 tell_loaded(self.compile_cache, session.device)
             if adapters:

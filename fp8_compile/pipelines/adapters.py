@@ -8,6 +8,7 @@ ever fused, so that the base weights stay as they are.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class Adapters:
         # PEFT fits the others into the layers of the first.
         first, *others = sorted(files, key=lambda name: -shapes[name][0])
         slots = [f"slot_{i}" for i in range(min(at_once, len(files)))]
-        with _blamed(first, files[first]):
+        with _blamed(first, files[first]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of the slots after the first
             for slot in slots:
                 pipe.load_lora_weights(files[first].parent, weight_name=files[first].name, adapter_name=slot)
         pipe.set_adapters(slots)

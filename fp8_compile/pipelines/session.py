@@ -177,12 +177,36 @@ class Session:
         """
         return self.rules.arguments(**given)
 
+    @property
+    def pixel_multiple(self) -> int:
+        """Of which width and height must be multiples: a patch of the denoiser, in pixels."""
+        if not self.rules.makes_videos:
+            return 2 * int(getattr(self.pipe, "vae_scale_factor", 8))
+        factor = self._of_vae("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
+        return (factor or 8) * self._patch
+
+    @property
+    def frame_multiple(self) -> int | None:
+        """Frames that share a latent one: a video has a multiple of them and one more. None: it is not known."""
+        return self._of_vae("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+
+    def _of_vae(self, *names: str) -> int | None:
+        """A factor, which each family of pipelines calls otherwise."""
+        return next((int(getattr(self.pipe, name)) for name in names if hasattr(self.pipe, name)), None)
+
+    @property
+    def _patch(self) -> int:
+        """Latent pixels on a side of a token."""
+        config: Any = next(iter(self.denoisers.values())).config
+        patch: Any = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
+        return int(patch if isinstance(patch, int) else patch[-1])
+
     def takes(self, argument: str) -> bool:
         """Whether the pipeline's call has an argument of this name."""
         return argument in self.rules.defaults
 
     def tokens(self, latents: Tensor) -> int:
-        """How many tokens the denoiser sees of one picture.
+        """How many tokens the denoiser sees of one picture or video.
 
         Args:
             latents: as ``callback_on_step_end`` gives them: packed, ``(batch, tokens, channels)``, or as the VAE takes
@@ -190,9 +214,7 @@ class Session:
         """
         if latents.dim() == 3:
             return latents.shape[1]
-        config: Any = next(iter(self.denoisers.values())).config
-        patch: Any = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
-        return latents[0, 0].numel() // int(patch if isinstance(patch, int) else patch[-1]) ** 2
+        return latents[0, 0].numel() // self._patch**2
 
     def call(self, seed: int | Sequence[int], **arguments: Any) -> Any:
         """What the pipeline returns for ``arguments``.

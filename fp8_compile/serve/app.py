@@ -8,10 +8,10 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -23,23 +23,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from ..pipelines.call_rules import CallError
 from .admission import Admission, Admitted, Limits
-from .edits import MAX_PICTURES_GIVEN, Edit, read_form
-from .engine import (
-    AnyEngine,
-    Engine,
-    EngineError,
-    Event,
-    Failed,
-    NotFiniteError,
-    OutOfMemoryError,
-    Picture,
-    Preview,
-    QueueFullError,
-    Ticket,
-    UnavailableError,
-)
+from .edits import MAX_PICTURES_GIVEN, Edit, read_edit
+from .engine import AnyEngine, Engine, EngineError, Picture, Preview, Ticket, UnavailableError
+from .events import Events, api_error
 from .guard import MAX_BODY, MAX_EDIT_BODY, Guard, too_large
 from .pictures import MEDIA_TYPES, PictureStore, encoded
 from .protocol import (
@@ -55,10 +42,9 @@ from .protocol import (
     Usage,
     refusal,
 )
+from .videos import add_videos
 
 log = logging.getLogger("fp8_compile.serve")
-
-T = TypeVar("T")
 
 PAGE_MAY = (
     "default-src 'none'; img-src data:; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -90,56 +76,6 @@ class ServerSettings:
     deadline: float = 600.0
 
 
-class _Events:
-    """The events of a ticket, from the engine's thread to the event loop."""
-
-    def __init__(self, deadline: float) -> None:
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._deadline = deadline
-        self._until = self._loop.time() + deadline
-
-    def put(self, event: Event) -> None:
-        """Called by the engine."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
-
-    async def in_time(self, awaited: Awaitable[T]) -> T:
-        """What ``awaited`` gives before the deadline.
-
-        Raises:
-            ApiError: it does not come in time.
-        """
-        try:
-            async with asyncio.timeout_at(self._until):
-                return await awaited
-        except TimeoutError:
-            message = f"not done after {self._deadline:g} s, the deadline of this server"
-            raise ApiError(504, message, code="deadline_exceeded") from None
-
-    async def next(self) -> Preview | Picture:
-        """The next event.
-
-        Raises:
-            ApiError: it is a failure, or does not come in time.
-        """
-        event = await self.in_time(self._queue.get())
-        if isinstance(event, Failed):
-            raise _api_error(event.error)
-        return event
-
-
-def _api_error(error: Exception) -> ApiError:
-    """What the engine raised, as an answer."""
-    if isinstance(error, CallError):
-        return ApiError(400, str(error), error.argument, "invalid_value")
-    if isinstance(error, QueueFullError):
-        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
-    if isinstance(error, UnavailableError):
-        return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
-    codes: dict[type[Exception], str] = {OutOfMemoryError: "out_of_memory", NotFiniteError: "not_finite"}
-    return ApiError(500, str(error), code=codes.get(type(error), "drawing_failed"))
-
-
 class _Images:
     """Answers requests for pictures."""
 
@@ -149,22 +85,31 @@ class _Images:
         self._store = store
         self._admission: Admission | None = None
 
-    async def answer(self, request: Request, body: PictureRequest, edit: Edit | None = None) -> Response:
-        """Draw what ``body`` asks for, for as long as the client waits."""
+    def admission(self) -> Admission:
+        """What the engine's pipeline can be asked for.
+
+        Raises:
+            ApiError: it is not ready.
+        """
         if not self._engine.ready:
-            raise _api_error(UnavailableError("the server is not ready"))
+            raise api_error(UnavailableError("the server is not ready"))
         if self._admission is None:
             settings = self._settings
             self._admission = Admission(
                 self._engine.abilities, settings.model, settings.limits, settings.usual_size, settings.steps
             )
+        return self._admission
+
+    async def answer(self, request: Request, body: PictureRequest, edit: Edit | None = None) -> Response:
+        """Draw what ``body`` asks for, for as long as the client waits."""
+        admission = self.admission()
         given = ((), None) if edit is None else (edit.images, edit.mask)
-        admitted = await run_in_threadpool(self._admission.admit, body, request.state.client, *given)
-        events = _Events(self._settings.deadline)
+        admitted = await run_in_threadpool(admission.admit, body, request.state.client, *given)
+        events = Events(self._settings.deadline)
         try:
             ticket = await events.in_time(self._engine.accept(admitted.order, events.put))
         except EngineError as error:
-            raise _api_error(error) from error
+            raise api_error(error) from error
         if body.stream:
             stream = self._stream("image_generation" if edit is None else "image_edit", admitted, ticket, events)
 
@@ -185,7 +130,7 @@ class _Images:
             leaving.cancel()
         return await self._whole(request, body, admitted, pictures)
 
-    async def _pictures(self, admitted: Admitted, events: _Events) -> list[Picture]:
+    async def _pictures(self, admitted: Admitted, events: Events) -> list[Picture]:
         pictures: list[Picture] = []
         while len(pictures) < len(admitted.order.seeds):
             event = await events.next()
@@ -221,11 +166,12 @@ class _Images:
         return JSONResponse(answer.model_dump(exclude_none=True))
 
     async def _stream(
-        self, kind: str, admitted: Admitted, ticket: Ticket, events: _Events
+        self, kind: str, admitted: Admitted, ticket: Ticket, events: Events
     ) -> AsyncIterator[ServerSentEvent]:
         try:
             while True:
                 event = await events.next()
+                assert isinstance(event, Preview | Picture)
                 content = await run_in_threadpool(encoded, event.image, admitted.output_format, admitted.compression)
                 common: dict[str, Any] = {
                     "b64_json": _base64(content),
@@ -292,7 +238,7 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise ApiError(400, "expected a form with files, multipart/form-data", code="invalid_form")
         async with request.form(max_files=MAX_PICTURES_GIVEN + 1, max_part_size=MAX_BODY) as form:
-            edit = await read_form(form)
+            edit = await read_edit(form)
         return await images.answer(request, edit.request, edit)
 
     @app.get("/v1/images/files/{name}", name="picture_file")
@@ -302,6 +248,8 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
             raise ApiError(404, "there is no such picture any more", code="not_found")
         headers = {"X-Content-Type-Options": "nosniff"}
         return FileResponse(path, media_type=MEDIA_TYPES[path.suffix[1:]], headers=headers)
+
+    add_videos(app, engine, images.admission, settings.model, store)
 
     @app.get("/v1/models")
     async def models() -> Models:

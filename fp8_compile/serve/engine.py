@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from .metrics import Metrics
 from .waiting import WaitingItems
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 log = logging.getLogger("fp8_compile.serve")
@@ -134,17 +136,40 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Video:
+    """A finished video; as `Picture`.
+
+    Attributes:
+        frames: ``(frames, height, width, 3)``, uint8.
+    """
+
+    index: int
+    seed: int
+    frames: NDArray[np.uint8]
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a video, ``done`` of ``steps`` steps are done; none when it has been begun."""
+
+    done: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Failed:
     """The end of an order that was not fulfilled."""
 
     error: Exception
 
 
-Event = Preview | Picture | Failed
+Event = Preview | Picture | Video | Progress | Failed
 
 
 class Ticket:
-    """An order in the engine. Its events are a `Picture` for each seed, or at any time one `Failed`, the last."""
+    """An order in the engine. Its events are a `Picture` or `Video` for each seed, or once a `Failed`, the last."""
 
     def __init__(self, order: Order, on_event: Callable[[Event], None]) -> None:
         self.order = order
@@ -172,9 +197,9 @@ class Ticket:
                 if event.index < self._previews:
                     return
                 self._previews = event.index + 1
-            elif isinstance(event, Picture):
+            elif isinstance(event, Picture | Video):
                 self._left -= 1
-            else:
+            elif isinstance(event, Failed):
                 self._left = 0
             self._on_event(event)
 
@@ -185,6 +210,7 @@ class Abilities:
 
     Attributes:
         multiple: of pixels, that width and height must be.
+        frame_multiple: of frames, see `Session.frame_multiple`.
         tokenizer: that counts the tokens of a text; of several, the one that reads most. None: there is none.
         adapters: names of the LoRA adapters.
         adapters_at_once: how many of them a picture may use.
@@ -194,6 +220,7 @@ class Abilities:
 
     rules: CallRules
     multiple: int
+    frame_multiple: int | None
     tokenizer: Any
     adapters: tuple[str, ...]
     adapters_at_once: int
@@ -344,7 +371,8 @@ class Engine:
         tokenizers = [value for name, value in vars(pipe).items() if name.startswith("tokenizer") and callable(value)]
         return Abilities(
             rules=self.session.rules,
-            multiple=2 * getattr(pipe, "vae_scale_factor", 8),
+            multiple=self.session.pixel_multiple,
+            frame_multiple=self.session.frame_multiple,
             tokenizer=max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None),
             adapters=() if adapters is None else adapters.names,
             adapters_at_once=0 if adapters is None else adapters.at_once,
@@ -403,6 +431,10 @@ class Engine:
                 encoder.register_forward_hook(self._note_encoded)
         self._previews = Previews(session.pipe)
         self.no_previews = self._previews.refusal()
+        if session.rules.makes_videos:
+            # Of equal sides, the rotary embedding of a square video would make a graph for squares alone.
+            torch.fx.experimental._config.use_duck_shape = False
+            self.no_previews, self.max_batch = "it makes videos", 1
         sizes: list[tuple[int, int] | None] = [*self._warmup] or [None]
         first, second = WARMUP_PROMPTS
         self.needs_image = session.takes("image") and not self._draws_from_text()
@@ -421,6 +453,8 @@ class Engine:
             self._on_progress(done, len(todo), f"{what} batch of {len(prompts)}".strip())
             given = {} if size is None else {"width": size[0], "height": size[1]}
             arguments = session.arguments(**given, num_inference_steps=2)
+            if session.rules.makes_videos:
+                arguments["num_frames"] = 2 * (session.frame_multiple or 4) + 1
             if self.needs_image:
                 from PIL import Image
 
@@ -513,12 +547,17 @@ class Engine:
         start = last = time.monotonic()
         encoded: float | None = None
         latents = torch.empty(0)
+        makes_videos = self.session.rules.makes_videos
+        if makes_videos:
+            rows[0].ticket.emit(Progress(0, arguments["num_inference_steps"]))
 
         def step(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             nonlocal last, encoded, latents
             last, latents = time.monotonic(), kwargs["latents"]
             encoded = max(start, self._encoded) if encoded is None else encoded
             self.metrics.steps.inc()
+            if makes_videos:
+                rows[0].ticket.emit(Progress(index + 1, pipe.num_timesteps))
             if all(row.abandoned for row in rows):
                 raise _Abandoned
             for position, row in enumerate(rows):
@@ -534,7 +573,8 @@ class Engine:
             self.session.adapters.use(orders[0].lora)
         prompts = [order.prompt for order in orders]
         arguments |= {"prompt": prompts, "callback_on_step_end": step, "output_type": "pt"}
-        pixels: Tensor = self.session.call([row.seed for row in rows], **arguments).images
+        made = self.session.call([row.seed for row in rows], **arguments)
+        pixels: Tensor = made.frames if makes_videos else made.images
         images = pixels.float().cpu()  # waits for the device
         for phase, seconds in (
             ("encode", (encoded or start) - start),
@@ -546,8 +586,11 @@ class Engine:
         events: list[Event] = []
         for position, (row, image) in enumerate(zip(rows, images, strict=True)):
             if finite[position] and bool(torch.isfinite(image).all()):
-                tokens = self.session.tokens(latents)
-                events.append(Picture(row.index, row.seed, _image(image), tokens, time.monotonic() - start))
+                tokens, seconds = self.session.tokens(latents), time.monotonic() - start
+                if makes_videos:
+                    events.append(Video(row.index, row.seed, _bytes(image), tokens, seconds))
+                else:
+                    events.append(Picture(row.index, row.seed, _image(image), tokens, seconds))
             else:
                 events.append(Failed(NotFiniteError("the model made NaN or Inf; no picture was made of it")))
         return events
@@ -565,7 +608,13 @@ def _image(pixels: Tensor) -> Image:
     """A picture of ``(3, height, width)`` in [0, 1], rounded as diffusers does."""
     from PIL import Image
 
-    return Image.fromarray((pixels.float().cpu().permute(1, 2, 0) * 255).round().byte().numpy())
+    return Image.fromarray(_bytes(pixels))
+
+
+def _bytes(pixels: Tensor) -> NDArray[np.uint8]:
+    """Of ``(..., 3, height, width)`` in [0, 1], the colors last."""
+    colors_last = (pixels.float().cpu().movedim(-3, -1) * 255).round().byte()
+    return cast("NDArray[np.uint8]", colors_last.numpy())
 
 
 def _as_failure(error: Exception) -> Exception:
