@@ -12,9 +12,11 @@ import typer
 
 from .arguments import (
     QUANTIZING,
+    Cache,
     CompileSettings,
     IgnoredLayers,
     NoQuantization,
+    TextEncoderQuantization,
     check_no_quantization,
     parse_patterns,
 )
@@ -46,6 +48,8 @@ class EngineSettings(CompileSettings):
             help="Adapters that one picture may use; each costs time, used or not. Default: 2, or 1 with one --lora.",
         ),
     ] = None
+    cache: Cache = None
+    text_encoder_quantization: TextEncoderQuantization = None
     max_pixels: Annotated[int, typer.Option(min=256, help="Of a picture, without --sizes.")] = 4 * 1024 * 1024
     max_frames: Annotated[int, typer.Option(min=2, help="Of a video.")] = 257
     max_steps: Annotated[int, typer.Option(min=1, help="That a request may ask for.")] = 100
@@ -68,6 +72,7 @@ class EngineSettings(CompileSettings):
             check_no_quantization(context, QUANTIZING)
         if self.activation_scheme == "static":
             fail("--activation-scheme static: this command takes no scales; serve weights that were saved with theirs")
+        check_additions(self.cache, self.text_encoder_quantization)
         patterns, chosen = parse_patterns(self.ignored_layers)
         chosen = chosen or self.layers is not None
         options = self.options(patterns if chosen else default_patterns(model))
@@ -80,7 +85,16 @@ class EngineSettings(CompileSettings):
             from ..pipelines.session import Session
 
             at_load = None if self.no_quantization else {**options, "strict": True}
-            session = Session.load(model, self.dtype, self.device, quantized=not self.no_quantization, at_load=at_load)
+            session = Session.load(
+                model,
+                self.dtype,
+                self.device,
+                quantized=not self.no_quantization,
+                at_load=at_load,
+                cache=self.cache,
+                text_encoders=self.text_encoder_quantization,
+            )
+            tell_additions(session)
             if session.rules.makes_videos:
                 require("imageio", "imageio_ffmpeg", extra="serve,video")
             if self.compile_cache is not None:
@@ -115,6 +129,36 @@ def tell_kept(session: Session) -> None:
         kept = ", ".join(patterns)
         rest = f"keeps {kept}; --ignored-layers none converts everything" if patterns else "keeps nothing"
         tell(f"{type(module).__name__}: {rest}")
+
+
+def check_additions(cache: str | None, text_encoders: str | None) -> None:
+    """Refuse, before anything is loaded, what no pipeline can have.
+
+    Raises:
+        OptionError: there is no such cache, or no such method.
+    """
+    from ..checks import parse_options
+    from ..pipelines.caches import check_cache
+
+    if cache is not None:
+        check_cache(cache)
+    if text_encoders is not None:
+        parse_options({"method": text_encoders})
+
+
+def tell_additions(session: Session) -> None:
+    """Say which step cache is on, and what became of the text encoders."""
+    if session.cache is not None:
+        tell(f"step cache {session.cache}: steps that change little are not computed in full")
+    for encoder in session.text_encoders:
+        before, after = encoder.bytes_before / 1e6, encoder.bytes_after / 1e6
+        if encoder.reason is not None:
+            tell(f"{encoder.name} ({encoder.kind}): stays as it is, {before:.1f} MB; {encoder.reason}")
+        else:
+            tell(
+                f"{encoder.name} ({encoder.kind}): {encoder.weights} weights quantized, {before:.1f} MB -> "
+                f"{after:.1f} MB, which saves {before - after:.1f} MB"
+            )
 
 
 def tell_loaded(cache: Path, device: str) -> None:

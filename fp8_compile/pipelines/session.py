@@ -25,8 +25,10 @@ from ..quantize import quantize_
 from ..recipes import recommended
 from ..report import Report, report
 from .adapters import Adapters
+from .caches import check_cache, enable_cache, reset_caches
 from .call_rules import CallError, CallRules
 from .denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps
+from .text_encoders import EncoderRecord, quantize_text_encoders
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -39,6 +41,8 @@ class Session:
         model: the directory or hub name that it was loaded from, or an embedded pipeline such as "embedded:qwen-image".
         denoisers: the modules of ``pipe`` that are compiled, by their names in it.
         adapters: of LoRA, some of which a call may use.
+        cache: of steps, a key of `CACHES`.
+        text_encoders: what became of them, if they were to be quantized.
     """
 
     model: str
@@ -46,6 +50,8 @@ class Session:
     device: str
     denoisers: dict[str, nn.Module]
     adapters: Adapters | None = None
+    cache: str | None = None
+    text_encoders: tuple[EncoderRecord, ...] = ()
 
     @classmethod
     def load(
@@ -55,6 +61,8 @@ class Session:
         device: str | None = None,
         quantized: bool = True,
         at_load: Mapping[str, Any] | None = None,
+        cache: str | None = None,
+        text_encoders: str | None = None,
     ) -> Session:
         """Load a pipeline onto its device.
 
@@ -65,15 +73,22 @@ class Session:
             quantized: its weights shall become FP8.
             at_load: options of `quantize_`: the denoisers are converted on their way to the device, which never holds
                 their unquantized weights. Those that are quantized already stay so. None: nothing is converted.
+            cache: give the denoisers this step cache, a key of `CACHES`.
+            text_encoders: a method of quantization; see `quantize_text_encoders`.
 
         Raises:
             OptionError: ``dtype`` or an option is not valid, or there is no embedded pipeline of that name.
-            PipelineError: the pipeline cannot be loaded, or has nothing to compile.
+            PipelineError: the pipeline cannot be loaded, has nothing to compile, or cannot have the cache, or no text
+                encoder of it can be quantized.
         """
         if dtype not in DTYPES:
             raise OptionError(f"dtype={dtype!r} is not valid; valid: {', '.join(DTYPES)}")
-        if dtype == "float32" and quantized:
+        if dtype == "float32" and (quantized or text_encoders is not None):
             raise OptionError("dtype='float32': FP8 replaces bfloat16 and float16 weights; use one of those")
+        if cache is not None:
+            check_cache(cache)
+        if text_encoders is not None:
+            parse_options({"method": text_encoders})
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         embedded = embedded_name(model)
         # As text: not every release of diffusers takes a Path.
@@ -85,6 +100,9 @@ class Session:
         try:
             pipe = loader.from_pretrained(source, dtype=DTYPES[dtype])
             denoisers = denoisers_of(pipe)
+            if cache is not None:
+                enable_cache(cache, pipe, denoisers)
+            records = () if text_encoders is None else quantize_text_encoders(pipe, text_encoders, device)
             for module in denoisers.values() if at_load is not None else ():
                 if not has_fp8_weights(module):
                     quantize_(module, at_load, device)
@@ -93,7 +111,7 @@ class Session:
             raise
         except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: there is no such device
             raise PipelineError(f"model={model!r} could not be loaded on device={device!r}: {error}") from error
-        return cls(model, pipe, device, denoisers)
+        return cls(model, pipe, device, denoisers, cache=cache, text_encoders=records)
 
     def compile(
         self,
@@ -119,9 +137,8 @@ class Session:
                 keep = [*expanded(parsed.ignored_layers, recommended(module))]
                 keep += [pattern for pattern, entry in parsed.layers.items() if entry == KEEP]
                 scales = {"activation_scales": calibration.scales(module, name=known, ignored_layers=keep)}
-            self._compile(
-                module, whole, marked, backend="fp8_diffusion", options={**options, **scales}, dynamic=dynamic
-            )
+            arguments: dict[str, Any] = {"options": {**options, **scales}, "dynamic": dynamic}
+            self._compile(module, whole, marked, backend="fp8_diffusion", **arguments)
 
     def compile_unquantized(
         self,
@@ -144,17 +161,17 @@ class Session:
         for module in self.denoisers.values():
             self._compile(module, whole, marked=mode is not None, backend=inner_backend, mode=mode, dynamic=dynamic)
 
-    @staticmethod
-    def _compile(module: nn.Module, whole: bool, marked: bool, **arguments: Any) -> None:
+    def _compile(self, module: nn.Module, whole: bool, marked: bool, **arguments: Any) -> None:
         """``marked``: there may be CUDA graphs, so `mark_steps`."""
+        arguments["fullgraph"] = self.cache is None  # most caches decide in Python what to skip
         # Block by block where the model names its blocks: compiled once, run by all of them.
         if whole or not getattr(module, "_repeated_blocks", None):
-            module.compile(fullgraph=True, **arguments)
+            module.compile(**arguments)
             return
         if marked:
             mark_steps([module])
         compile_blocks: Any = module.compile_repeated_blocks
-        compile_blocks(fullgraph=True, **arguments)
+        compile_blocks(**arguments)
 
     @property
     def rules(self) -> CallRules:
@@ -229,6 +246,8 @@ class Session:
         """
         if not self.takes("callback_on_step_end"):
             arguments.pop("callback_on_step_end", None)
+        if self.cache is not None:
+            reset_caches(self.denoisers)
         seeds = [seed] if isinstance(seed, int) else seed
         generators = [torch.Generator("cpu").manual_seed(each) for each in seeds]
         try:

@@ -39,6 +39,7 @@ from .protocol import (
     Models,
     PartialImageEvent,
     PictureRequest,
+    State,
     Usage,
     refusal,
 )
@@ -161,6 +162,7 @@ class _Images:
             quality=admitted.quality,
             size=_size(pictures[0]),
             safety_identifier=admitted.safety_identifier,
+            cache=self._engine.abilities.cache,
             usage=_usage(admitted, pictures),
         )
         return JSONResponse(answer.model_dump(exclude_none=True))
@@ -185,7 +187,8 @@ class _Images:
                     yield _sent(PartialImageEvent(partial_image_index=event.index, **common))
                     continue
                 common |= {"type": f"{kind}.completed", "usage": _usage(admitted, [event]), "seed": event.seed}
-                yield _sent(CompletedEvent(safety_identifier=admitted.safety_identifier, **common))
+                common |= {"safety_identifier": admitted.safety_identifier, "cache": self._engine.abilities.cache}
+                yield _sent(CompletedEvent(**common))
                 return
         except ApiError as error:
             yield ServerSentEvent(event="error", data=json.dumps(error.body()))
@@ -267,11 +270,11 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
 
     @app.get("/health")
     async def health() -> Response:
-        return _state(engine.alive, "alive")
+        return _state(engine, engine.alive, "alive")
 
     @app.get("/ready")
     async def ready() -> Response:
-        return _state(engine.ready, "ready")
+        return _state(engine, engine.ready, "ready")
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -281,8 +284,10 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
     return Guard(app, engine.metrics, settings.keys)
 
 
-def _state(true: bool, name: str) -> Response:
-    return JSONResponse({"status": name if true else f"not {name}"}, 200 if true else 503)
+def _state(engine: AnyEngine, true: bool, name: str) -> Response:
+    cache = engine.abilities.cache if engine.ready else None
+    state = State(status=name if true else f"not {name}", cache=cache)
+    return JSONResponse(state.model_dump(exclude_none=True), 200 if true else 503)
 
 
 def _answer_errors(app: FastAPI) -> None:

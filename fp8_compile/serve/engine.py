@@ -211,6 +211,7 @@ class Abilities:
     Attributes:
         multiple: of pixels, that width and height must be.
         frame_multiple: of frames, see `Session.frame_multiple`.
+        cache: of steps, see `Session`.
         tokenizer: that counts the tokens of a text; of several, the one that reads most. None: there is none.
         adapters: names of the LoRA adapters.
         adapters_at_once: how many of them a picture may use.
@@ -221,6 +222,7 @@ class Abilities:
     rules: CallRules
     multiple: int
     frame_multiple: int | None
+    cache: str | None
     tokenizer: Any
     adapters: tuple[str, ...]
     adapters_at_once: int
@@ -373,6 +375,7 @@ class Engine:
             rules=self.session.rules,
             multiple=self.session.pixel_multiple,
             frame_multiple=self.session.frame_multiple,
+            cache=self.session.cache,
             tokenizer=max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None),
             adapters=() if adapters is None else adapters.names,
             adapters_at_once=0 if adapters is None else adapters.at_once,
@@ -452,7 +455,9 @@ class Engine:
             what = "" if size is None else f"{size[0]}x{size[1]}"
             self._on_progress(done, len(todo), f"{what} batch of {len(prompts)}".strip())
             given = {} if size is None else {"width": size[0], "height": size[1]}
-            arguments = session.arguments(**given, num_inference_steps=2)
+            # A cache makes a graph for each state that it comes to.
+            steps = {} if session.cache is not None else {"num_inference_steps": 2}
+            arguments = session.arguments(**given, **steps)
             if session.rules.makes_videos:
                 arguments["num_frames"] = 2 * (session.frame_multiple or 4) + 1
             if self.needs_image:
@@ -549,7 +554,8 @@ class Engine:
         latents = torch.empty(0)
         makes_videos = self.session.rules.makes_videos
         if makes_videos:
-            rows[0].ticket.emit(Progress(0, arguments["num_inference_steps"]))
+            steps = arguments.get("num_inference_steps", self.session.rules.defaults["num_inference_steps"])
+            rows[0].ticket.emit(Progress(0, steps))
 
         def step(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             nonlocal last, encoded, latents

@@ -213,7 +213,12 @@ class ImageItem(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """The answer with all pictures. ``quality`` is null where the request gave a number of steps."""
+    """The answer with all pictures.
+
+    Attributes:
+        quality: null where the request gave a number of steps.
+        cache: the step cache that was on; null without.
+    """
 
     created: int
     background: Literal["opaque"] = "opaque"
@@ -222,6 +227,7 @@ class ImagesResponse(BaseModel):
     quality: str | None
     size: str
     safety_identifier: str | None
+    cache: str | None
     usage: Usage
 
 
@@ -249,6 +255,7 @@ class CompletedEvent(_ImageEvent):
     type: Literal["image_generation.completed", "image_edit.completed"]
     seed: int
     safety_identifier: str | None
+    cache: str | None
     usage: Usage
 
 
@@ -268,6 +275,7 @@ class VideoJob(BaseModel):
         seconds, size, num_frames: null until the first is made, where the pipeline alone knows its usual ones.
         expires_at: when it is forgotten; null while it is made.
         seed: draws it again.
+        cache: the step cache that is on; null without.
     """
 
     id: str
@@ -286,6 +294,7 @@ class VideoJob(BaseModel):
     seed: int
     num_frames: int | None
     fps: int
+    cache: str | None
 
 
 class VideoList(BaseModel):
@@ -313,6 +322,13 @@ class Model(BaseModel):
     created: int
     object: Literal["model"] = "model"
     owned_by: str = "fp8-compile"
+
+
+class State(BaseModel):
+    """``GET /health`` and ``GET /ready``; ``cache`` is the step cache that is on, once it is ready."""
+
+    status: str
+    cache: str | None
 
 
 class Models(BaseModel):

@@ -18,7 +18,7 @@ from fp8_compile.pipelines.previews import PreviewError, Previews
 from fp8_compile.pipelines.session import Session
 from fp8_compile.serve.engine import Engine, Event, Order, Picture
 from tests.support.lora_files import write_lora
-from tests.support.serving import MODEL, PROMPT, WatchedSession
+from tests.support.serving import MODEL, PROMPT, WatchedSession, serving
 
 pytestmark = pytest.mark.pipeline
 
@@ -143,6 +143,25 @@ def test_pictures_with_one_scale_for_all_activations_are_drawn_alone(caplog: pyt
     engine.close(10)
     assert engine.max_batch == 1
     assert "one scale for the whole batch" in caplog.text
+
+
+def test_with_a_step_cache_pictures_are_drawn_alone_and_answers_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached = Session.load(MODEL, quantized=False, cache="taylorseer-lite")
+    with serving(
+        WatchedSession(**{f.name: getattr(cached, f.name) for f in dataclasses.fields(cached)}), tmp_path
+    ) as s:
+        assert s.engine.max_batch == 1
+        assert "the transformer has a step cache" in caplog.text
+        answer = s.post({"prompt": PROMPT, "seed": 1, "n": 2}).json()
+        assert answer["cache"] == "taylorseer-lite"
+        assert s.post({"prompt": PROMPT, "seed": 2}).json()["data"][0]["b64_json"] == answer["data"][1]["b64_json"]
+        for path in ("/health", "/ready"):
+            assert s.get(path).json()["cache"] == "taylorseer-lite"
+        stream = list(s.openai().images.generate(prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 2}))
+        assert stream[-1].b64_json == answer["data"][1]["b64_json"]
+        assert stream[-1].cache == "taylorseer-lite"  # type: ignore[union-attr]
 
 
 def test_a_pipeline_that_cannot_be_stopped_between_steps_is_refused(session: WatchedSession) -> None:

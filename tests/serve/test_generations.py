@@ -186,7 +186,7 @@ def test_fields_that_ask_for_nothing_are_accepted(served: Served, fields: dict[s
 
 
 REFUSED = [
-    ({"foo": 1}, "foo", "unknown parameter 'foo'; valid: prompt, model, size, size,"),
+    ({"foo": 1}, "foo", "unknown parameter 'foo'; valid: prompt, model, size,"),
     ({"prompt": None}, "prompt", "prompt=None: Input should be a valid string"),
     ({"prompt": ""}, "prompt", "at least 1 character"),
     ({"prompt": "x" * 32_001}, "prompt", "at most 32000 characters"),
