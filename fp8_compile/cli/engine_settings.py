@@ -58,6 +58,10 @@ class EngineSettings(CompileSettings):
     compile_cache: Annotated[
         Path | None, typer.Option(help="Compiled code to start with: the folder of fp8-diffusion compile --output.")
     ] = None
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Hold the unquantized transformer beside it, which requests may ask for."),
+    ] = False
     no_quantization: NoQuantization = False
     ignored_layers: IgnoredLayers = None
 
@@ -70,6 +74,8 @@ class EngineSettings(CompileSettings):
         """
         if self.no_quantization:
             check_no_quantization(context, QUANTIZING)
+            if self.compare:
+                fail("--compare and --no-quantization exclude each other; leave one out")
         if self.activation_scheme == "static":
             fail("--activation-scheme static: this command takes no scales; serve weights that were saved with theirs")
         check_additions(self.cache, self.text_encoder_quantization)
@@ -99,8 +105,15 @@ class EngineSettings(CompileSettings):
                 require("imageio", "imageio_ffmpeg", extra="serve,video")
             if self.compile_cache is not None:
                 tell_loaded(self.compile_cache, session.device)
+            twin = session.unquantized_twin() if self.compare else None
             if adapters:
                 session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters, self.max_loras or 2))
+            if twin is not None:
+                tell_twin(session, twin)
+                if adapters:
+                    twin = dataclasses.replace(twin, adapters=Adapters(twin.pipe, adapters, self.max_loras or 2))
+                twin.compile_unquantized(self.inner_backend, self.compile_mode, dynamic=True)
+                session = dataclasses.replace(session, twin=twin)
             if self.no_quantization:
                 session.compile_unquantized(self.inner_backend, self.compile_mode, dynamic=True)
             else:
@@ -159,6 +172,15 @@ def tell_additions(session: Session) -> None:
                 f"{encoder.name} ({encoder.kind}): {encoder.weights} weights quantized, {before:.1f} MB -> "
                 f"{after:.1f} MB, which saves {before - after:.1f} MB"
             )
+
+
+def tell_twin(session: Session, twin: Session) -> None:
+    """Say what the twin needs beside the session."""
+    size, more = (sum(p.nbytes for m in each.denoisers.values() for p in m.parameters()) for each in (session, twin))
+    tell(
+        f"--compare: the transformer in {twin.weights}, {more / 1e6:.1f} MB, beside the one in {session.weights}, "
+        f"{size / 1e6:.1f} MB"
+    )
 
 
 def tell_loaded(cache: Path, device: str) -> None:

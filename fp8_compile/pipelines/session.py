@@ -24,6 +24,7 @@ from ..options import KEEP, expanded
 from ..quantize import quantize_
 from ..recipes import recommended
 from ..report import Report, report
+from ..weights.quantized_weight import QuantizedWeight
 from .adapters import Adapters
 from .caches import check_cache, enable_cache, reset_caches
 from .call_rules import CallError, CallRules
@@ -31,6 +32,7 @@ from .denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps
 from .text_encoders import EncoderRecord, quantize_text_encoders
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SHORT = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class Session:
         adapters: of LoRA, some of which a call may use.
         cache: of steps, a key of `CACHES`.
         text_encoders: what became of them, if they were to be quantized.
+        twin: the same pipeline with its weights as they are, to compare with; see `unquantized_twin`.
     """
 
     model: str
@@ -52,6 +55,7 @@ class Session:
     adapters: Adapters | None = None
     cache: str | None = None
     text_encoders: tuple[EncoderRecord, ...] = ()
+    twin: Session | None = None
 
     @classmethod
     def load(
@@ -90,15 +94,8 @@ class Session:
         if text_encoders is not None:
             parse_options({"method": text_encoders})
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        embedded = embedded_name(model)
-        # As text: not every release of diffusers takes a Path.
-        source = model if embedded is None else str(default_pipeline_dir(embedded))
-
-        import diffusers
-
-        loader: Any = diffusers.DiffusionPipeline
         try:
-            pipe = loader.from_pretrained(source, dtype=DTYPES[dtype])
+            pipe = _pipeline(model, DTYPES[dtype])
             denoisers = denoisers_of(pipe)
             if cache is not None:
                 enable_cache(cache, pipe, denoisers)
@@ -112,6 +109,30 @@ class Session:
         except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: there is no such device
             raise PipelineError(f"model={model!r} could not be loaded on device={device!r}: {error}") from error
         return cls(model, pipe, device, denoisers, cache=cache, text_encoders=records)
+
+    def unquantized_twin(self) -> Session:
+        """The same pipeline with its weights as they are, from the same place. What is not quantized is shared.
+
+        Raises:
+            PipelineError: the weights are quantized there already.
+        """
+        others = {record.name for record in self.text_encoders if record.weights}
+        own = {*self.denoisers, *others, "scheduler"}  # the last: it counts the steps of a call
+        shared = {name: part for name, part in self.pipe.components.items() if name not in own and part is not None}
+        pipe = _pipeline(self.model, next(iter(self.denoisers.values())).dtype, **shared)  # type: ignore[arg-type]
+        denoisers = denoisers_of(pipe)
+        self._check_unquantized(denoisers)
+        if self.cache is not None:
+            enable_cache(self.cache, pipe, denoisers)
+        pipe.to(self.device)
+        return Session(self.model, pipe, self.device, denoisers, cache=self.cache)
+
+    @property
+    def weights(self) -> str:
+        """What the weights of the denoisers are, in short: "FP8", "INT8", "BF16" and so on."""
+        parameters = [parameter for module in self.denoisers.values() for parameter in module.parameters()]
+        methods = {parameter.scheme.method for parameter in parameters if isinstance(parameter, QuantizedWeight)}
+        return " and ".join(sorted(methods)).upper() or SHORT[parameters[0].dtype]
 
     def compile(
         self,
@@ -152,14 +173,17 @@ class Session:
         Raises:
             PipelineError: a denoiser has FP8 weights.
         """
-        for name, module in self.denoisers.items():
+        self._check_unquantized(self.denoisers)
+        for module in self.denoisers.values():
+            self._compile(module, whole, marked=mode is not None, backend=inner_backend, mode=mode, dynamic=dynamic)
+
+    def _check_unquantized(self, denoisers: Mapping[str, nn.Module]) -> None:
+        for name, module in denoisers.items():
             if has_fp8_weights(module):
                 raise PipelineError(
                     f"the {name} of model={self.model!r} has FP8 weights, so it has no unquantized twin; load it in "
                     "bfloat16 or float16"
                 )
-        for module in self.denoisers.values():
-            self._compile(module, whole, marked=mode is not None, backend=inner_backend, mode=mode, dynamic=dynamic)
 
     def _compile(self, module: nn.Module, whole: bool, marked: bool, **arguments: Any) -> None:
         """``marked``: there may be CUDA graphs, so `mark_steps`."""
@@ -286,6 +310,17 @@ class Session:
             reasons = sorted({row.reason for r in found.values() for row in r.layers})
             raise NothingConvertedError(f"no layer of the model was quantized: {'; '.join(reasons)}")
         return found
+
+
+def _pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
+    """The pipeline of `Session.model`, in the memory of the CPU, with ``components`` instead of its own."""
+    import diffusers
+
+    embedded = embedded_name(model)
+    # As text: not every release of diffusers takes a Path.
+    source = model if embedded is None else str(default_pipeline_dir(embedded))
+    loader: Any = diffusers.DiffusionPipeline
+    return loader.from_pretrained(source, dtype=dtype, **components)
 
 
 class _Stop(Exception):

@@ -58,6 +58,7 @@ class Admitted:
         quality: the name to answer with; None where the request gave a number of steps.
         text_tokens: of the prompts of one picture.
         given_tokens: of the pictures that were given, at their own sizes.
+        cache: of steps, that is on.
     """
 
     order: Order
@@ -67,6 +68,7 @@ class Admitted:
     text_tokens: int
     given_tokens: int
     safety_identifier: str | None
+    cache: str | None
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,14 @@ class AdmittedVideo:
     Attributes:
         fps: frames of a second.
         size: width and height; None where the pipeline alone knows its usual one. ``frames`` likewise.
+        cache: of steps, that is on.
     """
 
     order: Order
     fps: int
     size: tuple[int, int] | None
     frames: int | None
+    cache: str | None
 
 
 USUAL_FPS = 16
@@ -166,6 +170,7 @@ class Admission:
             previews=request.partial_images or 0,
             lora=self._lora(request.lora),
             client=client,
+            unquantized=self._unquantized(request.unquantized),
         )
         return Admitted(
             order,
@@ -175,6 +180,7 @@ class Admission:
             self._tokens_of(request),
             sum(image.width * image.height for image in images) // self._abilities.multiple**2,
             request.safety_identifier or request.user or None,
+            self._abilities.cache,
         )
 
     def admit_video(self, request: VideoRequest, client: str, image: Image | None = None) -> AdmittedVideo:
@@ -208,11 +214,12 @@ class Admission:
         )
         self._tokens_of(request)
         lora = self._lora(request.lora)
-        order = Order(request.prompt, (_seed(request),), arguments, lora=lora, client=client)
+        unquantized = self._unquantized(request.unquantized)
+        order = Order(request.prompt, (_seed(request),), arguments, 0, lora, client, unquantized)
         own = rules.defaults
         if size is None and isinstance(own["width"], int) and isinstance(own["height"], int):
             size = (own["width"], own["height"])
-        return AdmittedVideo(order, fps, size, frames or own["num_frames"])
+        return AdmittedVideo(order, fps, size, frames or own["num_frames"], self._abilities.cache)
 
     def _arguments(
         self, request: DrawingRequest, steps: int, size: tuple[int, int] | None, **others: Any
@@ -296,6 +303,11 @@ class Admission:
         if asked and len(asked) > at_once:
             raise bad_value("lora", f"lora: {len(asked)} adapters, and this server takes {at_once} at once")
         return tuple(sorted((asked or {}).items()))
+
+    def _unquantized(self, asked: bool | None) -> bool:
+        if asked and len(self._abilities.weights) == 1:
+            raise bad_value("unquantized", "unquantized=true: this server has no unquantized twin (serve --compare)")
+        return bool(asked)
 
     def _mask(self, images: Sequence[Image], mask: Image | None) -> Image | None:
         """``mask``; without one, all of the picture changes, also by pipelines that need a mask."""

@@ -145,8 +145,9 @@ class _Images:
         data = []
         for picture in pictures:
             content = await run_in_threadpool(encoded, picture.image, admitted.output_format, admitted.compression)
+            drawn: dict[str, Any] = {"seed": picture.seed, "seconds": round(picture.seconds, 4)}
             if body.response_format != "url":
-                data.append(ImageItem(seed=picture.seed, b64_json=_base64(content)))
+                data.append(ImageItem(b64_json=_base64(content), **drawn))
                 continue
             try:
                 name = await run_in_threadpool(self._store.put, content, admitted.output_format)
@@ -154,7 +155,7 @@ class _Images:
                 log.exception("a picture could not be stored")
                 message = "the picture could not be stored; ask for response_format='b64_json'"
                 raise ApiError(500, message, "response_format", "store_failed") from error
-            data.append(ImageItem(seed=picture.seed, url=str(request.url_for("picture_file", name=name))))
+            data.append(ImageItem(url=str(request.url_for("picture_file", name=name)), **drawn))
         answer = ImagesResponse(
             created=int(time.time()),
             data=data,
@@ -162,7 +163,7 @@ class _Images:
             quality=admitted.quality,
             size=_size(pictures[0]),
             safety_identifier=admitted.safety_identifier,
-            cache=self._engine.abilities.cache,
+            cache=admitted.cache,
             usage=_usage(admitted, pictures),
         )
         return JSONResponse(answer.model_dump(exclude_none=True))
@@ -186,8 +187,9 @@ class _Images:
                     common["type"] = f"{kind}.partial_image"
                     yield _sent(PartialImageEvent(partial_image_index=event.index, **common))
                     continue
-                common |= {"type": f"{kind}.completed", "usage": _usage(admitted, [event]), "seed": event.seed}
-                common |= {"safety_identifier": admitted.safety_identifier, "cache": self._engine.abilities.cache}
+                common |= {"type": f"{kind}.completed", "usage": _usage(admitted, [event])}
+                common |= {"seed": event.seed, "seconds": round(event.seconds, 4)}
+                common |= {"safety_identifier": admitted.safety_identifier, "cache": admitted.cache}
                 yield _sent(CompletedEvent(**common))
                 return
         except ApiError as error:
@@ -285,8 +287,9 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
 
 
 def _state(engine: AnyEngine, true: bool, name: str) -> Response:
-    cache = engine.abilities.cache if engine.ready else None
-    state = State(status=name if true else f"not {name}", cache=cache)
+    abilities = engine.abilities if engine.ready else None
+    known = {} if abilities is None else {"cache": abilities.cache, "weights": abilities.weights}
+    state = State.model_validate({"status": name if true else f"not {name}", "cache": None, "weights": None, **known})
     return JSONResponse(state.model_dump(exclude_none=True), 200 if true else 503)
 
 

@@ -164,6 +164,7 @@ def _add(manifest: Manifest, line: Line, admitted: Admitted, picture: Picture) -
         "size": f"{picture.image.width}x{picture.image.height}",
         "settings": dict(order.arguments),
         "lora": dict(order.lora) or None,
+        "unquantized": order.unquantized,
         "seconds": round(picture.seconds, 4),
         "time": int(time.time()),
     }

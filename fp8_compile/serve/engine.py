@@ -89,6 +89,7 @@ class Order:
         previews: how many unfinished pictures to show.
         lora: adapters of the session.
         client: whose turn it takes in the queue.
+        unquantized: draw with the session's twin.
     """
 
     prompt: str
@@ -97,6 +98,7 @@ class Order:
     previews: int = 0
     lora: Lora = ()
     client: str = ""
+    unquantized: bool = False
 
     @property
     def batch_key(self) -> Hashable | None:
@@ -108,7 +110,7 @@ class Order:
             return None
         texts = ("negative_prompt",)
         common = sorted((name, name if name in texts else value) for name, value in self.arguments.items())
-        return (self.lora, *common)
+        return (self.lora, self.unquantized, *common)
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ class Abilities:
         multiple: of pixels, that width and height must be.
         frame_multiple: of frames, see `Session.frame_multiple`.
         cache: of steps, see `Session`.
+        weights: what those of the session are, and those of its twin, if there is one.
         tokenizer: that counts the tokens of a text; of several, the one that reads most. None: there is none.
         adapters: names of the LoRA adapters.
         adapters_at_once: how many of them a picture may use.
@@ -223,6 +226,7 @@ class Abilities:
     multiple: int
     frame_multiple: int | None
     cache: str | None
+    weights: tuple[str, ...]
     tokenizer: Any
     adapters: tuple[str, ...]
     adapters_at_once: int
@@ -319,6 +323,7 @@ class Engine:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._previews: Previews
+        self._weights: tuple[str, ...]
         self._encoded = 0.0
         self._seconds_per_picture = 1.0
 
@@ -366,6 +371,11 @@ class Engine:
         return self.submit(order, on_event)
 
     @property
+    def _sessions(self) -> list[Session]:
+        """The session, and its twin, if there is one."""
+        return [self.session] if self.session.twin is None else [self.session, self.session.twin]
+
+    @property
     def abilities(self) -> Abilities:
         """What can be asked for, once it is ready."""
         pipe = self.session.pipe
@@ -376,6 +386,7 @@ class Engine:
             multiple=self.session.pixel_multiple,
             frame_multiple=self.session.frame_multiple,
             cache=self.session.cache,
+            weights=self._weights,
             tokenizer=max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None),
             adapters=() if adapters is None else adapters.names,
             adapters_at_once=0 if adapters is None else adapters.at_once,
@@ -428,10 +439,14 @@ class Engine:
         missing = [argument for argument in NEEDED if not session.takes(argument)]
         if missing:
             raise PipelineError(f"{name} takes no {', '.join(missing)}, so it cannot be served")
-        session.pipe.set_progress_bar_config(disable=True)
-        for encoder in vars(session.pipe).values():
-            if isinstance(encoder, nn.Module) and encoder not in session.denoisers.values():
-                encoder.register_forward_hook(self._note_encoded)
+        self._weights = tuple(each.weights for each in self._sessions)
+        encoders: dict[nn.Module, None] = {}
+        for each in self._sessions:
+            each.pipe.set_progress_bar_config(disable=True)
+            modules = [part for part in vars(each.pipe).values() if isinstance(part, nn.Module)]
+            encoders |= dict.fromkeys(module for module in modules if module not in each.denoisers.values())
+        for encoder in encoders:
+            encoder.register_forward_hook(self._note_encoded)
         self._previews = Previews(session.pipe)
         self.no_previews = self._previews.refusal()
         if session.rules.makes_videos:
@@ -483,8 +498,10 @@ class Engine:
         return True
 
     def _draw_for_nobody(self, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
-        orders = [Order(prompt, (0,), arguments, previews=self.no_previews is None) for prompt in prompts]
-        self._call([_Row(Ticket(order, lambda _: None), 0, time.monotonic()) for order in orders])
+        previews = int(self.no_previews is None)
+        for unquantized in (False, True)[: len(self._sessions)]:
+            orders = [Order(prompt, (0,), arguments, previews, unquantized=unquantized) for prompt in prompts]
+            self._call([_Row(Ticket(order, lambda _: None), 0, time.monotonic()) for order in orders])
 
     def _no_batches(self) -> str | None:
         """Why a picture would depend on which others are drawn with it; None if it does not."""
@@ -546,15 +563,16 @@ class Engine:
     def _call(self, rows: Sequence[_Row]) -> list[Event]:
         """A `Picture` for each row, or `Failed` where it is not finite; their previews are handed out meanwhile."""
         orders = [row.ticket.order for row in rows]
+        session = self._sessions[orders[0].unquantized]
         arguments = dict(orders[0].arguments)
         if "negative_prompt" in arguments:
             arguments["negative_prompt"] = [order.arguments["negative_prompt"] for order in orders]
         start = last = time.monotonic()
         encoded: float | None = None
         latents = torch.empty(0)
-        makes_videos = self.session.rules.makes_videos
+        makes_videos = session.rules.makes_videos
         if makes_videos:
-            steps = arguments.get("num_inference_steps", self.session.rules.defaults["num_inference_steps"])
+            steps = arguments.get("num_inference_steps", session.rules.defaults["num_inference_steps"])
             rows[0].ticket.emit(Progress(0, steps))
 
         def step(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -575,11 +593,11 @@ class Engine:
                         row.ticket.emit(Preview(shown.index(index + 1), _image(decoded[0])))
             return kwargs
 
-        if self.session.adapters is not None:
-            self.session.adapters.use(orders[0].lora)
+        if session.adapters is not None:
+            session.adapters.use(orders[0].lora)
         prompts = [order.prompt for order in orders]
         arguments |= {"prompt": prompts, "callback_on_step_end": step, "output_type": "pt"}
-        made = self.session.call([row.seed for row in rows], **arguments)
+        made = session.call([row.seed for row in rows], **arguments)
         pixels: Tensor = made.frames if makes_videos else made.images
         images = pixels.float().cpu()  # waits for the device
         for phase, seconds in (
@@ -592,7 +610,7 @@ class Engine:
         events: list[Event] = []
         for position, (row, image) in enumerate(zip(rows, images, strict=True)):
             if finite[position] and bool(torch.isfinite(image).all()):
-                tokens, seconds = self.session.tokens(latents), time.monotonic() - start
+                tokens, seconds = session.tokens(latents), time.monotonic() - start
                 if makes_videos:
                     events.append(Video(row.index, row.seed, _bytes(image), tokens, seconds))
                 else:

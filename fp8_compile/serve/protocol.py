@@ -84,6 +84,7 @@ class DrawingRequest(BaseModel):
     true_cfg_scale: Number | None = None
     negative_prompt: Text | None = None
     lora: dict[str, Number] | None = None
+    unquantized: bool | None = None
 
 
 class PictureRequest(DrawingRequest):
@@ -205,11 +206,17 @@ class Usage(BaseModel):
 
 
 class ImageItem(BaseModel):
-    """A picture, as base64 or as an address, and the seed that draws it again."""
+    """A picture, as base64 or as an address.
+
+    Attributes:
+        seed: draws it again.
+        seconds: that its batch took, without waiting.
+    """
 
     b64_json: str | None = None
     url: str | None = None
     seed: int
+    seconds: float
 
 
 class ImagesResponse(BaseModel):
@@ -254,6 +261,7 @@ class CompletedEvent(_ImageEvent):
 
     type: Literal["image_generation.completed", "image_edit.completed"]
     seed: int
+    seconds: float
     safety_identifier: str | None
     cache: str | None
     usage: Usage
@@ -325,10 +333,18 @@ class Model(BaseModel):
 
 
 class State(BaseModel):
-    """``GET /health`` and ``GET /ready``; ``cache`` is the step cache that is on, once it is ready."""
+    """``GET /health`` and ``GET /ready``.
+
+    Attributes:
+        cache: the step cache that is on.
+        weights: what they are in the denoisers, such as "FP8", and in their twin, if there is one.
+
+    Both are null until it is ready.
+    """
 
     status: str
     cache: str | None
+    weights: tuple[str, ...] | None
 
 
 class Models(BaseModel):

@@ -142,7 +142,7 @@ class _Videos:
             seed=order.seeds[0],
             num_frames=job.frames,
             fps=fps,
-            cache=self._engine.abilities.cache,
+            cache=job.admitted.cache,
         )
 
     async def _make(self, job: _Job, accepting: asyncio.Future[Ticket], events: Events) -> None:
