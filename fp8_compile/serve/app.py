@@ -287,9 +287,8 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
 
 
 def _state(engine: AnyEngine, true: bool, name: str) -> Response:
-    abilities = engine.abilities if engine.ready else None
-    known = {} if abilities is None else {"cache": abilities.cache, "weights": abilities.weights}
-    state = State.model_validate({"status": name if true else f"not {name}", "cache": None, "weights": None, **known})
+    cache, weights = (engine.abilities.cache, engine.abilities.weights) if engine.ready else (None, None)
+    state = State(status=name if true else f"not {name}", cache=cache, weights=weights)
     return JSONResponse(state.model_dump(exclude_none=True), 200 if true else 503)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import threading
 
@@ -19,7 +20,7 @@ from tests.support.serving import wait_for
 def test_arrivals_are_the_same_each_time_and_come_at_their_rate() -> None:
     times = poisson(4, 4000, seed=1)
     assert times == poisson(4, 4000, seed=1) != poisson(4, 4000, seed=2)
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert 0.24 < statistics.mean(gaps) < 0.26
     assert 0.23 < statistics.stdev(gaps) < 0.27  # as large as the mean: nothing is even about them
 
@@ -49,5 +50,5 @@ def test_who_comes_while_the_server_stalls_is_counted_from_then() -> None:
         thread.join(20)
     assert refused == 1
     expected = [0.5, 0.4, 0.3, 0.2, 0.1, 0]
-    assert all(abs(found - near) < 0.08 for found, near in zip(seconds, expected, strict=True)), seconds
-    assert max(late) < 0.08
+    assert all(abs(found - near) < 0.15 for found, near in zip(seconds, expected, strict=True)), seconds
+    assert max(late) < 0.15
