@@ -40,7 +40,7 @@ BEGIN_SECONDS = 1.0
 
 @dataclass(eq=False)
 class _Job:
-    """What is known of a video beside what its order says.
+    """What is known of a video. Not its order, which may hold a picture.
 
     Attributes:
         owner: whose key it was asked for with; others do not see it.
@@ -49,15 +49,18 @@ class _Job:
 
     id: str
     owner: str
-    admitted: AdmittedVideo
+    prompt: str
+    seed: int
+    fps: int
+    cache: str | None
+    size: tuple[int, int] | None
+    frames: int | None
     created: float
     status: Literal["queued", "in_progress", "completed", "failed"] = "queued"
     progress: int = 0
     ended: float | None = None
     error: ApiError | None = None
     file: str | None = None
-    size: tuple[int, int] | None = None
-    frames: int | None = None
     making: asyncio.Task[None] | None = None
 
     def fail(self, error: ApiError) -> None:
@@ -79,19 +82,25 @@ class _Videos:
         Raises:
             ApiError: it takes no more.
         """
-        job = _Job(f"video_{secrets.token_hex(16)}", owner, admitted, time.time())
-        job.size, job.frames = admitted.size, admitted.frames
-        events = Events(deadline=None)
-        accepting = asyncio.ensure_future(self._engine.accept(admitted.order, events.put))
+        order, events = admitted.order, Events(deadline=None)
+        accepting = asyncio.ensure_future(self._engine.accept(order, events.put))
         try:
             await asyncio.wait({accepting}, timeout=BEGIN_SECONDS)
             if accepting.done():
                 accepting.result()
         except EngineError as error:
             raise api_error(error) from error
-        except asyncio.CancelledError:  # the client has left
-            accepting.cancel()
-            raise
+        job = _Job(
+            f"video_{secrets.token_hex(16)}",
+            owner,
+            order.prompt,
+            order.seeds[0],
+            admitted.fps,
+            admitted.cache,
+            admitted.size,
+            admitted.frames,
+            time.time(),
+        )
         self._jobs[job.id] = job
         job.making = asyncio.create_task(self._make(job, accepting, events))
         return job
@@ -126,7 +135,7 @@ class _Videos:
 
     def shown(self, job: _Job) -> VideoJob:
         """As clients see it."""
-        order, error, fps = job.admitted.order, job.error, job.admitted.fps
+        error = job.error
         return VideoJob(
             id=job.id,
             model=self._model,
@@ -135,24 +144,25 @@ class _Videos:
             created_at=int(job.created),
             completed_at=None if job.ended is None or error is not None else int(job.ended),
             expires_at=None if job.ended is None else int(job.ended + self._store.seconds),
-            prompt=order.prompt,
-            seconds=None if job.frames is None else f"{job.frames / fps:.4g}",
+            prompt=job.prompt,
+            seconds=None if job.frames is None else f"{job.frames / job.fps:.4g}",
             size=None if job.size is None else f"{job.size[0]}x{job.size[1]}",
             error=None if error is None else VideoError(code=error.code, message=error.message, param=error.param),
-            seed=order.seeds[0],
+            seed=job.seed,
             num_frames=job.frames,
-            fps=fps,
-            cache=job.admitted.cache,
+            fps=job.fps,
+            cache=job.cache,
         )
 
     async def _make(self, job: _Job, accepting: asyncio.Future[Ticket], events: Events) -> None:
+        ticket = None
         try:
-            await accepting
+            ticket = await accepting
             while not isinstance(event := await events.next(), Video):
                 if isinstance(event, Progress):
                     job.status = "in_progress"
                     job.progress = min(99, 100 * event.done // event.steps)
-            content = await run_in_threadpool(encoded_video, event.frames, job.admitted.fps)
+            content = await run_in_threadpool(encoded_video, event.frames, job.fps)
             job.file = await run_in_threadpool(self._store.put, content, "mp4")
         except ApiError as error:
             job.fail(error)
@@ -169,9 +179,8 @@ class _Videos:
             job.frames, job.size = frames, (width, height)
             job.status, job.progress, job.ended = "completed", 100, time.time()
         finally:
-            accepting.cancel()
-            if accepting.done() and not accepting.cancelled() and accepting.exception() is None:
-                accepting.result().cancel()
+            if ticket is not None:
+                ticket.cancel()
 
 
 class _Listing(BaseModel):
