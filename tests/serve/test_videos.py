@@ -22,7 +22,7 @@ from PIL import Image
 from fp8_compile.pipelines.session import Session
 from fp8_compile.serve.engine import Engine, Event, Order, Progress, Video
 from fp8_compile.serve.protocol import VideoDeleted, VideoJob, VideoRequest
-from tests.support.pipelines import build_wan
+from tests.support.pipelines import build_ltx, build_wan
 from tests.support.serving import MODEL, PROMPT, Served, WatchedSession, serving, wait_for
 
 # OpenAI has shut its own service down; others speak its API.
@@ -236,6 +236,21 @@ def test_a_video_begins_with_a_picture(tmp_path: Path) -> None:
             prompt=PROMPT, input_reference=red, poll_interval_ms=50, extra_body={**SMALL, "num_inference_steps": 1}
         )
         assert (job.status, job.size) == ("completed", "96x64"), job.error
+
+
+def test_another_family_has_other_sizes_lengths_and_rates(tmp_path: Path) -> None:
+    pipe = build_ltx()
+    session = watched(Session("DIR", pipe, "cpu", {"transformer": pipe.transformer}))
+    with serving(session, tmp_path, warmup=[(64, 64)]) as made:
+        client = made.openai()
+        given: dict[str, Any] = {"prompt": PROMPT, "poll_interval_ms": 50}
+        few = {"num_frames": 17, "num_inference_steps": 2}
+        job: Any = client.videos.create_and_poll(**given, size="96x64", extra_body=few)
+        assert (job.status, job.num_frames, job.fps, job.seconds, job.size) == ("completed", 17, 25, "0.68", "96x64")
+        with pytest.raises(openai.BadRequestError, match="expected multiples of 32"):
+            client.videos.create(prompt=PROMPT, size="80x64")  # type: ignore[arg-type]
+        with pytest.raises(openai.BadRequestError, match="expected a multiple of 8 and one more, such as 17"):
+            client.videos.create(prompt=PROMPT, extra_body={"num_frames": 16})
 
 
 def test_a_video_that_fails_says_why_in_its_job(

@@ -128,3 +128,33 @@ def build_wan(begins_with_a_picture: bool = False) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def build_ltx() -> Any:
+    """A random `LTXPipeline`, as quick as `build_wan`."""
+    import diffusers
+    from transformers import T5Config, T5EncoderModel
+
+    from bench.tiny import _tokenizer
+    from tests.support.zoo import MODELS
+
+    transformer: Any = MODELS["LTXVideo"].build()
+    torch.manual_seed(0)
+    width = transformer.config.caption_channels
+    config = T5Config(vocab_size=4096, d_model=width, d_ff=2 * width, d_kv=8, num_layers=2, num_heads=4)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=transformer.config.in_channels,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    pipe: Any = diffusers.LTXPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.bfloat16().eval(),
+        text_encoder=T5EncoderModel(config).bfloat16().eval(),
+        tokenizer=_tokenizer(),
+        transformer=transformer.bfloat16(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
