@@ -132,7 +132,8 @@ class Session:
         """What the weights of the denoisers are, in short: "FP8", "INT8", "BF16" and so on."""
         parameters = [parameter for module in self.denoisers.values() for parameter in module.parameters()]
         methods = {parameter.scheme.method for parameter in parameters if isinstance(parameter, QuantizedWeight)}
-        return " and ".join(sorted(methods)).upper() or SHORT[parameters[0].dtype]
+        dtype = parameters[0].dtype
+        return " and ".join(sorted(methods)).upper() or SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
     def compile(
         self,

@@ -98,6 +98,7 @@ def test_a_step_cache_and_a_text_encoder_in_fp8_are_told(tmp_path: Path) -> None
     from fp8_compile.cli.main import app
 
     arguments = ["text-to-image", PROMPT, "--inner-backend", "eager", "--output", str(tmp_path / "out.png")]
+    arguments.append("--no-quantization")  # of the transformer
     more = ["--cache", "taylorseer-lite", "--text-encoder-quantization", "fp8"]
     with torch._dynamo.config.patch(recompile_limit=8):  # as it was, afterwards
         done = CliRunner().invoke(app, [*arguments, *more])
