@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import tempfile
@@ -43,7 +44,7 @@ from .protocol import (
     Usage,
     refusal,
 )
-from .videos import add_videos
+from .videos import Videos, add_videos
 
 log = logging.getLogger("fp8_compile.serve")
 
@@ -230,8 +231,14 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
     """
     # A stream ends with its picture, also when the server shuts down.
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=MAX_BODY)
-    images = _Images(engine, settings, store)
+    images, videos = _Images(engine, settings, store), Videos(engine, settings.model, store)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        videos.close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=MAX_BODY, lifespan=lifespan)
     model = Model(id=settings.model, created=int(time.time()))
 
     @app.post("/v1/images/generations")
@@ -254,7 +261,7 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
         headers = {"X-Content-Type-Options": "nosniff"}
         return FileResponse(path, media_type=MEDIA_TYPES[path.suffix[1:]], headers=headers)
 
-    add_videos(app, engine, images.admission, settings.model, store)
+    add_videos(app, videos, images.admission)
 
     @app.get("/v1/models")
     async def models() -> Models:

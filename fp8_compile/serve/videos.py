@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
@@ -67,8 +68,12 @@ class _Job:
         self.status, self.error, self.ended = "failed", error, time.time()
 
 
-class _Videos:
-    """All jobs of a server. In the event loop."""
+class Videos:
+    """All jobs of a server. In the event loop.
+
+    Args:
+        model: its name in answers.
+    """
 
     def __init__(self, engine: AnyEngine, model: str, store: PictureStore) -> None:
         self._engine = engine
@@ -125,6 +130,10 @@ class _Videos:
                 return job
         raise ApiError(404, f"there is no video {name!r} (any more)", "video_id", "not_found")
 
+    def path(self, job: _Job) -> Path | None:
+        """The file of ``job``; None while there is none."""
+        return None if job.status != "completed" or job.file is None else self._store.path(job.file)
+
     def forget(self, job: _Job) -> None:
         """Also where it is still made, which ends after the step that is done now."""
         del self._jobs[job.id]
@@ -132,6 +141,11 @@ class _Videos:
             job.making.cancel()
         if job.file is not None:
             self._store.remove(job.file)
+
+    def close(self) -> None:
+        """Stop what is made: with the server, all jobs are forgotten."""
+        for job in list(self._jobs.values()):
+            self.forget(job)
 
     def shown(self, job: _Job) -> VideoJob:
         """As clients see it."""
@@ -201,16 +215,12 @@ class _Content(BaseModel):
     variant: Literal["video"] = "video"
 
 
-def add_videos(
-    app: FastAPI, engine: AnyEngine, admission: Callable[[], Admission], model: str, store: PictureStore
-) -> None:
+def add_videos(app: FastAPI, videos: Videos, admission: Callable[[], Admission]) -> None:
     """Add the routes of OpenAI's Videos API.
 
     Args:
         admission: raises an `ApiError` where the engine is not ready.
-        model: its name in answers.
     """
-    videos = _Videos(engine, model, store)
 
     @app.post("/v1/videos", max_body_size=MAX_EDIT_BODY)
     async def create(request: Request) -> VideoJob:
@@ -247,8 +257,8 @@ def add_videos(
     async def content(request: Request, name: str) -> Response:
         _parsed(_Content, _Content.model_validate, dict(request.query_params))
         job = videos.one(name, request.state.owner)
-        path = None if job.file is None else store.path(job.file)
-        if path is None or job.status != "completed":
+        path = videos.path(job)
+        if path is None:
             reason = "it failed" if job.error is not None else f"it is {job.status}"
             raise ApiError(409, f"video {name!r} has no content: {reason}", "video_id", "no_content")
         return FileResponse(path, media_type=MEDIA_TYPES["mp4"], headers={"X-Content-Type-Options": "nosniff"})

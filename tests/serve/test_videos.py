@@ -59,6 +59,17 @@ def client(videos: Served) -> OpenAI:
     return videos.openai()
 
 
+def slow(arguments: dict[str, Any]) -> None:
+    """A `WatchedSession.before_call`: each step takes a while."""
+    own = arguments["callback_on_step_end"]
+
+    def step(*args: Any) -> Any:
+        time.sleep(0.05)
+        return own(*args)
+
+    arguments["callback_on_step_end"] = step
+
+
 def create(videos: Served, **fields: Any) -> httpx.Response:
     return httpx.post(f"{videos.url}/v1/videos", json={"prompt": PROMPT, "size": "64x64", **SMALL, **fields})
 
@@ -97,15 +108,6 @@ def test_a_video_is_made_downloaded_and_deleted(
 def test_progress_goes_by_steps_and_a_deleted_job_stops_after_its_step(
     videos: Served, client: OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(arguments: dict[str, Any]) -> None:
-        own = arguments["callback_on_step_end"]
-
-        def step(*args: Any) -> Any:
-            time.sleep(0.05)
-            return own(*args)
-
-        arguments["callback_on_step_end"] = step
-
     monkeypatch.setattr(WatchedSession, "before_call", slow)
     first, second = create(videos, num_inference_steps=40).json(), create(videos).json()
     assert (first["status"], second["status"]) == ("queued", "queued")
@@ -300,6 +302,29 @@ def test_a_job_expires_with_its_file_and_is_its_keys_own(videos: Served, wan: Wa
 
     asyncio.run(talk())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_ends_does_not_finish_what_nobody_can_fetch(
+    wan: WatchedSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WatchedSession, "before_call", slow)
+    with serving(wan, tmp_path, warmup=[(64, 64)], grace=60) as ending:
+        jobs = [create(ending, num_inference_steps=100).json()["id"] for _ in range(2)]
+        wait_for(lambda: ending.openai().videos.retrieve(jobs[0]).status == "in_progress")
+        start = time.monotonic()
+    assert time.monotonic() - start < 3
+
+
+def test_a_file_that_cannot_be_stored_fails_its_job(videos: Served, client: OpenAI) -> None:
+    moved = videos.store.rename(videos.store.with_name("moved"))
+    try:
+        made = client.videos.poll(create(videos).json()["id"], poll_interval_ms=20)
+    finally:
+        moved.rename(videos.store)
+    assert made.error is not None
+    assert (made.status, made.error.code) == ("failed", "store_failed")
+    assert "FileNotFoundError; the server's log tells more" in made.error.message
+    client.videos.delete(made.id)
 
 
 def test_pictures_of_a_video_pipeline_and_videos_of_a_picture_pipeline(videos: Served, served: Served) -> None:
