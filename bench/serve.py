@@ -8,12 +8,22 @@ with the same call of the pipeline without a server, so that a slow moment of th
 The least of many was disturbed least; the medians and quartiles are printed beside it.
 
 The call ends with an encoded PNG, as the answer does, so that the difference is HTTP, JSON, base64 and the change of
-threads. Then a closed loop: ``--clients`` clients, each of which asks again as soon as it has its picture, with
-batches and without. Latencies are over all requests of such a loop; pictures per second are over the whole of it.
+threads. Then, with batches and without:
+
+- a closed loop: ``--clients`` clients, each of which asks again as soon as it has its picture. Latencies are over all
+  requests of such a loop; pictures per second are over the whole of it, which is what the server can do. With and
+  without batches in turn, so that a slow moment of the machine meets both.
+- an open loop for each of ``--rates``: requests arrive as a Poisson process, at times that are drawn before, from
+  ``--seed``, the same for all kinds of weights. A client that waits for its answer keeps no other from asking, and a
+  latency counts from when the request should have been sent, not from when it was, so that a server that stalls is
+  charged for all who would have come meanwhile. Above what the server can do, latencies grow for as long as the loop
+  lasts, until its queue refuses requests (429), which are counted apart.
 """
 
 from __future__ import annotations
 
+import asyncio
+import random
 import sys
 import tempfile
 import threading
@@ -27,6 +37,7 @@ from typing import Any
 from .common import Spread, interleave, parser, table, write
 
 TARGET = 0.03
+TURNS = 3
 PROMPT = "a red circle on a white background"
 
 
@@ -78,14 +89,28 @@ class Running:
         encoded(image, "png", None)
         return time.perf_counter() - start
 
-    def loop(self, clients: int, requests: int, steps: int) -> dict[str, Any]:
-        """``requests`` requests of ``clients`` clients that are never idle."""
+    def set_batch(self, pictures: int) -> None:
+        """Draw so many together from now on, while nobody waits."""
+        self.engine.max_batch = pictures
+        self.request(0, 2)  # which the engine already waits for as it was told before
+
+    def closed_loop(self, clients: int, requests: int, steps: int) -> tuple[list[float], float]:
+        """Latencies of ``requests`` requests of ``clients`` clients that are never idle, and seconds of the whole."""
         start = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            seconds = sorted(pool.map(lambda seed: self.request(seed, steps), range(requests)))
-        whole = time.perf_counter() - start
-        percentiles = {f"p{p}": seconds[min(len(seconds) - 1, len(seconds) * p // 100)] for p in (50, 90, 99)}
-        return {"clients": clients, "requests": requests, "pictures_per_s": requests / whole, **percentiles}
+            seconds = list(pool.map(lambda seed: self.request(seed, steps), range(requests)))
+        return seconds, time.perf_counter() - start
+
+    def open_loop(self, arrivals: Sequence[float], steps: int) -> dict[str, Any]:
+        """A request at each of ``arrivals``, seconds from the beginning, whatever became of the others."""
+        seconds, late, refused = asyncio.run(send(str(self._client.base_url), arrivals, steps))
+        return {
+            "requests": len(arrivals),
+            "rate": len(arrivals) / arrivals[-1],
+            "refused": refused,
+            "sent_late_at_most": max(late),
+            **percentiles(sorted(seconds)),
+        }
 
     def close(self) -> None:
         self._server.should_exit = True
@@ -94,40 +119,110 @@ class Running:
         self._client.close()
 
 
+async def send(address: str, arrivals: Sequence[float], steps: int) -> tuple[list[float], list[float], int]:
+    """Ask for a picture at each of ``arrivals``.
+
+    Returns:
+        Latencies of what was answered, how late each request was sent, in seconds, and how many were refused.
+    """
+    import httpx
+
+    async def one(client: httpx.AsyncClient, seed: int, due: float) -> tuple[float, float, int]:
+        await asyncio.sleep(due - time.perf_counter())
+        body = {"prompt": PROMPT, "seed": seed, "num_inference_steps": steps}
+        sent = time.perf_counter()
+        answer = await client.post("/v1/images/generations", json=body)
+        if answer.status_code != 429:
+            answer.raise_for_status()
+        return time.perf_counter() - due, sent - due, answer.status_code
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+        start = time.perf_counter() + 0.1
+        done = await asyncio.gather(*(one(client, seed, start + due) for seed, due in enumerate(arrivals)))
+    answered = [latency for latency, _, status in done if status == 200]
+    return answered, [late for _, late, _ in done], len(done) - len(answered)
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Of sorted ``seconds``."""
+    return {f"p{p}": seconds[min(len(seconds) - 1, len(seconds) * p // 100)] for p in (50, 90, 99)}
+
+
+def poisson(rate: float, count: int, seed: int) -> list[float]:
+    """When ``count`` requests arrive, ``rate`` a second on average; the same for the same ``seed``."""
+    generator, now, times = random.Random(seed), 0.0, []
+    for _ in range(count):
+        now += generator.expovariate(rate)
+        times.append(now)
+    return times
+
+
 def measure(given: Any, fp8: bool) -> dict[str, Any]:
     """All figures of one kind of weights."""
-    import torch
-
-    loops = []
-    times: dict[str, list[float]] = {}
-    for max_batch in (1, given.max_batch):
-        with tempfile.TemporaryDirectory() as folder:
-            running = Running(given.model, fp8, max_batch, given.inner_backend, Path(folder))
-            try:
-                if max_batch == 1:
-                    call, request = partial(running.call, given.steps), partial(running.request, 0, given.steps)
-                    times = interleave({"call": call, "request": request}, given.rounds)
-                loops.append({"max_batch": max_batch, **running.loop(given.clients, given.requests, given.steps)})
-            finally:
-                running.close()
-        torch.compiler.reset()
+    batches = (1, given.max_batch)
+    closed: dict[int, tuple[list[float], list[float]]] = {batch: ([], []) for batch in batches}
+    open_loops = []
+    with tempfile.TemporaryDirectory() as folder:
+        running = Running(given.model, fp8, given.max_batch, given.inner_backend, Path(folder))
+        try:
+            call, request = partial(running.call, given.steps), partial(running.request, 0, given.steps)
+            times = interleave({"call": call, "request": request}, given.rounds)
+            for _ in range(TURNS):
+                for batch, (latencies, wholes) in closed.items():
+                    running.set_batch(batch)
+                    seconds, whole = running.closed_loop(given.clients, given.requests // TURNS, given.steps)
+                    latencies += seconds
+                    wholes.append(whole)
+            for rate in given.rates:
+                arrivals = poisson(rate, given.requests, given.seed)
+                for batch in batches:
+                    running.set_batch(batch)
+                    found = running.open_loop(arrivals, given.steps)
+                    open_loops.append({"max_batch": batch, "asked_rate": rate, **found})
+        finally:
+            running.close()
     spreads = {name: Spread.of(values) for name, values in times.items()}
     overhead = spreads["request"].least / spreads["call"].least - 1
-    return {"alone": spreads, "overhead": overhead, "met": overhead <= TARGET, "loops": loops}
+    loops = [
+        {
+            "max_batch": batch,
+            "clients": given.clients,
+            "requests": len(latencies),
+            "pictures_per_s": len(latencies) / sum(wholes),
+            **percentiles(sorted(latencies)),
+        }
+        for batch, (latencies, wholes) in closed.items()
+    ]
+    return {
+        "alone": spreads,
+        "overhead": overhead,
+        "met": overhead <= TARGET,
+        "loops": loops,
+        "gain_of_batches": loops[1]["pictures_per_s"] / loops[0]["pictures_per_s"],
+        "open_loops": open_loops,
+    }
 
 
 def show(results: dict[str, Any]) -> str:
-    rows, verdicts = [], []
+    rows, open_rows, verdicts = [], [], []
     for name, found in results["weights"].items():
         for loop in found["loops"]:
             cells = [f"{loop[key]:.2f}" for key in ("pictures_per_s", "p50", "p90", "p99")]
             rows.append([name, str(loop["clients"]), str(loop["max_batch"]), *cells])
+        for loop in found["open_loops"]:
+            cells = [f"{loop[key]:.2f}" for key in ("asked_rate", "rate", "p50", "p90", "p99")]
+            open_rows.append([name, str(loop["max_batch"]), *cells, str(loop["refused"])])
         alone = found["alone"]
         times = ", ".join(f"a {n} {t.text(1000, 1)} ms, least {1000 * t.least:.1f}" for n, t in alone.items())
         verdict = "within" if found["met"] else "NOT within"
-        verdicts.append(f"{name}: {times}; overhead {100 * found['overhead']:.1f} %, {verdict} {100 * TARGET:g} %")
+        verdicts.append(
+            f"{name}: {times}; overhead {100 * found['overhead']:.1f} %, {verdict} {100 * TARGET:g} %; batches draw "
+            f"{found['gain_of_batches']:.2f} times as many pictures a second"
+        )
     header = ["weights", "clients", "batches of", "pictures/s", "p50 s", "p90 s", "p99 s"]
-    return table(header, rows) + "\n" + "\n".join(verdicts)
+    open_header = ["weights", "batches of", "asked/s", "came/s", "p50 s", "p90 s", "p99 s", "refused"]
+    return "\n".join([table(header, rows), "", table(open_header, open_rows), *verdicts])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--clients", type=int, default=8)
     p.add_argument("--requests", type=int, default=64)
     p.add_argument("--rounds", type=int, default=20)
+    p.add_argument("--rates", type=float, nargs="*", default=[1, 2, 4, 8], help="requests a second in open loops")
+    p.add_argument("--seed", type=int, default=0, help="of the times of arrival")
     p.add_argument("--max-batch", type=int, default=4)
     p.add_argument("--inner-backend", default="inductor")
     given = p.parse_args(arguments)

@@ -45,6 +45,22 @@ IgnoredLayers = Annotated[
 ]
 
 
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        help="A step cache of diffusers', with its defaults: first-block, pyramid, sea, taylorseer or taylorseer-lite. "
+        "Default: none."
+    ),
+]
+TextEncoderQuantization = Annotated[
+    str | None,
+    typer.Option(
+        help="Method for the weights of the text encoders, such as fp8, but for what their recipes keep. It saves "
+        "memory, not time. Default: as they are."
+    ),
+]
+
+
 def parse_patterns(ignored_layers: Sequence[str] | None) -> tuple[list[str], bool]:
     """The patterns of ``--ignored-layers``, and whether it was given at all: "none" is a choice without patterns."""
     patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]

@@ -65,6 +65,8 @@ def batch(
 
         engine = Engine(load, drawn_first, settings.max_batch, on_progress=on_progress)
         engine.start().result()
+        if engine.abilities.rules.makes_videos:
+            fail(f"{model} makes videos; this command draws pictures")
         usual = drawn_first[0] if drawn_first else None
         limits = Limits((), settings.max_pixels, settings.max_steps)
         admission = Admission(engine.abilities, model, limits, usual, settings.steps)

@@ -12,9 +12,11 @@ import typer
 
 from .arguments import (
     QUANTIZING,
+    Cache,
     CompileSettings,
     IgnoredLayers,
     NoQuantization,
+    TextEncoderQuantization,
     check_no_quantization,
     parse_patterns,
 )
@@ -39,13 +41,27 @@ class EngineSettings(CompileSettings):
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A LoRA file that requests may name; repeat it."),
     ] = None
+    max_loras: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Adapters that one picture may use; each costs time, used or not. Default: 2, or 1 with one --lora.",
+        ),
+    ] = None
+    cache: Cache = None
+    text_encoder_quantization: TextEncoderQuantization = None
     max_pixels: Annotated[int, typer.Option(min=256, help="Of a picture, without --sizes.")] = 4 * 1024 * 1024
+    max_frames: Annotated[int, typer.Option(min=2, help="Of a video.")] = 257
     max_steps: Annotated[int, typer.Option(min=1, help="That a request may ask for.")] = 100
     # With guidance, twice as many rows: below those that count as tokens (`fp8_compile.passes.graphs`).
     max_batch: Annotated[int, typer.Option(min=1, max=15, help="Pictures drawn together; 1: each alone.")] = 4
     compile_cache: Annotated[
         Path | None, typer.Option(help="Compiled code to start with: the folder of fp8-diffusion compile --output.")
     ] = None
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Hold the unquantized transformer beside it, which requests may ask for."),
+    ] = False
     no_quantization: NoQuantization = False
     ignored_layers: IgnoredLayers = None
 
@@ -58,23 +74,46 @@ class EngineSettings(CompileSettings):
         """
         if self.no_quantization:
             check_no_quantization(context, QUANTIZING)
+            if self.compare:
+                fail("--compare and --no-quantization exclude each other; leave one out")
         if self.activation_scheme == "static":
             fail("--activation-scheme static: this command takes no scales; serve weights that were saved with theirs")
+        check_additions(self.cache, self.text_encoder_quantization)
         patterns, chosen = parse_patterns(self.ignored_layers)
         chosen = chosen or self.layers is not None
         options = self.options(patterns if chosen else default_patterns(model))
         adapters = _loras(self.lora)
+        if self.max_loras is not None and self.max_loras > len(adapters):
+            fail(f"--max-loras {self.max_loras}: there are {len(adapters)} adapters (--lora)")
 
         def load() -> Session:
             from ..pipelines.adapters import Adapters
             from ..pipelines.session import Session
 
             at_load = None if self.no_quantization else {**options, "strict": True}
-            session = Session.load(model, self.dtype, self.device, quantized=not self.no_quantization, at_load=at_load)
+            session = Session.load(
+                model,
+                self.dtype,
+                self.device,
+                quantized=not self.no_quantization,
+                at_load=at_load,
+                cache=self.cache,
+                text_encoders=self.text_encoder_quantization,
+            )
+            tell_additions(session)
+            if session.rules.makes_videos:
+                require("imageio", "imageio_ffmpeg", extra="serve,video")
             if self.compile_cache is not None:
                 tell_loaded(self.compile_cache, session.device)
+            twin = session.unquantized_twin() if self.compare else None
             if adapters:
-                session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters))
+                session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters, self.max_loras or 2))
+            if twin is not None:
+                tell_twin(session, twin)
+                if adapters:
+                    twin = dataclasses.replace(twin, adapters=Adapters(twin.pipe, adapters, self.max_loras or 2))
+                twin.compile_unquantized(self.inner_backend, self.compile_mode, dynamic=True)
+                session = dataclasses.replace(session, twin=twin)
             if self.no_quantization:
                 session.compile_unquantized(self.inner_backend, self.compile_mode, dynamic=True)
             else:
@@ -103,6 +142,45 @@ def tell_kept(session: Session) -> None:
         kept = ", ".join(patterns)
         rest = f"keeps {kept}; --ignored-layers none converts everything" if patterns else "keeps nothing"
         tell(f"{type(module).__name__}: {rest}")
+
+
+def check_additions(cache: str | None, text_encoders: str | None) -> None:
+    """Refuse, before anything is loaded, what no pipeline can have.
+
+    Raises:
+        OptionError: there is no such cache, or no such method.
+    """
+    from ..checks import parse_options
+    from ..pipelines.caches import check_cache
+
+    if cache is not None:
+        check_cache(cache)
+    if text_encoders is not None:
+        parse_options({"method": text_encoders})
+
+
+def tell_additions(session: Session) -> None:
+    """Say which step cache is on, and what became of the text encoders."""
+    if session.cache is not None:
+        tell(f"step cache {session.cache}: steps that change little are not computed in full")
+    for encoder in session.text_encoders:
+        before, after = encoder.bytes_before / 1e6, encoder.bytes_after / 1e6
+        if encoder.reason is not None:
+            tell(f"{encoder.name} ({encoder.kind}): stays as it is, {before:.1f} MB; {encoder.reason}")
+        else:
+            tell(
+                f"{encoder.name} ({encoder.kind}): {encoder.weights} weights quantized, {before:.1f} MB -> "
+                f"{after:.1f} MB, which saves {before - after:.1f} MB"
+            )
+
+
+def tell_twin(session: Session, twin: Session) -> None:
+    """Say what the twin needs beside the session."""
+    size, more = (sum(p.nbytes for m in each.denoisers.values() for p in m.parameters()) for each in (session, twin))
+    tell(
+        f"--compare: the transformer in {twin.weights}, {more / 1e6:.1f} MB, beside the one in {session.weights}, "
+        f"{size / 1e6:.1f} MB"
+    )
 
 
 def tell_loaded(cache: Path, device: str) -> None:

@@ -1,4 +1,4 @@
-"""``fp8-diffusion serve``: an image server that speaks OpenAI's Images API."""
+"""``fp8-diffusion serve``: a server that speaks OpenAI's Images and Videos APIs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def serve(
         int | None, typer.Option(min=1, help="With --ray, workers at most, as more is asked for. Default: --replicas.")
     ] = None,
 ) -> None:
-    """Serve pictures over OpenAI's Images API."""
+    """Serve pictures over OpenAI's Images API, or videos over its Videos API."""
     require("fastapi", "prometheus_client", "python_multipart", "sse_starlette", "uvicorn")
 
     from rich.console import Console
@@ -72,7 +72,7 @@ def serve(
     served, drawn_first = parse_sizes("--sizes", sizes), parse_sizes("--warmup", settings.warmup)
     warmup = drawn_first or served
     usual = drawn_first[0] if drawn_first else None
-    limits = Limits(served, settings.max_pixels, settings.max_steps)
+    limits = Limits(served, settings.max_pixels, settings.max_steps, settings.max_frames)
     answering = ServerSettings(name or model, keys, limits, usual, settings.steps, deadline)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     if on_ray:

@@ -9,16 +9,19 @@ import typer
 
 from .arguments import (
     QUANTIZING,
+    Cache,
     IgnoredLayers,
     NoQuantization,
     Seed,
     Settings,
+    TextEncoderQuantization,
     Whole,
     check_no_quantization,
     parse_patterns,
     with_options,
 )
-from .messages import check_picture, errors_as_messages, tell
+from .engine_settings import check_additions, tell_additions
+from .messages import check_picture, errors_as_messages, fail, tell
 
 if TYPE_CHECKING:
     from ..pipelines.session import Session
@@ -39,6 +42,8 @@ def text_to_image(
     activation_scales: Annotated[
         Path | None, typer.Option(help="Of static activations: a file that a calibration was saved to.")
     ] = None,
+    cache: Cache = None,
+    text_encoder_quantization: TextEncoderQuantization = None,
     whole: Whole = False,
     show_layers: Annotated[bool, typer.Option("--show-layers", help="End with the decision on every layer.")] = False,
 ) -> None:
@@ -53,7 +58,23 @@ def text_to_image(
 
     patterns, chosen = parse_patterns(ignored_layers)
     options = settings.options(patterns)
-    session = Session.load(settings.model, settings.dtype, settings.device, quantized=not no_quantization)
+    check_additions(cache, text_encoder_quantization)
+    session = Session.load(
+        settings.model,
+        settings.dtype,
+        settings.device,
+        quantized=not no_quantization,
+        cache=cache,
+        text_encoders=text_encoder_quantization,
+    )
+    if session.rules.makes_videos:
+        fail(f"{settings.model} makes videos; fp8-diffusion serve answers requests for them")
+    tell_additions(session)
+    if cache is not None:
+        import torch
+
+        # A cache makes a graph for each state that it comes to; beyond the limit, blocks would run as written.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     arguments = session.arguments(prompt=prompt, **settings.call())
     if no_quantization:
         session.compile_unquantized(settings.inner_backend, settings.compile_mode, whole)

@@ -39,6 +39,11 @@ class CallRules:
     defaults: Mapping[str, Any]
     unguided: str | None
 
+    @property
+    def makes_videos(self) -> bool:
+        """Whether the pipeline makes videos of so many frames as it is asked for."""
+        return "num_frames" in self.defaults
+
     def arguments(self, **given: Any) -> dict[str, Any]:
         """Arguments for `Session.call`: those of ``given`` that are not None, over the embedded pipelines' own.
 

@@ -28,7 +28,9 @@ class Previews:
     def __init__(self, pipe: Any) -> None:
         self._twin = copy.copy(pipe)
         name = type(pipe).__name__
-        self._twin.__class__ = type(name, (type(pipe),), {"interrupt": property(lambda _: True)})
+        # The end of a call would offload the modules, and let a step cache forget its steps.
+        parts = {"interrupt": property(lambda _: True), "maybe_free_model_hooks": lambda _: None}
+        self._twin.__class__ = type(name, (type(pipe),), parts)
         self._twin.scheduler = copy.deepcopy(pipe.scheduler)
 
     def refusal(self) -> str | None:

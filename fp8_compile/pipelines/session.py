@@ -24,11 +24,15 @@ from ..options import KEEP, expanded
 from ..quantize import quantize_
 from ..recipes import recommended
 from ..report import Report, report
+from ..weights.quantized_weight import QuantizedWeight
 from .adapters import Adapters
+from .caches import check_cache, enable_cache, reset_caches
 from .call_rules import CallError, CallRules
 from .denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps
+from .text_encoders import EncoderRecord, quantize_text_encoders
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SHORT = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,10 @@ class Session:
     Attributes:
         model: the directory or hub name that it was loaded from, or an embedded pipeline such as "embedded:qwen-image".
         denoisers: the modules of ``pipe`` that are compiled, by their names in it.
-        adapters: of LoRA, one of which a call may use.
+        adapters: of LoRA, some of which a call may use.
+        cache: of steps, a key of `CACHES`.
+        text_encoders: what became of them, if they were to be quantized.
+        twin: the same pipeline with its weights as they are, to compare with; see `unquantized_twin`.
     """
 
     model: str
@@ -46,6 +53,9 @@ class Session:
     device: str
     denoisers: dict[str, nn.Module]
     adapters: Adapters | None = None
+    cache: str | None = None
+    text_encoders: tuple[EncoderRecord, ...] = ()
+    twin: Session | None = None
 
     @classmethod
     def load(
@@ -55,6 +65,8 @@ class Session:
         device: str | None = None,
         quantized: bool = True,
         at_load: Mapping[str, Any] | None = None,
+        cache: str | None = None,
+        text_encoders: str | None = None,
     ) -> Session:
         """Load a pipeline onto its device.
 
@@ -65,26 +77,29 @@ class Session:
             quantized: its weights shall become FP8.
             at_load: options of `quantize_`: the denoisers are converted on their way to the device, which never holds
                 their unquantized weights. Those that are quantized already stay so. None: nothing is converted.
+            cache: give the denoisers this step cache, a key of `CACHES`.
+            text_encoders: a method of quantization; see `quantize_text_encoders`.
 
         Raises:
             OptionError: ``dtype`` or an option is not valid, or there is no embedded pipeline of that name.
-            PipelineError: the pipeline cannot be loaded, or has nothing to compile.
+            PipelineError: the pipeline cannot be loaded, has nothing to compile, or cannot have the cache, or no text
+                encoder of it can be quantized.
         """
         if dtype not in DTYPES:
             raise OptionError(f"dtype={dtype!r} is not valid; valid: {', '.join(DTYPES)}")
-        if dtype == "float32" and quantized:
+        if dtype == "float32" and (quantized or text_encoders is not None):
             raise OptionError("dtype='float32': FP8 replaces bfloat16 and float16 weights; use one of those")
+        if cache is not None:
+            check_cache(cache)
+        if text_encoders is not None:
+            parse_options({"method": text_encoders})
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        embedded = embedded_name(model)
-        # As text: not every release of diffusers takes a Path.
-        source = model if embedded is None else str(default_pipeline_dir(embedded))
-
-        import diffusers
-
-        loader: Any = diffusers.DiffusionPipeline
         try:
-            pipe = loader.from_pretrained(source, dtype=DTYPES[dtype])
+            pipe = _pipeline(model, DTYPES[dtype])
             denoisers = denoisers_of(pipe)
+            if cache is not None:
+                enable_cache(cache, pipe, denoisers)
+            records = () if text_encoders is None else quantize_text_encoders(pipe, text_encoders, device)
             for module in denoisers.values() if at_load is not None else ():
                 if not has_fp8_weights(module):
                     quantize_(module, at_load, device)
@@ -93,7 +108,32 @@ class Session:
             raise
         except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: there is no such device
             raise PipelineError(f"model={model!r} could not be loaded on device={device!r}: {error}") from error
-        return cls(model, pipe, device, denoisers)
+        return cls(model, pipe, device, denoisers, cache=cache, text_encoders=records)
+
+    def unquantized_twin(self) -> Session:
+        """The same pipeline with its weights as they are, from the same place. What is not quantized is shared.
+
+        Raises:
+            PipelineError: the weights are quantized there already.
+        """
+        others = {record.name for record in self.text_encoders if record.weights}
+        own = {*self.denoisers, *others, "scheduler"}  # the last: it counts the steps of a call
+        shared = {name: part for name, part in self.pipe.components.items() if name not in own and part is not None}
+        pipe = _pipeline(self.model, next(iter(self.denoisers.values())).dtype, **shared)  # type: ignore[arg-type]
+        denoisers = denoisers_of(pipe)
+        self._check_unquantized(denoisers)
+        if self.cache is not None:
+            enable_cache(self.cache, pipe, denoisers)
+        pipe.to(self.device)
+        return Session(self.model, pipe, self.device, denoisers, cache=self.cache)
+
+    @property
+    def weights(self) -> str:
+        """What the weights of the denoisers are, in short: "FP8", "INT8", "BF16" and so on."""
+        parameters = [parameter for module in self.denoisers.values() for parameter in module.parameters()]
+        methods = {parameter.scheme.method for parameter in parameters if isinstance(parameter, QuantizedWeight)}
+        dtype = parameters[0].dtype
+        return " and ".join(sorted(methods)).upper() or SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
     def compile(
         self,
@@ -119,9 +159,8 @@ class Session:
                 keep = [*expanded(parsed.ignored_layers, recommended(module))]
                 keep += [pattern for pattern, entry in parsed.layers.items() if entry == KEEP]
                 scales = {"activation_scales": calibration.scales(module, name=known, ignored_layers=keep)}
-            self._compile(
-                module, whole, marked, backend="fp8_diffusion", options={**options, **scales}, dynamic=dynamic
-            )
+            arguments: dict[str, Any] = {"options": {**options, **scales}, "dynamic": dynamic}
+            self._compile(module, whole, marked, backend="fp8_diffusion", **arguments)
 
     def compile_unquantized(
         self,
@@ -135,26 +174,29 @@ class Session:
         Raises:
             PipelineError: a denoiser has FP8 weights.
         """
-        for name, module in self.denoisers.items():
+        self._check_unquantized(self.denoisers)
+        for module in self.denoisers.values():
+            self._compile(module, whole, marked=mode is not None, backend=inner_backend, mode=mode, dynamic=dynamic)
+
+    def _check_unquantized(self, denoisers: Mapping[str, nn.Module]) -> None:
+        for name, module in denoisers.items():
             if has_fp8_weights(module):
                 raise PipelineError(
                     f"the {name} of model={self.model!r} has FP8 weights, so it has no unquantized twin; load it in "
                     "bfloat16 or float16"
                 )
-        for module in self.denoisers.values():
-            self._compile(module, whole, marked=mode is not None, backend=inner_backend, mode=mode, dynamic=dynamic)
 
-    @staticmethod
-    def _compile(module: nn.Module, whole: bool, marked: bool, **arguments: Any) -> None:
+    def _compile(self, module: nn.Module, whole: bool, marked: bool, **arguments: Any) -> None:
         """``marked``: there may be CUDA graphs, so `mark_steps`."""
+        arguments["fullgraph"] = self.cache is None  # most caches decide in Python what to skip
         # Block by block where the model names its blocks: compiled once, run by all of them.
         if whole or not getattr(module, "_repeated_blocks", None):
-            module.compile(fullgraph=True, **arguments)
+            module.compile(**arguments)
             return
         if marked:
             mark_steps([module])
         compile_blocks: Any = module.compile_repeated_blocks
-        compile_blocks(fullgraph=True, **arguments)
+        compile_blocks(**arguments)
 
     @property
     def rules(self) -> CallRules:
@@ -177,12 +219,36 @@ class Session:
         """
         return self.rules.arguments(**given)
 
+    @property
+    def pixel_multiple(self) -> int:
+        """Of which width and height must be multiples: a patch of the denoiser, in pixels."""
+        if not self.rules.makes_videos:
+            return 2 * int(getattr(self.pipe, "vae_scale_factor", 8))
+        factor = self._of_vae("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
+        return (factor or 8) * self._patch
+
+    @property
+    def frame_multiple(self) -> int | None:
+        """Frames that share a latent one: a video has a multiple of them and one more. None: it is not known."""
+        return self._of_vae("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+
+    def _of_vae(self, *names: str) -> int | None:
+        """A factor, which each family of pipelines calls otherwise."""
+        return next((int(getattr(self.pipe, name)) for name in names if hasattr(self.pipe, name)), None)
+
+    @property
+    def _patch(self) -> int:
+        """Latent pixels on a side of a token."""
+        config: Any = next(iter(self.denoisers.values())).config
+        patch: Any = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
+        return int(patch if isinstance(patch, int) else patch[-1])
+
     def takes(self, argument: str) -> bool:
         """Whether the pipeline's call has an argument of this name."""
         return argument in self.rules.defaults
 
     def tokens(self, latents: Tensor) -> int:
-        """How many tokens the denoiser sees of one picture.
+        """How many tokens the denoiser sees of one picture or video.
 
         Args:
             latents: as ``callback_on_step_end`` gives them: packed, ``(batch, tokens, channels)``, or as the VAE takes
@@ -190,9 +256,7 @@ class Session:
         """
         if latents.dim() == 3:
             return latents.shape[1]
-        config: Any = next(iter(self.denoisers.values())).config
-        patch: Any = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", 1)
-        return latents[0, 0].numel() // int(patch if isinstance(patch, int) else patch[-1]) ** 2
+        return latents[0, 0].numel() // self._patch**2
 
     def call(self, seed: int | Sequence[int], **arguments: Any) -> Any:
         """What the pipeline returns for ``arguments``.
@@ -207,6 +271,8 @@ class Session:
         """
         if not self.takes("callback_on_step_end"):
             arguments.pop("callback_on_step_end", None)
+        if self.cache is not None:
+            reset_caches(self.denoisers)
         seeds = [seed] if isinstance(seed, int) else seed
         generators = [torch.Generator("cpu").manual_seed(each) for each in seeds]
         try:
@@ -245,6 +311,17 @@ class Session:
             reasons = sorted({row.reason for r in found.values() for row in r.layers})
             raise NothingConvertedError(f"no layer of the model was quantized: {'; '.join(reasons)}")
         return found
+
+
+def _pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
+    """The pipeline of `Session.model`, in the memory of the CPU, with ``components`` instead of its own."""
+    import diffusers
+
+    embedded = embedded_name(model)
+    # As text: not every release of diffusers takes a Path.
+    source = model if embedded is None else str(default_pipeline_dir(embedded))
+    loader: Any = diffusers.DiffusionPipeline
+    return loader.from_pretrained(source, dtype=dtype, **components)
 
 
 class _Stop(Exception):

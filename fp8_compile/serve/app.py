@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -23,23 +24,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from ..pipelines.call_rules import CallError
 from .admission import Admission, Admitted, Limits
-from .edits import MAX_PICTURES_GIVEN, Edit, read_form
-from .engine import (
-    AnyEngine,
-    Engine,
-    EngineError,
-    Event,
-    Failed,
-    NotFiniteError,
-    OutOfMemoryError,
-    Picture,
-    Preview,
-    QueueFullError,
-    Ticket,
-    UnavailableError,
-)
+from .edits import MAX_PICTURES_GIVEN, Edit, read_edit
+from .engine import AnyEngine, Engine, EngineError, Picture, Preview, Ticket, UnavailableError
+from .events import Events, api_error
 from .guard import MAX_BODY, MAX_EDIT_BODY, Guard, too_large
 from .pictures import MEDIA_TYPES, PictureStore, encoded
 from .protocol import (
@@ -52,13 +40,13 @@ from .protocol import (
     Models,
     PartialImageEvent,
     PictureRequest,
+    State,
     Usage,
     refusal,
 )
+from .videos import Videos, add_videos
 
 log = logging.getLogger("fp8_compile.serve")
-
-T = TypeVar("T")
 
 PAGE_MAY = (
     "default-src 'none'; img-src data:; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -90,56 +78,6 @@ class ServerSettings:
     deadline: float = 600.0
 
 
-class _Events:
-    """The events of a ticket, from the engine's thread to the event loop."""
-
-    def __init__(self, deadline: float) -> None:
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._deadline = deadline
-        self._until = self._loop.time() + deadline
-
-    def put(self, event: Event) -> None:
-        """Called by the engine."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
-
-    async def in_time(self, awaited: Awaitable[T]) -> T:
-        """What ``awaited`` gives before the deadline.
-
-        Raises:
-            ApiError: it does not come in time.
-        """
-        try:
-            async with asyncio.timeout_at(self._until):
-                return await awaited
-        except TimeoutError:
-            message = f"not done after {self._deadline:g} s, the deadline of this server"
-            raise ApiError(504, message, code="deadline_exceeded") from None
-
-    async def next(self) -> Preview | Picture:
-        """The next event.
-
-        Raises:
-            ApiError: it is a failure, or does not come in time.
-        """
-        event = await self.in_time(self._queue.get())
-        if isinstance(event, Failed):
-            raise _api_error(event.error)
-        return event
-
-
-def _api_error(error: Exception) -> ApiError:
-    """What the engine raised, as an answer."""
-    if isinstance(error, CallError):
-        return ApiError(400, str(error), error.argument, "invalid_value")
-    if isinstance(error, QueueFullError):
-        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
-    if isinstance(error, UnavailableError):
-        return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
-    codes: dict[type[Exception], str] = {OutOfMemoryError: "out_of_memory", NotFiniteError: "not_finite"}
-    return ApiError(500, str(error), code=codes.get(type(error), "drawing_failed"))
-
-
 class _Images:
     """Answers requests for pictures."""
 
@@ -149,22 +87,31 @@ class _Images:
         self._store = store
         self._admission: Admission | None = None
 
-    async def answer(self, request: Request, body: PictureRequest, edit: Edit | None = None) -> Response:
-        """Draw what ``body`` asks for, for as long as the client waits."""
+    def admission(self) -> Admission:
+        """What the engine's pipeline can be asked for.
+
+        Raises:
+            ApiError: it is not ready.
+        """
         if not self._engine.ready:
-            raise _api_error(UnavailableError("the server is not ready"))
+            raise api_error(UnavailableError("the server is not ready"))
         if self._admission is None:
             settings = self._settings
             self._admission = Admission(
                 self._engine.abilities, settings.model, settings.limits, settings.usual_size, settings.steps
             )
+        return self._admission
+
+    async def answer(self, request: Request, body: PictureRequest, edit: Edit | None = None) -> Response:
+        """Draw what ``body`` asks for, for as long as the client waits."""
+        admission = self.admission()
         given = ((), None) if edit is None else (edit.images, edit.mask)
-        admitted = await run_in_threadpool(self._admission.admit, body, request.state.client, *given)
-        events = _Events(self._settings.deadline)
+        admitted = await run_in_threadpool(admission.admit, body, request.state.client, *given)
+        events = Events(self._settings.deadline)
         try:
             ticket = await events.in_time(self._engine.accept(admitted.order, events.put))
         except EngineError as error:
-            raise _api_error(error) from error
+            raise api_error(error) from error
         if body.stream:
             stream = self._stream("image_generation" if edit is None else "image_edit", admitted, ticket, events)
 
@@ -185,7 +132,7 @@ class _Images:
             leaving.cancel()
         return await self._whole(request, body, admitted, pictures)
 
-    async def _pictures(self, admitted: Admitted, events: _Events) -> list[Picture]:
+    async def _pictures(self, admitted: Admitted, events: Events) -> list[Picture]:
         pictures: list[Picture] = []
         while len(pictures) < len(admitted.order.seeds):
             event = await events.next()
@@ -199,8 +146,9 @@ class _Images:
         data = []
         for picture in pictures:
             content = await run_in_threadpool(encoded, picture.image, admitted.output_format, admitted.compression)
+            drawn: dict[str, Any] = {"seed": picture.seed, "seconds": round(picture.seconds, 4)}
             if body.response_format != "url":
-                data.append(ImageItem(seed=picture.seed, b64_json=_base64(content)))
+                data.append(ImageItem(b64_json=_base64(content), **drawn))
                 continue
             try:
                 name = await run_in_threadpool(self._store.put, content, admitted.output_format)
@@ -208,7 +156,7 @@ class _Images:
                 log.exception("a picture could not be stored")
                 message = "the picture could not be stored; ask for response_format='b64_json'"
                 raise ApiError(500, message, "response_format", "store_failed") from error
-            data.append(ImageItem(seed=picture.seed, url=str(request.url_for("picture_file", name=name))))
+            data.append(ImageItem(url=str(request.url_for("picture_file", name=name)), **drawn))
         answer = ImagesResponse(
             created=int(time.time()),
             data=data,
@@ -216,16 +164,18 @@ class _Images:
             quality=admitted.quality,
             size=_size(pictures[0]),
             safety_identifier=admitted.safety_identifier,
+            cache=admitted.cache,
             usage=_usage(admitted, pictures),
         )
         return JSONResponse(answer.model_dump(exclude_none=True))
 
     async def _stream(
-        self, kind: str, admitted: Admitted, ticket: Ticket, events: _Events
+        self, kind: str, admitted: Admitted, ticket: Ticket, events: Events
     ) -> AsyncIterator[ServerSentEvent]:
         try:
             while True:
                 event = await events.next()
+                assert isinstance(event, Preview | Picture)
                 content = await run_in_threadpool(encoded, event.image, admitted.output_format, admitted.compression)
                 common: dict[str, Any] = {
                     "b64_json": _base64(content),
@@ -238,8 +188,10 @@ class _Images:
                     common["type"] = f"{kind}.partial_image"
                     yield _sent(PartialImageEvent(partial_image_index=event.index, **common))
                     continue
-                common |= {"type": f"{kind}.completed", "usage": _usage(admitted, [event]), "seed": event.seed}
-                yield _sent(CompletedEvent(safety_identifier=admitted.safety_identifier, **common))
+                common |= {"type": f"{kind}.completed", "usage": _usage(admitted, [event])}
+                common |= {"seed": event.seed, "seconds": round(event.seconds, 4)}
+                common |= {"safety_identifier": admitted.safety_identifier, "cache": admitted.cache}
+                yield _sent(CompletedEvent(**common))
                 return
         except ApiError as error:
             yield ServerSentEvent(event="error", data=json.dumps(error.body()))
@@ -279,8 +231,14 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
     """
     # A stream ends with its picture, also when the server shuts down.
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=MAX_BODY)
-    images = _Images(engine, settings, store)
+    images, videos = _Images(engine, settings, store), Videos(engine, settings.model, store)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        videos.close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=MAX_BODY, lifespan=lifespan)
     model = Model(id=settings.model, created=int(time.time()))
 
     @app.post("/v1/images/generations")
@@ -292,7 +250,7 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise ApiError(400, "expected a form with files, multipart/form-data", code="invalid_form")
         async with request.form(max_files=MAX_PICTURES_GIVEN + 1, max_part_size=MAX_BODY) as form:
-            edit = await read_form(form)
+            edit = await read_edit(form)
         return await images.answer(request, edit.request, edit)
 
     @app.get("/v1/images/files/{name}", name="picture_file")
@@ -302,6 +260,8 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
             raise ApiError(404, "there is no such picture any more", code="not_found")
         headers = {"X-Content-Type-Options": "nosniff"}
         return FileResponse(path, media_type=MEDIA_TYPES[path.suffix[1:]], headers=headers)
+
+    add_videos(app, videos, images.admission)
 
     @app.get("/v1/models")
     async def models() -> Models:
@@ -319,11 +279,11 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
 
     @app.get("/health")
     async def health() -> Response:
-        return _state(engine.alive, "alive")
+        return _state(engine, engine.alive, "alive")
 
     @app.get("/ready")
     async def ready() -> Response:
-        return _state(engine.ready, "ready")
+        return _state(engine, engine.ready, "ready")
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -333,8 +293,10 @@ def create_app(engine: AnyEngine, settings: ServerSettings, store: PictureStore)
     return Guard(app, engine.metrics, settings.keys)
 
 
-def _state(true: bool, name: str) -> Response:
-    return JSONResponse({"status": name if true else f"not {name}"}, 200 if true else 503)
+def _state(engine: AnyEngine, true: bool, name: str) -> Response:
+    cache, weights = (engine.abilities.cache, engine.abilities.weights) if engine.ready else (None, None)
+    state = State(status=name if true else f"not {name}", cache=cache, weights=weights)
+    return JSONResponse(state.model_dump(exclude_none=True), 200 if true else 503)
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -163,7 +163,8 @@ def _add(manifest: Manifest, line: Line, admitted: Admitted, picture: Picture) -
         "seed": picture.seed,
         "size": f"{picture.image.width}x{picture.image.height}",
         "settings": dict(order.arguments),
-        "lora": None if order.lora is None else dict([order.lora]),
+        "lora": dict(order.lora) or None,
+        "unquantized": order.unquantized,
         "seconds": round(picture.seconds, 4),
         "time": int(time.time()),
     }

@@ -40,9 +40,11 @@ from .engine import (
     Order,
     Picture,
     Preview,
+    Progress,
     QueueFullError,
     Ticket,
     UnavailableError,
+    Video,
 )
 from .guard import Guard
 from .metrics import Metrics
@@ -117,7 +119,7 @@ class Worker:
             left = len(order.seeds)
             while left:
                 event = await events.get()
-                left = 0 if isinstance(event, Failed) else left - isinstance(event, Picture)
+                left = 0 if isinstance(event, Failed) else left - isinstance(event, Picture | Video)
                 yield event
         finally:
             ticket.cancel()
@@ -204,13 +206,13 @@ class RemoteEngine:
                     if event is None:
                         if not begun.done():
                             begun.set_result(None)
-                    elif isinstance(event, Picture):
+                    elif isinstance(event, Picture | Video):
                         place = places[event.index]
                         del left[place]
                         self.metrics.pictures.inc()
                         ticket.emit(dataclasses.replace(event, index=place))
-                    elif isinstance(event, Preview):
-                        shown = True
+                    elif isinstance(event, Preview | Progress):
+                        shown = shown or isinstance(event, Preview)
                         ticket.emit(event)
                     else:
                         raise event.error

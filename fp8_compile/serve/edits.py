@@ -1,4 +1,4 @@
-"""The form of an edit: texts as in a JSON body, and pictures, which are not trusted."""
+"""Forms: texts as in a JSON body, and pictures, which are not trusted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
-from .protocol import FILES, ApiError, EditRequest, bad_value, refusal
+from .protocol import FILES, ApiError, EditRequest, VideoRequest, bad_value, refusal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,34 +35,59 @@ class Edit:
     mask: Image | None
 
 
-async def read_form(form: FormData) -> Edit:
+async def read_edit(form: FormData) -> Edit:
     """The edit that ``form`` asks for.
 
     Raises:
         ApiError: a field is unknown, missing or not valid.
     """
+    return await run_in_threadpool(_edit, *await _parts(form, EditRequest))
+
+
+async def read_video(form: FormData) -> tuple[VideoRequest, Image | None]:
+    """The video that ``form`` asks for, and the picture that it shall begin with.
+
+    Raises:
+        ApiError: a field is unknown, missing or not valid.
+    """
+    return await run_in_threadpool(_video, *await _parts(form, VideoRequest))
+
+
+async def _parts(form: FormData, model: type[BaseModel]) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
+    """The texts and the files of ``form``, which should be a ``model``."""
     texts: dict[str, Any] = {}
-    files: dict[str, list[bytes]] = {"image": [], "mask": []}
+    files: dict[str, list[bytes]] = {name.removesuffix("[]"): [] for name in FILES[model]}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
-            if name not in FILES:
-                raise ApiError(
-                    400, f"{name!r} is no field for a file; there are {', '.join(FILES)}", name, "invalid_value"
-                )
+            if name not in FILES[model]:
+                message = f"{name!r} is no field for a file; there are {', '.join(FILES[model])}"
+                raise ApiError(400, message, name, "invalid_value")
             files[name.removesuffix("[]")].append(await value.read())
         elif name in texts:
             raise bad_value(name, f"{name} is given twice")
         elif nested := re.fullmatch(r"lora\[(.+)\]", name):
             texts.setdefault("lora", {})[nested[1]] = value
-        elif name in FILES:
+        elif name.partition("[")[0] in files:
             raise bad_value(name, f"{name}: expected a file, got a text")
         else:
             texts[name] = value
-    return await run_in_threadpool(_edit, texts, files)
+    return texts, files
+
+
+def _video(texts: dict[str, Any], files: dict[str, list[bytes]]) -> tuple[VideoRequest, Image | None]:
+    """See `read_video`."""
+    try:
+        request = VideoRequest.model_validate(texts)
+    except ValidationError as error:
+        raise refusal(VideoRequest, error.errors()) from error
+    given = files["input_reference"]
+    if len(given) > 1:
+        raise bad_value("input_reference", f"{len(given)} pictures: a video begins with one")
+    return request, _picture("input_reference", given[0]).convert("RGB") if given else None
 
 
 def _edit(texts: dict[str, Any], files: dict[str, list[bytes]]) -> Edit:
-    """See `read_form`; large pictures take a while."""
+    """See `read_edit`; large pictures take a while."""
     try:
         request = EditRequest.model_validate(texts)
     except ValidationError as error:

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import Fp8Error, NothingConvertedError
+from ..pipelines.adapters import Lora
 from ..pipelines.call_rules import CallError, CallRules
 from ..pipelines.denoisers import PipelineError
 from ..pipelines.previews import PreviewError, Previews
@@ -30,6 +31,8 @@ from .metrics import Metrics
 from .waiting import WaitingItems
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 log = logging.getLogger("fp8_compile.serve")
@@ -84,16 +87,18 @@ class Order:
         seeds: one for each picture.
         arguments: of `Session.call`, checked by `Session.arguments`, without the prompt.
         previews: how many unfinished pictures to show.
-        lora: name and weight of an adapter of the session.
+        lora: adapters of the session.
         client: whose turn it takes in the queue.
+        unquantized: draw with the session's twin.
     """
 
     prompt: str
     seeds: tuple[int, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     previews: int = 0
-    lora: tuple[str, float] | None = None
+    lora: Lora = ()
     client: str = ""
+    unquantized: bool = False
 
     @property
     def batch_key(self) -> Hashable | None:
@@ -105,7 +110,7 @@ class Order:
             return None
         texts = ("negative_prompt",)
         common = sorted((name, name if name in texts else value) for name, value in self.arguments.items())
-        return (self.lora, *common)
+        return (self.lora, self.unquantized, *common)
 
 
 @dataclass(frozen=True)
@@ -133,17 +138,40 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Video:
+    """A finished video; as `Picture`.
+
+    Attributes:
+        frames: ``(frames, height, width, 3)``, uint8.
+    """
+
+    index: int
+    seed: int
+    frames: NDArray[np.uint8]
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a video, ``done`` of ``steps`` steps are done; none when it has been begun."""
+
+    done: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Failed:
     """The end of an order that was not fulfilled."""
 
     error: Exception
 
 
-Event = Preview | Picture | Failed
+Event = Preview | Picture | Video | Progress | Failed
 
 
 class Ticket:
-    """An order in the engine. Its events are a `Picture` for each seed, or at any time one `Failed`, the last."""
+    """An order in the engine. Its events are a `Picture` or `Video` for each seed, or once a `Failed`, the last."""
 
     def __init__(self, order: Order, on_event: Callable[[Event], None]) -> None:
         self.order = order
@@ -171,9 +199,9 @@ class Ticket:
                 if event.index < self._previews:
                     return
                 self._previews = event.index + 1
-            elif isinstance(event, Picture):
+            elif isinstance(event, Picture | Video):
                 self._left -= 1
-            else:
+            elif isinstance(event, Failed):
                 self._left = 0
             self._on_event(event)
 
@@ -184,16 +212,24 @@ class Abilities:
 
     Attributes:
         multiple: of pixels, that width and height must be.
+        frame_multiple: of frames, see `Session.frame_multiple`.
+        cache: of steps, see `Session`.
+        weights: what those of the session are, and those of its twin, if there is one.
         tokenizer: that counts the tokens of a text; of several, the one that reads most. None: there is none.
         adapters: names of the LoRA adapters.
+        adapters_at_once: how many of them a picture may use.
         no_previews: why there can be no unfinished pictures; None: there can.
         needs_image: it cannot draw from a text alone.
     """
 
     rules: CallRules
     multiple: int
+    frame_multiple: int | None
+    cache: str | None
+    weights: tuple[str, ...]
     tokenizer: Any
     adapters: tuple[str, ...]
+    adapters_at_once: int
     no_previews: str | None
     needs_image: bool
 
@@ -287,6 +323,7 @@ class Engine:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._previews: Previews
+        self._weights: tuple[str, ...]
         self._encoded = 0.0
         self._seconds_per_picture = 1.0
 
@@ -334,15 +371,25 @@ class Engine:
         return self.submit(order, on_event)
 
     @property
+    def _sessions(self) -> list[Session]:
+        """The session, and its twin, if there is one."""
+        return [self.session] if self.session.twin is None else [self.session, self.session.twin]
+
+    @property
     def abilities(self) -> Abilities:
         """What can be asked for, once it is ready."""
         pipe = self.session.pipe
+        adapters = self.session.adapters
         tokenizers = [value for name, value in vars(pipe).items() if name.startswith("tokenizer") and callable(value)]
         return Abilities(
             rules=self.session.rules,
-            multiple=2 * getattr(pipe, "vae_scale_factor", 8),
+            multiple=self.session.pixel_multiple,
+            frame_multiple=self.session.frame_multiple,
+            cache=self.session.cache,
+            weights=self._weights,
             tokenizer=max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None),
-            adapters=() if self.session.adapters is None else tuple(self.session.adapters.names),
+            adapters=() if adapters is None else adapters.names,
+            adapters_at_once=0 if adapters is None else adapters.at_once,
             no_previews=self.no_previews,
             needs_image=self.needs_image,
         )
@@ -392,12 +439,20 @@ class Engine:
         missing = [argument for argument in NEEDED if not session.takes(argument)]
         if missing:
             raise PipelineError(f"{name} takes no {', '.join(missing)}, so it cannot be served")
-        session.pipe.set_progress_bar_config(disable=True)
-        for encoder in vars(session.pipe).values():
-            if isinstance(encoder, nn.Module) and encoder not in session.denoisers.values():
-                encoder.register_forward_hook(self._note_encoded)
+        self._weights = tuple(each.weights for each in self._sessions)
+        encoders: dict[nn.Module, None] = {}
+        for each in self._sessions:
+            each.pipe.set_progress_bar_config(disable=True)
+            modules = [part for part in vars(each.pipe).values() if isinstance(part, nn.Module)]
+            encoders |= dict.fromkeys(module for module in modules if module not in each.denoisers.values())
+        for encoder in encoders:
+            encoder.register_forward_hook(self._note_encoded)
         self._previews = Previews(session.pipe)
         self.no_previews = self._previews.refusal()
+        if session.rules.makes_videos:
+            # Of equal sides, the rotary embedding of a square video would make a graph for squares alone.
+            torch.fx.experimental._config.use_duck_shape = False
+            self.no_previews, self.max_batch = "it makes videos", 1
         sizes: list[tuple[int, int] | None] = [*self._warmup] or [None]
         first, second = WARMUP_PROMPTS
         self.needs_image = session.takes("image") and not self._draws_from_text()
@@ -415,7 +470,11 @@ class Engine:
             what = "" if size is None else f"{size[0]}x{size[1]}"
             self._on_progress(done, len(todo), f"{what} batch of {len(prompts)}".strip())
             given = {} if size is None else {"width": size[0], "height": size[1]}
-            arguments = session.arguments(**given, num_inference_steps=2)
+            # A cache makes a graph for each state that it comes to.
+            steps = {} if session.cache is not None else {"num_inference_steps": 2}
+            arguments = session.arguments(**given, **steps)
+            if session.rules.makes_videos:
+                arguments["num_frames"] = 2 * (session.frame_multiple or 4) + 1
             if self.needs_image:
                 from PIL import Image
 
@@ -439,8 +498,10 @@ class Engine:
         return True
 
     def _draw_for_nobody(self, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
-        orders = [Order(prompt, (0,), arguments, previews=self.no_previews is None) for prompt in prompts]
-        self._call([_Row(Ticket(order, lambda _: None), 0, time.monotonic()) for order in orders])
+        previews = int(self.no_previews is None)
+        for unquantized in (False, True)[: len(self._sessions)]:
+            orders = [Order(prompt, (0,), arguments, previews, unquantized=unquantized) for prompt in prompts]
+            self._call([_Row(Ticket(order, lambda _: None), 0, time.monotonic()) for order in orders])
 
     def _no_batches(self) -> str | None:
         """Why a picture would depend on which others are drawn with it; None if it does not."""
@@ -502,18 +563,25 @@ class Engine:
     def _call(self, rows: Sequence[_Row]) -> list[Event]:
         """A `Picture` for each row, or `Failed` where it is not finite; their previews are handed out meanwhile."""
         orders = [row.ticket.order for row in rows]
+        session = self._sessions[orders[0].unquantized]
         arguments = dict(orders[0].arguments)
         if "negative_prompt" in arguments:
             arguments["negative_prompt"] = [order.arguments["negative_prompt"] for order in orders]
         start = last = time.monotonic()
         encoded: float | None = None
         latents = torch.empty(0)
+        makes_videos = session.rules.makes_videos
+        if makes_videos:
+            steps = arguments.get("num_inference_steps", session.rules.defaults["num_inference_steps"])
+            rows[0].ticket.emit(Progress(0, steps))
 
         def step(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             nonlocal last, encoded, latents
             last, latents = time.monotonic(), kwargs["latents"]
             encoded = max(start, self._encoded) if encoded is None else encoded
             self.metrics.steps.inc()
+            if makes_videos:
+                rows[0].ticket.emit(Progress(index + 1, pipe.num_timesteps))
             if all(row.abandoned for row in rows):
                 raise _Abandoned
             for position, row in enumerate(rows):
@@ -525,11 +593,12 @@ class Engine:
                         row.ticket.emit(Preview(shown.index(index + 1), _image(decoded[0])))
             return kwargs
 
-        if self.session.adapters is not None:
-            self.session.adapters.use(orders[0].lora)
+        if session.adapters is not None:
+            session.adapters.use(orders[0].lora)
         prompts = [order.prompt for order in orders]
         arguments |= {"prompt": prompts, "callback_on_step_end": step, "output_type": "pt"}
-        pixels: Tensor = self.session.call([row.seed for row in rows], **arguments).images
+        made = session.call([row.seed for row in rows], **arguments)
+        pixels: Tensor = made.frames if makes_videos else made.images
         images = pixels.float().cpu()  # waits for the device
         for phase, seconds in (
             ("encode", (encoded or start) - start),
@@ -541,8 +610,11 @@ class Engine:
         events: list[Event] = []
         for position, (row, image) in enumerate(zip(rows, images, strict=True)):
             if finite[position] and bool(torch.isfinite(image).all()):
-                tokens = self.session.tokens(latents)
-                events.append(Picture(row.index, row.seed, _image(image), tokens, time.monotonic() - start))
+                tokens, seconds = session.tokens(latents), time.monotonic() - start
+                if makes_videos:
+                    events.append(Video(row.index, row.seed, _bytes(image), tokens, seconds))
+                else:
+                    events.append(Picture(row.index, row.seed, _image(image), tokens, seconds))
             else:
                 events.append(Failed(NotFiniteError("the model made NaN or Inf; no picture was made of it")))
         return events
@@ -560,7 +632,13 @@ def _image(pixels: Tensor) -> Image:
     """A picture of ``(3, height, width)`` in [0, 1], rounded as diffusers does."""
     from PIL import Image
 
-    return Image.fromarray((pixels.float().cpu().permute(1, 2, 0) * 255).round().byte().numpy())
+    return Image.fromarray(_bytes(pixels))
+
+
+def _bytes(pixels: Tensor) -> NDArray[np.uint8]:
+    """Of ``(..., 3, height, width)`` in [0, 1], the colors last."""
+    colors_last = (pixels.float().cpu().movedim(-3, -1) * 255).round().byte()
+    return cast("NDArray[np.uint8]", colors_last.numpy())
 
 
 def _as_failure(error: Exception) -> Exception:

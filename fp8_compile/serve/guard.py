@@ -52,7 +52,7 @@ def check_access(host: str, keys: Sequence[str], forced: bool) -> None:
 
 def largest_body(path: str) -> int:
     """How many bytes a request for ``path`` may have."""
-    return MAX_EDIT_BODY if path == "/v1/images/edits" else MAX_BODY
+    return MAX_EDIT_BODY if path in ("/v1/images/edits", "/v1/videos") else MAX_BODY
 
 
 def too_large(path: str) -> ApiError:
@@ -103,10 +103,10 @@ class Guard:
             access_log.info(json.dumps({**line, "seconds": round(seconds, 4), "client": scope["state"].get("client")}))
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        """A 401 or a 413, where one is due. Notes whose turn in the queue the request takes."""
+        """A 401 or a 413, where one is due. Notes whose turn a request takes, and whose videos it sees."""
         headers = Headers(scope=scope)
         address = scope["client"][0] if scope.get("client") else "unknown"
-        scope.setdefault("state", {})["client"] = address
+        scope.setdefault("state", {}).update(client=address, owner="")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > largest_body(scope["path"]):
             return too_large(scope["path"])  # longer ones that do not tell their length are cut off by the application
@@ -116,7 +116,8 @@ class Guard:
         # All are compared, so that the time does not tell which one was nearly right.
         right = [hmac.compare_digest(key.strip().encode(), each) for each in self._keys]
         if kind.lower() == "bearer" and any(right):
-            scope["state"]["client"] = f"key {right.index(True)} at {address}"
+            owner = f"key {right.index(True)}"
+            scope["state"].update(client=f"{owner} at {address}", owner=owner)
             return None
         message = "expected an API key of this server: 'Authorization: Bearer KEY'"
         return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

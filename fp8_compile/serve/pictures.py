@@ -1,33 +1,52 @@
-"""Pictures on their way to a client: as bytes of a format, and in files that an address leads to."""
+"""Pictures and videos on their way to a client: as bytes of a format, and in files that can be fetched."""
 
 from __future__ import annotations
 
 import io
 import re
 import secrets
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
-MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
-"""Of the formats that pictures are sent in."""
+MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg", "mp4": "video/mp4"}
+"""Of the formats that pictures and videos are sent in."""
 
 
 def encoded(image: Image, output_format: str, compression: int | None) -> bytes:
     """``image`` as a file.
 
     Args:
-        output_format: a key of `MEDIA_TYPES`.
+        output_format: of `MEDIA_TYPES`.
         compression: of webp and jpeg, Pillow's ``quality``: 100, the default, is the best.
     """
     stream = io.BytesIO()
     quality = {} if output_format == "png" else {"quality": 100 if compression is None else max(1, compression)}
     image.save(stream, output_format, **quality)
     return stream.getvalue()
+
+
+def encoded_video(frames: NDArray[np.uint8], fps: int) -> bytes:
+    """An MP4 file, H.264.
+
+    Args:
+        frames: ``(frames, height, width, 3)``.
+    """
+    from diffusers.utils.export_utils import export_to_video
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        # Of any size: by default it would be scaled to multiples of 16.
+        export_to_video([Image.fromarray(frame) for frame in frames], str(path), fps, macro_block_size=1)
+        return path.read_bytes()
 
 
 class PictureStore:
@@ -41,7 +60,7 @@ class PictureStore:
 
     def __init__(self, folder: Path, seconds: float = 3600, limit: int = 2**30) -> None:
         self._folder = folder
-        self._seconds = seconds
+        self.seconds = seconds
         self._limit = limit
         self._lock = threading.Lock()
         self._kept: dict[str, tuple[float, int]] = {}
@@ -59,7 +78,7 @@ class PictureStore:
             (self._folder / name).unlink(missing_ok=True)
             raise
         with self._lock:
-            self._kept[name] = (time.monotonic() + self._seconds, len(content))
+            self._kept[name] = (time.monotonic() + self.seconds, len(content))
             self._make_room()
         return name
 
@@ -68,6 +87,12 @@ class PictureStore:
         with self._lock:
             self._make_room()
             return self._folder / name if name in self._kept else None
+
+    def remove(self, name: str) -> None:
+        """Forget the file of this name, if there is one."""
+        with self._lock:
+            self._kept.pop(name, None)
+            (self._folder / name).unlink(missing_ok=True)
 
     def _make_room(self) -> None:
         total = sum(size for _, size in self._kept.values())

@@ -1,4 +1,4 @@
-"""What requests and answers look like: OpenAI's Images API, as its Python client 3.57 speaks it, and errors.
+"""What requests, answers and errors look like: OpenAI's Images and Videos APIs, as its Python client 3.57 speaks them.
 
 A field that is not known, or that asks for what this server does not do, is an error that names it. A field that is
 null counts as not given.
@@ -69,15 +69,28 @@ Text = Annotated[str, Field(max_length=MAX_PROMPT)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class PictureRequest(BaseModel):
-    """What both kinds of requests hold; from ``seed`` on it is this server's own."""
+class DrawingRequest(BaseModel):
+    """What all requests hold; from ``seed`` on it is this server's own."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
     size: str | None = None
+
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: Number | None = None
+    true_cfg_scale: Number | None = None
+    negative_prompt: Text | None = None
+    lora: dict[str, Number] | None = None
+    unquantized: bool | None = None
+
+
+class PictureRequest(DrawingRequest):
+    """What both kinds of requests for pictures hold."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
     output_format: Literal["png", "webp", "jpeg"] | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
@@ -91,13 +104,6 @@ class PictureRequest(BaseModel):
     frame_count: Unsupported = None
     frame_duration_ms: Unsupported = None
     svg: Unsupported = None
-
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
-    guidance_scale: Number | None = None
-    true_cfg_scale: Number | None = None
-    negative_prompt: Text | None = None
-    lora: dict[str, Number] | None = None
 
 
 class GenerationRequest(PictureRequest):
@@ -117,8 +123,40 @@ class EditRequest(PictureRequest):
     markup: Unsupported = None
 
 
-FILES = ("image", "image[]", "mask")
-"""Fields of the form of an edit that hold files."""
+def _not_in_form(value: object) -> None:
+    if value is not None:
+        raise PydanticCustomError("file", "expected a file, in a form (multipart/form-data)")
+
+
+InForm = Annotated[None, BeforeValidator(_not_in_form)]
+
+
+def _seconds(value: object) -> object:
+    """As a number: OpenAI's client sends a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        raise PydanticCustomError("seconds", "expected a number of seconds") from None
+
+
+class VideoRequest(DrawingRequest):
+    """The body of ``POST /v1/videos``, as JSON or as a form, whose only file is ``input_reference``."""
+
+    input_reference: InForm = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    seconds: Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)] | None = None
+    num_frames: Annotated[int, Field(ge=1)] | None = None
+    fps: Annotated[int, Field(ge=1, le=120)] | None = None
+    width: Annotated[int, Field(ge=1)] | None = None
+    height: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale_2: Number | None = None
+
+
+FILES: dict[type[BaseModel], tuple[str, ...]] = {
+    EditRequest: ("image", "image[]", "mask"),
+    VideoRequest: ("input_reference",),
+}
+"""Fields of the forms that hold files."""
 
 
 def refusal(model: type[BaseModel], errors: Sequence[Any]) -> ApiError:
@@ -131,7 +169,7 @@ def refusal(model: type[BaseModel], errors: Sequence[Any]) -> ApiError:
     if param is None:
         return ApiError(400, "expected a JSON object in the body, sent as application/json", code="invalid_json")
     if kind == "extra_forbidden":
-        valid = ", ".join((*model.model_fields, *(FILES if model is EditRequest else ())))
+        valid = ", ".join(dict.fromkeys((*model.model_fields, *FILES.get(model, ()))))
         return ApiError(400, f"unknown parameter {param!r}; valid: {valid}", param, "unknown_parameter")
     if kind == "missing":
         return ApiError(400, f"{param} is missing", param, "missing_required_parameter")
@@ -168,15 +206,26 @@ class Usage(BaseModel):
 
 
 class ImageItem(BaseModel):
-    """A picture, as base64 or as an address, and the seed that draws it again."""
+    """A picture, as base64 or as an address.
+
+    Attributes:
+        seed: draws it again.
+        seconds: that its batch took, without waiting.
+    """
 
     b64_json: str | None = None
     url: str | None = None
     seed: int
+    seconds: float
 
 
 class ImagesResponse(BaseModel):
-    """The answer with all pictures. ``quality`` is null where the request gave a number of steps."""
+    """The answer with all pictures.
+
+    Attributes:
+        quality: null where the request gave a number of steps.
+        cache: the step cache that was on; null without.
+    """
 
     created: int
     background: Literal["opaque"] = "opaque"
@@ -185,6 +234,7 @@ class ImagesResponse(BaseModel):
     quality: str | None
     size: str
     safety_identifier: str | None
+    cache: str | None
     usage: Usage
 
 
@@ -211,8 +261,66 @@ class CompletedEvent(_ImageEvent):
 
     type: Literal["image_generation.completed", "image_edit.completed"]
     seed: int
+    seconds: float
     safety_identifier: str | None
+    cache: str | None
     usage: Usage
+
+
+class VideoError(BaseModel):
+    """Why there is no video; as in `ApiError`."""
+
+    code: str | None
+    message: str
+    param: str | None
+
+
+class VideoJob(BaseModel):
+    """A video that is made, or was.
+
+    Attributes:
+        progress: percent of the denoising steps; 100 once it can be fetched.
+        seconds, size, num_frames: null until the first is made, where the pipeline alone knows its usual ones.
+        expires_at: when it is forgotten; null while it is made.
+        seed: draws it again.
+        cache: the step cache that is on; null without.
+    """
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str
+    seconds: str | None
+    size: str | None
+    error: VideoError | None
+    remixed_from_video_id: None = None
+    seed: int
+    num_frames: int | None
+    fps: int
+    cache: str | None
+
+
+class VideoList(BaseModel):
+    """``GET /v1/videos``."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoJob]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    """``DELETE /v1/videos/ID``."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
 
 
 class Model(BaseModel):
@@ -222,6 +330,21 @@ class Model(BaseModel):
     created: int
     object: Literal["model"] = "model"
     owned_by: str = "fp8-compile"
+
+
+class State(BaseModel):
+    """``GET /health`` and ``GET /ready``.
+
+    Attributes:
+        cache: the step cache that is on.
+        weights: what they are in the denoisers, such as "FP8", and in their twin, if there is one.
+
+    Both are null until it is ready.
+    """
+
+    status: str
+    cache: str | None
+    weights: tuple[str, ...] | None
 
 
 class Models(BaseModel):

@@ -92,6 +92,33 @@ def test_options_reach_the_backend_and_what_others_keep_stays_by_default(tmp_pat
     assert "as others recommend" not in told[1] + told[2]
 
 
+def test_a_step_cache_and_a_text_encoder_in_fp8_are_told(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fp8_compile.cli.main import app
+
+    arguments = ["text-to-image", PROMPT, "--inner-backend", "eager", "--output", str(tmp_path / "out.png")]
+    arguments.append("--no-quantization")  # of the transformer
+    more = ["--cache", "taylorseer-lite", "--text-encoder-quantization", "fp8"]
+    with torch._dynamo.config.patch(recompile_limit=8):  # as it was, afterwards
+        done = CliRunner().invoke(app, [*arguments, *more])
+    assert done.exit_code == 0, done.output
+    assert "step cache taylorseer-lite: steps that change little are not computed in full" in done.output
+    told = (
+        r"text_encoder \(Qwen2_5_VLForConditionalGeneration\): \d+ weights quantized, (.*) MB -> (.*) MB, which saves"
+    )
+    found = re.search(told, done.output)
+    assert found is not None, done.output
+    assert float(found[2]) < float(found[1])
+    for bad, message in (
+        (["--cache", "faster"], "'faster' is not offered"),
+        (["--cache", "tea"], "'tea' is not valid"),
+    ):
+        done = CliRunner().invoke(app, [*arguments, *bad])
+        assert done.exit_code == 1
+        assert message in done.output
+
+
 def test_a_plan_from_a_file_and_block_scales(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import typer
 from PIL import Image
+
+from fp8_compile.cli.main import app
 
 pytestmark = pytest.mark.pipeline
 
@@ -81,6 +85,11 @@ def test_one_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
         (["--granularity", "row", "--no-quantization"], "--granularity and --no-quantization exclude each other"),
         (["--lora", "name"], "--lora 'name': expected NAME=PATH"),
         (["--lora", "a=no/such/file"], "there is no file 'no/such/file'"),
+        (["--compare", "--no-quantization"], "--compare and --no-quantization exclude each other"),
+        (["--cache", "tea"], "cache='tea' is not valid; valid: first-block"),
+        (["embedded:z-image", "--cache", "first-block"], "tells its transformer nothing of the steps"),
+        (["--text-encoder-quantization", "int3"], "method='int3' is not valid"),
+        (["--max-loras", "2"], "--max-loras 2: there are 0 adapters (--lora)"),
         (["no/such/model"], "'no/such/model' could not be loaded"),
         (["--activation-scheme", "static"], "this command takes no scales"),
         (["--small-m", "keep"], "small_m='keep': at load time it is not known"),
@@ -95,7 +104,6 @@ def test_what_cannot_be_served_ends_with_a_message(
     from typer.testing import CliRunner
 
     from fp8_compile.cli import serve
-    from fp8_compile.cli.main import app
 
     monkeypatch.setattr(serve, "_set_up_logs", lambda: None)  # of this process, for good
     done = CliRunner().invoke(app, ["serve", "--port", str(free_port()), *arguments])
@@ -107,12 +115,35 @@ def test_what_cannot_be_served_ends_with_a_message(
 def test_what_to_install_is_said_where_it_is_not(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from fp8_compile.cli.main import app
-
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1
     assert "prometheus_client is not installed; this needs: pip install 'fp8-compile[serve]'" in done.output
+
+
+def test_to_compare_the_unquantized_transformer_is_held_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fp8_compile.cli.engine_settings import EngineSettings
+    from fp8_compile.pipelines.session import Session
+    from tests.support.lora_files import write_lora
+
+    transformer = Session.load("embedded:qwen-image", quantized=False).pipe.transformer
+    write_lora(transformer, tmp_path / "a.safetensors", 1, 4)
+    settings = EngineSettings(compare=True, inner_backend="eager", lora=[f"a={tmp_path / 'a.safetensors'}"])
+    session = settings.loader(typer.Context(typer.main.get_command(app)), "embedded:qwen-image")()
+    told = r"--compare: the transformer in BF16, (\d+\.\d) MB, beside the one in FP8, (\d+\.\d) MB"
+    found = re.search(told, capsys.readouterr().err)
+    assert found is not None
+    assert float(found[1]) > 1.5 * float(found[2])
+    twin, pictures = session.twin, []
+    assert twin is not None
+    assert twin.adapters is not None
+    assert session.adapters is not None
+    for lora in ((), (("a", 1.0),)):
+        twin.adapters.use(lora)
+        pictures.append(twin.call(0, **twin.arguments(prompt="x", num_inference_steps=2)).images[0].tobytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_what_a_recipe_keeps_is_kept_and_told(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_fields_of_the_installed_client_are_all_known() -> None:
         *image_edit_params.ImageEditParamsBase.__annotations__,
         *image_edit_params.ImageEditParamsStreaming.__annotations__,
     }
-    assert known <= {*EditRequest.model_fields, *FILES}
+    assert known <= {*EditRequest.model_fields, *FILES[EditRequest]}
 
 
 def test_forms_that_are_none(edited: Served, circle: bytes) -> None:

@@ -12,13 +12,13 @@ import torch
 
 from fp8_compile.errors import NothingConvertedError
 from fp8_compile.measure.quality import psnr
-from fp8_compile.pipelines.adapters import Adapters
+from fp8_compile.pipelines.adapters import Adapters, Lora
 from fp8_compile.pipelines.denoisers import PipelineError
 from fp8_compile.pipelines.previews import PreviewError, Previews
 from fp8_compile.pipelines.session import Session
 from fp8_compile.serve.engine import Engine, Event, Order, Picture
 from tests.support.lora_files import write_lora
-from tests.support.serving import MODEL, PROMPT, WatchedSession
+from tests.support.serving import MODEL, PROMPT, WatchedSession, serving
 
 pytestmark = pytest.mark.pipeline
 
@@ -38,7 +38,9 @@ def drawn(engine: Engine, *orders: Order) -> list[Picture]:
 
 
 @pytest.mark.parametrize("model", ["embedded:qwen-image", pytest.param("embedded:z-image", marks=pytest.mark.slow)])
-def test_after_the_warm_up_nothing_recompiles_and_batches_are_equal_to_rounding(model: str, tmp_path: Path) -> None:
+def test_after_the_warm_up_nothing_recompiles_and_batches_are_equal_to_rounding(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither sizes nor texts, batches or adapters."""
 
     def load() -> Session:
@@ -48,7 +50,7 @@ def test_after_the_warm_up_nothing_recompiles_and_batches_are_equal_to_rounding(
         files = {
             n: write_lora(transformer, tmp_path / f"{n}.safetensors", r, r, LORA_TARGETS) for n, r in names.items()
         }
-        session = dataclasses.replace(session, adapters=Adapters(session.pipe, files))
+        session = dataclasses.replace(session, adapters=Adapters(session.pipe, files, at_once=2))
         session.compile({"inner_backend": "eager"}, dynamic=True)
         return WatchedSession(**{f.name: getattr(session, f.name) for f in dataclasses.fields(session)})
 
@@ -59,6 +61,10 @@ def test_after_the_warm_up_nothing_recompiles_and_batches_are_equal_to_rounding(
         assert told[0] == (0, 3, "64x64 batch of 1")
         assert told[-1] == (3, 3, "done")
         assert engine.metrics.registry.get_sample_value("fp8_serve_compile_seconds_total") == 0
+        # In the engine's thread: such settings are each thread's own.
+        monkeypatch.setattr(
+            WatchedSession, "before_call", lambda _: setattr(torch._dynamo.config, "error_on_recompile", True)
+        )
         own = engine.session.arguments()
         alone = [drawn(engine, Order(p, (i,), own))[0].image for i, p in enumerate((PROMPT, *OTHERS))]
         together = drawn(engine, *(Order(p, (i,), own) for i, p in enumerate((PROMPT, *OTHERS))))
@@ -68,13 +74,13 @@ def test_after_the_warm_up_nothing_recompiles_and_batches_are_equal_to_rounding(
             given = engine.session.arguments(width=size[0], height=size[1], num_inference_steps=2)
             pictures = drawn(engine, Order("x", tuple(range(count)), given), Order(" ".join(OTHERS), (9,), given))
             assert {picture.image.size for picture in pictures} == {size}
-        adapted = [
-            Order(PROMPT, (0,), own, lora=lora) for lora in (("small", 1.0), ("large", 1.0), ("large", 0.5), None)
-        ]
-        assert len({drawn(engine, order)[0].image.tobytes() for order in adapted}) == 4
+        small, large, weak = ("small", 1.0), ("large", 1.0), ("large", 0.5)
+        sets: list[Lora] = [(small,), (large,), (), (large, small), (weak,), (weak, small)]
+        adapted = [Order(PROMPT, (0,), own, lora=lora) for lora in sets]
+        assert len({drawn(engine, order)[0].image.tobytes() for order in adapted}) == len(sets)
         assert engine.metrics.registry.get_sample_value("fp8_serve_compile_seconds_total") == 0
         # The worker may take the first picture before the others are there; the others were drawn together.
-        assert engine.metrics.registry.get_sample_value("fp8_serve_batch_pictures_bucket", {"le": "1.0"}) < 13
+        assert engine.metrics.registry.get_sample_value("fp8_serve_batch_pictures_bucket", {"le": "1.0"}) < 15
         assert engine.metrics.registry.get_sample_value("fp8_serve_failures_total") == 0
         assert torch._dynamo.config.recompile_limit == 8  # as it was, outside of the engine
     finally:
@@ -137,6 +143,25 @@ def test_pictures_with_one_scale_for_all_activations_are_drawn_alone(caplog: pyt
     engine.close(10)
     assert engine.max_batch == 1
     assert "one scale for the whole batch" in caplog.text
+
+
+def test_with_a_step_cache_pictures_are_drawn_alone_and_answers_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached = Session.load(MODEL, quantized=False, cache="taylorseer-lite")
+    with serving(
+        WatchedSession(**{f.name: getattr(cached, f.name) for f in dataclasses.fields(cached)}), tmp_path
+    ) as s:
+        assert s.engine.max_batch == 1
+        assert "the transformer has a step cache" in caplog.text
+        answer = s.post({"prompt": PROMPT, "seed": 1, "n": 2}).json()
+        assert answer["cache"] == "taylorseer-lite"
+        assert s.post({"prompt": PROMPT, "seed": 2}).json()["data"][0]["b64_json"] == answer["data"][1]["b64_json"]
+        for path in ("/health", "/ready"):
+            assert s.get(path).json()["cache"] == "taylorseer-lite"
+        stream = list(s.openai().images.generate(prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 2}))
+        assert stream[-1].b64_json == answer["data"][1]["b64_json"]
+        assert stream[-1].cache == "taylorseer-lite"  # type: ignore[union-attr]
 
 
 def test_a_pipeline_that_cannot_be_stopped_between_steps_is_refused(session: WatchedSession) -> None:

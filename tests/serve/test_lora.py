@@ -34,7 +34,9 @@ def files(session: WatchedSession, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def adapted(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     session = Session.load(MODEL, quantized=False)
-    session = dataclasses.replace(session, adapters=Adapters(session.pipe, files))
+    session = dataclasses.replace(
+        session, adapters=Adapters(session.pipe, {**files, "third": files["large"]}, at_once=2)
+    )
     with serving(session, tmp_path_factory.mktemp("pictures")) as made:
         yield made
 
@@ -46,26 +48,39 @@ def test_each_request_has_its_adapter(adapted: Served, files: dict[str, Path]) -
         "large": {"large": 1.0},
         "weak": {"large": 0.3},
         "zero": {"large": 0.0},
+        "both": {"small": 1.0, "large": 1.0},
+        "both again": {"large": 1.0, "small": 1.0},
+        "one and none": {"large": 0.0, "small": 1.0},
     }
-    names = ["none", "small", "large", "weak", "none", "small", "zero", "weak", "large"]
+    names = ["none", "small", "large", "weak", "none", "both", "small", "zero", "weak", "large", "both again", "both"]
+    names += ["one and none"]
     drawn: dict[str, list[bytes]] = {}
     for name in names:
         (item,) = adapted.draw(seed=0, lora=asked[name])
         drawn.setdefault(name, []).append(decoded(item.b64_json).tobytes())
     assert all(len(set(pictures)) == 1 for pictures in drawn.values())
     assert drawn["zero"] == drawn["none"][:1]
-    assert len({pictures[0] for name, pictures in drawn.items() if name != "zero"}) == 4
-    # Against one adapter alone, loaded as diffusers does.
+    assert drawn["both again"] == drawn["both"][:1]
+    assert drawn["one and none"] == drawn["small"][:1]
+    assert len({pictures[0] for pictures in drawn.values()}) == 5
+    # Against the same adapters, loaded as diffusers does.
     twin = Session.load(MODEL, quantized=False)
-    twin.pipe.load_lora_weights(files["small"].parent, weight_name=files["small"].name, adapter_name="alone")
-    expected = twin.call(0, **twin.arguments(prompt=PROMPT)).images[0]
-    near = {name: psnr(expected, decoded(adapted.draw(seed=0, lora=asked[name])[0].b64_json)) for name in asked}
-    assert near["small"] > 45, near
-    assert all(distance < 40 for name, distance in near.items() if name != "small"), near
-    with pytest.raises(openai.BadRequestError, match="there is no adapter 'other'; valid: small, large"):
+    for expected, name in ((["small"], "small"), (["small", "large"], "both")):
+        twin.pipe.load_lora_weights(
+            files[expected[-1]].parent, weight_name=files[expected[-1]].name, adapter_name=expected[-1]
+        )
+        twin.pipe.set_adapters(expected)
+        picture = twin.call(0, **twin.arguments(prompt=PROMPT)).images[0]
+        near = {
+            other: psnr(picture, decoded(adapted.draw(seed=0, lora=asked[other])[0].b64_json))
+            for other in ("none", "small", "large", "weak", "both")
+        }
+        assert near.pop(name) > 45, near
+        assert max(near.values()) < 40, near
+    with pytest.raises(openai.BadRequestError, match="there is no adapter 'other'; valid: small, large, third"):
         adapted.draw(lora={"other": 1.0})
-    with pytest.raises(openai.BadRequestError, match="2 adapters; a picture takes one"):
-        adapted.draw(lora={"small": 1.0, "large": 1.0})
+    with pytest.raises(openai.BadRequestError, match="3 adapters, and this server takes 2 at once"):
+        adapted.draw(lora={"small": 1.0, "large": 1.0, "third": 1.0})
 
 
 def test_a_corrupt_file_is_named(files: dict[str, Path], tmp_path: Path) -> None:
@@ -78,3 +93,13 @@ def test_a_corrupt_file_is_named(files: dict[str, Path], tmp_path: Path) -> None
     save_file({"transformer.x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(AdapterError, match="it holds no LoRA weights"):
         Adapters(build_qwen_image(), {"bad": tmp_path / "other.safetensors"})
+    save_file(
+        {
+            f"{module}.x.lora_{matrix}.weight": torch.zeros(1, 1)
+            for module in ("transformer", "text_encoder")
+            for matrix in "AB"
+        },
+        tmp_path / "texts.safetensors",
+    )
+    with pytest.raises(AdapterError, match="it has weights for text_encoder, and only denoisers change their adapters"):
+        Adapters(build_qwen_image(), {"bad": tmp_path / "texts.safetensors"})

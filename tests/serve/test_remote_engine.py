@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from ray.exceptions import ActorDiedError, ActorUnavailableError
@@ -23,8 +24,10 @@ from fp8_compile.serve.engine import (
     Order,
     Picture,
     Preview,
+    Progress,
     QueueFullError,
     UnavailableError,
+    Video,
 )
 
 IMAGE = Image.new("RGB", (16, 16))
@@ -101,6 +104,15 @@ def test_what_a_lost_worker_has_not_drawn_another_does(lost: Exception) -> None:
     workers = Workers([None, picture(1, 6), lost], [None, picture(1, 7), picture(0, 5)])
     assert drawn(workers, (5, 6, 7)) == [picture(1, 6), picture(2, 7), picture(0, 5)]
     assert [order.seeds for order in workers.orders] == [(5, 6, 7), (5, 7)]
+
+
+def test_a_video_whose_worker_is_lost_is_made_by_another() -> None:
+    made = Video(0, 5, np.zeros((5, 16, 16, 3), np.uint8), tokens=1, seconds=0.1)
+    begun, half = Progress(0, 2), Progress(1, 2)
+    *progress, last = drawn(Workers([None, begun, half, ActorDiedError()], [None, begun, made]))
+    assert progress == [begun, half, begun]
+    assert isinstance(last, Video)
+    assert last.frames is made.frames
 
 
 def test_an_engine_that_stops_is_a_lost_worker() -> None:

@@ -95,3 +95,66 @@ def qwen_image_with_outliers(blocks: int, hard: int, factor: float) -> Any:
     pipe.transformer = model.bfloat16()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def build_wan(begins_with_a_picture: bool = False) -> Any:
+    """A random `WanPipeline`, or `WanImageToVideoPipeline`: 64 x 64 pixels and 5 frames take a tenth of a second."""
+    import diffusers
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from bench.tiny import _tokenizer
+    from tests.support.zoo import MODELS
+
+    transformer: Any = MODELS["Wan"].build()
+    if begins_with_a_picture:  # whose latents, and a mask, come with the noise
+        given = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+        transformer = type(transformer)(**{**given, "in_channels": 36}).eval()
+    torch.manual_seed(0)
+    tokenizer = _tokenizer()
+    width = transformer.config.text_dim
+    config = UMT5Config(vocab_size=4096, d_model=width, d_ff=2 * width, d_kv=8, num_layers=2, num_heads=4)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    kind: Any = diffusers.WanImageToVideoPipeline if begins_with_a_picture else diffusers.WanPipeline
+    pipe: Any = kind(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(config).bfloat16().eval(),
+        transformer=transformer.bfloat16(),
+        vae=vae.bfloat16().eval(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def build_ltx() -> Any:
+    """A random `LTXPipeline`, as quick as `build_wan`."""
+    import diffusers
+    from transformers import T5Config, T5EncoderModel
+
+    from bench.tiny import _tokenizer
+    from tests.support.zoo import MODELS
+
+    transformer: Any = MODELS["LTXVideo"].build()
+    torch.manual_seed(0)
+    width = transformer.config.caption_channels
+    config = T5Config(vocab_size=4096, d_model=width, d_ff=2 * width, d_kv=8, num_layers=2, num_heads=4)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=transformer.config.in_channels,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    pipe: Any = diffusers.LTXPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.bfloat16().eval(),
+        text_encoder=T5EncoderModel(config).bfloat16().eval(),
+        tokenizer=_tokenizer(),
+        transformer=transformer.bfloat16(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
