@@ -134,7 +134,7 @@ def _about(found: Ablation) -> list[str]:
         f"Measured on {e['device']} ({e['threads']} CPU threads, load {e['load_average']}), torch {e['torch']}, "
         f"diffusers {e['diffusers']}, fp8-compile {e['fp8-compile']}, {e['date']}.",
         f"{len(s['prompts'])} prompts x {len(s['seeds'])} seeds; {call}; {options}.",
-        *(["FP8 is slower than BF16 on a CPU: these times say nothing of a GPU."] if e["device"] == "cpu" else []),
+        *(["These are times of a CPU, which say nothing of a GPU."] if e["device"] == "cpu" else []),
     ]
 
 
