@@ -38,8 +38,9 @@ def batch(
     from ..serve.admission import Admission, Limits
     from ..serve.batch import Line, Manifest, draw, lines_left
     from ..serve.engine import Engine
+    from ..serve.painter_process import LOG_FORMAT
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     try:
         manifest = Manifest(output)
         left, total = lines_left(prompts, manifest)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,8 +49,8 @@ class EngineSettings(CompileSettings):
     no_quantization: NoQuantization = False
     ignored_layers: IgnoredLayers = None
 
-    def loader(self, context: typer.Context, model: str) -> Callable[[], Session]:
-        """Check the options, and return what loads and compiles ``model``, and says which layers stay as they are.
+    def loader(self, context: typer.Context, model: str) -> Loader:
+        """Check the options.
 
         Raises:
             OptionError: one is not valid.
@@ -63,26 +63,40 @@ class EngineSettings(CompileSettings):
         patterns, chosen = parse_patterns(self.ignored_layers)
         chosen = chosen or self.layers is not None
         options = self.options(patterns if chosen else default_patterns(model))
-        adapters = _loras(self.lora)
+        return Loader(self, model, options, _loras(self.lora))
 
-        def load() -> Session:
-            from ..pipelines.adapters import Adapters
-            from ..pipelines.session import Session
 
-            at_load = None if self.no_quantization else {**options, "strict": True}
-            session = Session.load(model, self.dtype, self.device, quantized=not self.no_quantization, at_load=at_load)
-            if self.compile_cache is not None:
-                tell_loaded(self.compile_cache, session.device)
-            if adapters:
-                session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters))
-            if self.no_quantization:
-                session.compile_unquantized(self.inner_backend, self.compile_mode, dynamic=True)
-            else:
-                tell_kept(session)
-                session.compile(options, dynamic=True)
-            return session
+@dataclass(frozen=True)
+class Loader:
+    """Loads and compiles ``model``, and says which layers stay as they are. It can be sent to another process.
 
-        return load
+    Attributes:
+        options: of the backend.
+        adapters: LoRA files by name.
+    """
+
+    settings: EngineSettings
+    model: str
+    options: dict[str, Any]
+    adapters: dict[str, Path]
+
+    def __call__(self) -> Session:
+        from ..pipelines.adapters import Adapters
+        from ..pipelines.session import Session
+
+        settings, quantized = self.settings, not self.settings.no_quantization
+        at_load = {**self.options, "strict": True} if quantized else None
+        session = Session.load(self.model, settings.dtype, settings.device, quantized=quantized, at_load=at_load)
+        if settings.compile_cache is not None:
+            tell_loaded(settings.compile_cache, session.device)
+        if self.adapters:
+            session = dataclasses.replace(session, adapters=Adapters(session.pipe, self.adapters))
+        if quantized:
+            tell_kept(session)
+            session.compile(self.options, dynamic=True)
+        else:
+            session.compile_unquantized(settings.inner_backend, settings.compile_mode, dynamic=True)
+        return session
 
 
 def default_patterns(model: str) -> list[str]:

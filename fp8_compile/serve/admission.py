@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..pipelines.call_rules import CallError
-from .engine import Abilities, Order
+from .orders import Abilities, Order
 from .pictures import parse_size
 from .protocol import ALIASES, LARGEST_SEED, QUALITIES, ApiError, PictureRequest, bad_value
 

@@ -26,9 +26,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from ..pipelines.call_rules import CallError
 from .admission import Admission, Admitted, Limits
 from .edits import MAX_PICTURES_GIVEN, Edit, read_form
-from .engine import (
+from .engine import Engine
+from .guard import MAX_BODY, MAX_EDIT_BODY, Guard, too_large
+from .orders import (
     AnyEngine,
-    Engine,
     EngineError,
     Event,
     Failed,
@@ -40,7 +41,6 @@ from .engine import (
     Ticket,
     UnavailableError,
 )
-from .guard import MAX_BODY, MAX_EDIT_BODY, Guard, too_large
 from .pictures import MEDIA_TYPES, PictureStore, encoded
 from .protocol import (
     ApiError,

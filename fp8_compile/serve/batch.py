@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from ..errors import Fp8Error
 from .admission import Admission, Admitted
-from .engine import Engine, Event, Failed, Picture
+from .engine import Engine
+from .orders import Event, Failed, Picture
 from .pictures import encoded
 from .protocol import ApiError, GenerationRequest, refusal
 

@@ -30,10 +30,12 @@ from ..errors import Fp8Error
 from ..pipelines.call_rules import CallError
 from ..pipelines.session import Session
 from .app import ServerSettings, create_app
-from .engine import (
+from .engine import Engine
+from .guard import Guard
+from .metrics import Metrics
+from .orders import (
     Abilities,
     DrawingError,
-    Engine,
     EngineError,
     Event,
     Failed,
@@ -44,8 +46,6 @@ from .engine import (
     Ticket,
     UnavailableError,
 )
-from .guard import Guard
-from .metrics import Metrics
 from .pictures import PictureStore
 from .protocol import MAX_PICTURES
 
