@@ -7,6 +7,7 @@ engine.submit(Order("a red circle", seeds=(0,), arguments={"num_inference_steps"
 
 from __future__ import annotations
 
+import atexit
 import contextvars
 import dataclasses
 import logging
@@ -87,6 +88,7 @@ class Engine:
         self._painter: AnyPainter
         if own_process:
             self._painter = PainterProcess(load, warmup, max_batch, on_lost=lambda: self._waiting.wake())
+            atexit.register(self.close, 0)  # else multiprocessing would wait for its end
         else:
             self._painter = Painter(load, warmup, max_batch)
         self._max_waiting = max_waiting
@@ -204,7 +206,8 @@ class Engine:
                     self._restart()
                 self._draw(rows)
         except EngineError as error:  # of `_restart`
-            log.error("%s", error)
+            if not self._ended.is_set():
+                log.error("%s", error)
         finally:
             self.refuse()
             self._fail_all(UnavailableError("the server's worker has stopped"))

@@ -6,12 +6,12 @@ The two talk through a pipe: `_Draw` and `_Drop` to the process; `_Progress`, `A
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -79,7 +79,6 @@ class PainterProcess:
         self._lock = threading.Lock()
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection
-        atexit.register(self.kill)  # multiprocessing would wait for it
 
     @property
     def lost(self) -> bool:
@@ -207,8 +206,11 @@ def _run(pipe: Connection, load: Callable[[], Session], warmup: Sequence[tuple[i
 def _draw(painter: Painter, pipe: Connection, asked: _Draw) -> Drawn:
     dropped: set[int] = set()
 
+    look = select.poll()  # `Connection.poll` makes one each time, of which a drawing has many
+    look.register(pipe, select.POLLIN)
+
     def wanted(position: int) -> bool:
-        while pipe.poll():
+        while look.poll(0):
             message = pipe.recv()  # nothing else comes while it draws
             dropped.update({message.position} if message.number == asked.number else ())
         return position not in dropped
