@@ -8,9 +8,9 @@ both:
 
 The least of many was disturbed least; the medians and quartiles are printed beside it.
 
-The call ends with an encoded PNG, as the answer does, so that the difference is HTTP, JSON, base64, and the ways between
-threads and processes. The client is the standard library's: httpx takes a millisecond more, which is not the server's.
-``--in-process`` has the worker in a thread of this process instead.
+The call ends with an encoded PNG, as the answer does, so that the difference is HTTP, JSON, base64, and the ways
+between threads and processes. The client is the standard library's: httpx takes a millisecond more, which is not the
+server's. ``--in-process`` has the worker in a thread of this process instead.
 
 Then a closed loop: ``--clients`` clients, each of which asks again as soon as it has its picture, with batches and
 without. Latencies are over all requests of such a loop; pictures per second are over the whole of it.

@@ -80,7 +80,7 @@ def serve(
         from ..serve import cluster
 
         if deploy is None:
-            cluster.connect()
+            cluster.join_to_serve()
         spread = cluster.Spread(replicas, most, settings.max_batch, max_queue, settings.device, grace)
         made = cluster.application(load, warmup, answering, spread)
         if deploy is None:

@@ -269,8 +269,6 @@ def application(
     load: Callable[[], Session], warmup: Sequence[tuple[int, int]], settings: ServerSettings, spread: Spread
 ) -> Application:
     """What Ray Serve runs in the cluster that this process is connected to; see `Engine` for the first two."""
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0  # type: ignore[no-untyped-call]
-    gpus = int(has_gpus if spread.device is None else spread.device.startswith("cuda"))
     scaled: dict[str, Any] = {"num_replicas": spread.replicas}
     if spread.max_replicas > spread.replicas:
         autoscaling = AutoscalingConfig(
@@ -282,7 +280,7 @@ def application(
     workers: Any = serve.deployment(
         Worker,
         name="Worker",
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus_of_worker(spread.device)},
         max_ongoing_requests=_requests_at_once(spread.max_batch),
         max_queued_requests=spread.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER),
@@ -303,16 +301,35 @@ def application(
     return made
 
 
-def connect() -> None:
+def gpus_of_worker(device: str | None) -> int:
+    """How many GPUs a worker takes that draws on ``device``; see `Spread`."""
+    return int(gpus_of_cluster() > 0 if device is None else device.startswith("cuda"))
+
+
+def gpus_of_cluster() -> int:
+    """How many there are."""
+    return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+
+
+def join() -> None:
     """Join the cluster that ``RAY_ADDRESS`` names or that runs on this machine, or start one of this machine alone.
 
     Raises:
-        ClusterError: it cannot be reached, or it serves something already.
+        ClusterError: it cannot be reached.
     """
     try:
         ray.init()
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"the Ray cluster cannot be reached: {error}") from error
+
+
+def join_to_serve() -> None:
+    """`join`, to serve there.
+
+    Raises:
+        ClusterError: it cannot be reached, or it serves something already.
+    """
+    join()
     running = serve.status()
     if running.proxies or running.applications:
         raise ClusterError(

@@ -148,18 +148,22 @@ class Engine:
             QueueFullError: too many pictures wait.
             UnavailableError: it is not ready, or shuts down.
         """
-        ticket = Ticket(order, on_event)
+        return self.submit_all([(order, on_event)])[0]
+
+    def submit_all(self, asked: Sequence[tuple[Order, Callable[[Event], None]]]) -> list[Ticket]:
+        """`submit` several orders of one client, of which all or none find room, and which may so share a batch."""
+        tickets = [Ticket(order, on_event) for order, on_event in asked]
         now = time.monotonic()
         with self._lock:
             if not self.ready:
                 raise UnavailableError("the server shuts down" if self._closing else "the server is not ready")
-            rows = [_Row(ticket, index, now) for index in range(len(order.seeds))]
+            rows = [_Row(ticket, index, now) for ticket in tickets for index in range(len(ticket.order.seeds))]
             if not self._waiting.put(rows):
                 seconds = len(self._waiting) * self._seconds_per_picture
                 problem = f"{len(rows)} pictures more than the {self._max_waiting} that may wait"
                 raise QueueFullError(problem, max(1, round(seconds)))
-            self._tickets = {each for each in self._tickets if not each.done} | {ticket}
-        return ticket
+            self._tickets = {each for each in self._tickets if not each.done} | {*tickets}
+        return tickets
 
     async def accept(self, order: Order, on_event: Callable[[Event], None]) -> Ticket:
         """`submit`, as `AnyEngine` has it."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from tests.support.ray_cluster import Cluster, free_port, ray_cluster
 from tests.support.serving import MODEL, PROMPT, WatchedSession, decoded, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
@@ -27,50 +26,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
 OPTIONS = "--replicas 2 --no-quantization --inner-backend eager --max-batch 1 --max-queue 10"
 
 
-class Cluster:
-    """Ray on this machine, with as many CPUs as it is told."""
-
-    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
-        self._process = process
-        self.environment = {**os.environ, "RAY_ADDRESS": address}
-
-    def workers(self) -> list[int]:
-        """Processes of this cluster that draw."""
-        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
-        ours = {pid for pid, parent, _ in rows if parent == str(self._process.pid)}
-        return [
-            int(pid)
-            for pid, parent, name in rows
-            if parent in ours and name.startswith("ray::ServeReplica:fp8-diffusion:Worker")
-        ]
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # a short name, since sockets stand in it
-        port = free_port()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "4"]
-        command += ["--include-dashboard", "false", "--disable-usage-stats", "--temp-dir", folder, "--port", str(port)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            wait_for(lambda: answers(port), 60)
-            yield Cluster(process, f"127.0.0.1:{port}")
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as asked:
-        return asked.connect_ex(("127.0.0.1", port)) == 0
+    with ray_cluster(cpus=4) as made:
+        yield made
 
 
 class ClusterServer:
