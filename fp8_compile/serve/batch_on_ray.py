@@ -89,4 +89,5 @@ def drawn_on_ray(
             made = Made(row["file"], row["content"], json.loads(row["entry"]))
             yield by_number[row["number"]], row["problem"] or made
     except RayError as error:
-        raise ClusterError(f"the workers have failed: {error}") from error
+        reason = str(error).strip().splitlines()[-1]  # after the traceback of the worker
+        raise ClusterError(f"the workers have failed: {reason}") from error
