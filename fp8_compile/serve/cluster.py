@@ -295,6 +295,7 @@ def application(
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,
+        max_surge_percent=100,  # an update starts the new one first: it needs no device that the old one has
         graceful_shutdown_timeout_s=spread.grace + 10,
     )
     made: Application = ingress.bind(workers.bind(load, warmup, spread.max_batch), settings)

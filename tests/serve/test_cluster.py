@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.support.ray_cluster import Cluster, free_port, ray_cluster
-from tests.support.serving import MODEL, PROMPT, WatchedSession, decoded, wait_for
+from tests.support.ray_cluster import Cluster, ClusterServer, free_port, on_cluster, ray_cluster
+from tests.support.serving import MODEL, PROMPT, WatchedSession, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
 
@@ -30,55 +26,6 @@ OPTIONS = "--replicas 2 --no-quantization --inner-backend eager --max-batch 1 --
 def cluster() -> Iterator[Cluster]:
     with ray_cluster(cpus=4) as made:
         yield made
-
-
-class ClusterServer:
-    """The application on a cluster, and clients for it."""
-
-    def __init__(self, cluster: Cluster, port: int) -> None:
-        self.cluster = cluster
-        self.url = f"http://127.0.0.1:{port}"
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
-
-    def ready(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def draw(self, **body: Any) -> list[bytes]:
-        """The pixels of each picture."""
-        data = self.openai.images.generate(prompt=PROMPT, extra_body=body).data
-        assert data is not None
-        return [decoded(item.b64_json).tobytes() for item in data]
-
-    def status(self, **body: Any) -> tuple[int, str]:
-        """Of an answer: its status, and the code of its error."""
-        answer = httpx.post(f"{self.url}/v1/images/generations", json={"prompt": PROMPT, **body}, timeout=120)
-        return answer.status_code, answer.json().get("error", {}).get("code", "")
-
-    def kill(self, worker: int) -> None:
-        """End ``worker``, and wait until it is gone."""
-        os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: worker not in self.cluster.workers())
-
-    def wait_for_workers(self) -> None:
-        wait_for(lambda: len(self.cluster.workers()) == 2, 120)
-
-
-@contextlib.contextmanager
-def on_cluster(cluster: Cluster, port: int, log: Path, end: signal.Signals, *command: str) -> Iterator[ClusterServer]:
-    """The server of ``command``, which writes to ``log``, until ``end`` ends it."""
-    with log.open("w") as output:
-        process = subprocess.Popen([sys.executable, "-m", *command], env=cluster.environment, stderr=output)
-    server = ClusterServer(cluster, port)
-    try:
-        wait_for(lambda: process.poll() is not None or server.ready(), 180)
-        assert process.poll() is None, log.read_text()
-        yield server
-    finally:
-        process.send_signal(end)
-        process.wait(90)
 
 
 @pytest.fixture(scope="module")
