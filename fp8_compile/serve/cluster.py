@@ -54,6 +54,9 @@ log = logging.getLogger("fp8_compile.serve")
 NAME = "fp8-diffusion"
 """Of the application in Ray Serve."""
 
+HEAD = "node:__internal_head__"
+"""What Ray calls a resource that its head node alone has, 1 of it."""
+
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, ReplicaUnavailableError, UnavailableError)
 """What arrives in place of an event where a worker has died, or its engine has."""
 
@@ -156,6 +159,10 @@ class RemoteEngine:
         """Whether there was a worker. Where there is none any more, requests wait for the next one."""
         return self._abilities is not None
 
+    async def wait_until_ready(self) -> None:
+        """Return once there was a worker."""
+        await self._asking
+
     @property
     def abilities(self) -> Abilities:
         """What the workers can be asked for, once it is ready."""
@@ -255,10 +262,11 @@ def _requests_at_once(max_batch: int) -> int:
 class Ingress:
     """A deployment: the HTTP side, which needs no device."""
 
-    def __init__(self, workers: DeploymentHandle[Any], settings: ServerSettings) -> None:
+    async def __init__(self, workers: DeploymentHandle[Any], settings: ServerSettings) -> None:  # type: ignore[misc]
         self._engine = RemoteEngine(workers)
         self._settings = settings
         self._folder = tempfile.TemporaryDirectory(prefix="fp8-serve-")
+        await self._engine.wait_until_ready()  # else an update would replace one that accepts by one that does not yet
 
     def __serve_build_asgi_app__(self) -> Guard:
         """Called by Ray Serve."""
@@ -287,13 +295,13 @@ def application(
         graceful_shutdown_timeout_s=spread.grace,
         **scaled,
     )
-    # One, since it keeps the pictures that have an address. What waits, waits for the workers, not here, where the
-    # refusal would be Ray's own.
+    # One, since it keeps the pictures that have an address; on the head node, without which there is no cluster. What
+    # waits, waits for the workers, not here, where the refusal would be Ray's own.
     ingress: Any = serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
         max_ongoing_requests=100_000,
         max_surge_percent=100,  # an update starts the new one first: it needs no device that the old one has
         graceful_shutdown_timeout_s=spread.grace + 10,
@@ -351,7 +359,7 @@ def run(made: Application, host: str, port: int, on_ready: Callable[[], None]) -
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            serve.start(http_options={"host": host, "port": port})
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
             try:
                 serve.run(made, name=NAME)
             except RuntimeError as error:

@@ -6,7 +6,6 @@ The two talk through a pipe: `_Draw` and `_Drop` to the process; `_Progress`, `A
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -105,7 +104,7 @@ class PainterProcess:
             process.start()
             self._process = process
         its_end.close()
-        threading.Thread(target=self._watch, args=(process.pid, self._gone), daemon=True).start()
+        threading.Thread(target=self._watch, args=(process, self._gone), daemon=True).start()
         while isinstance(message := self._receive(), _Progress):
             on_progress(message.done, message.total, message.what)
         if isinstance(message, Exception):
@@ -148,10 +147,8 @@ class PainterProcess:
             if self._process is not None:
                 self._process.kill()
 
-    def _watch(self, pid: int, gone: threading.Event) -> None:
-        # Not by the pipe, which processes that it has started may hold open; and `Process.join` is for one thread.
-        with contextlib.suppress(ChildProcessError):  # `close` was first to know
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    def _watch(self, process: multiprocessing.process.BaseProcess, gone: threading.Event) -> None:
+        wait([process.sentinel])  # `join` is for one thread
         gone.set()
         self._on_lost()
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.ray_cluster import NO_TOKENS, Cluster, ClusterServer, free_port, on_cluster, ray_cluster
-from tests.support.serving import wait_for
+from tests.support.serving import PROMPT, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
 
@@ -44,8 +45,10 @@ class Load:
             each.result()
 
     def _ask(self) -> None:
+        body = {"prompt": PROMPT, "num_inference_steps": self._steps}
         while not self._enough.is_set():
-            self.answers[self._server.status(num_inference_steps=self._steps)] += 1
+            answer = httpx.post(f"{self._server.url}/v1/images/generations", json=body, timeout=120)
+            self.answers[answer.status_code, answer.json().get("error", {}).get("message", "")] += 1
 
 
 def write_config(path: Path, port: int, worker: str) -> Path:
