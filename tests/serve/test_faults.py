@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from fp8_compile.pipelines.session import Session
-from fp8_compile.serve.engine import Engine, Order, UnavailableError
+from fp8_compile.serve.engine import Engine
+from fp8_compile.serve.orders import Order, UnavailableError
 from tests.support.serving import PROMPT, Served, WatchedSession, decoded, serving, wait_for
 
 pytestmark = pytest.mark.pipeline
