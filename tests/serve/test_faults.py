@@ -158,7 +158,7 @@ def test_a_client_that_leaves_stops_its_drawing_between_two_steps(served: Served
     body = {"prompt": PROMPT, "num_inference_steps": 100, "stream": stream, "partial_images": 3 if stream else 0}
     with (
         contextlib.suppress(httpx.ReadTimeout),
-        httpx.stream("POST", f"{served.url}/v1/images/generations", json=body, timeout=0.5) as answer,
+        httpx.stream("POST", f"{served.url}/v1/images/generations", json=body, timeout=5 if stream else 0.2) as answer,
     ):
         next(answer.iter_lines())  # of a stream the first preview; the other times out
     assert served.draw(num_inference_steps=2)  # drawn after the other one has been given up

@@ -136,7 +136,7 @@ def test_a_client_that_leaves_is_not_drawn_for(served: Served) -> None:
     steps = served.metric("steps_total")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
-            f"{served.url}/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 100}, timeout=0.4
+            f"{served.url}/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 100}, timeout=0.2
         )
     assert served.draw(num_inference_steps=2)
     assert 0 < served.metric("steps_total") - steps - 2 < 90
