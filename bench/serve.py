@@ -1,14 +1,16 @@
 """What serving costs over calling the pipeline, and what batches gain; FP8 and BF16 in one run.
 
-Method: the real server on a real port, in this process, and clients in threads of their own. One client first, in turn
-with the same call of the pipeline without a server, so that a slow moment of the machine meets both:
+Method: the real server on a real port, in this process, its worker in one of its own, and clients in threads. One
+client first, in turn with the same call of the pipeline without a server, so that a slow moment of the machine meets
+both:
 
     overhead = (least latency of a request - least time of the call) / least time of the call
 
 The least of many was disturbed least; the medians and quartiles are printed beside it.
 
-The call ends with an encoded PNG, as the answer does, so that the difference is HTTP, JSON, base64 and the change of
-threads. Then, with batches and without:
+The call ends with an encoded PNG, as the answer does, so that the difference is HTTP, JSON, base64, and the ways
+between threads and processes. The client is the standard library's: httpx takes a millisecond more, which is not the
+server's. ``--in-process`` has the worker in a thread of this process instead. Then, with batches and without:
 
 - a closed loop: ``--clients`` clients, each of which asks again as soon as it has its picture. Latencies are over all
   requests of such a loop; pictures per second are over the whole of it, which is what the server can do. With and
@@ -23,6 +25,9 @@ threads. Then, with batches and without:
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import http.client
+import json
 import random
 import sys
 import tempfile
@@ -32,58 +37,75 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .common import Spread, interleave, parser, table, write
+
+if TYPE_CHECKING:
+    from fp8_compile.pipelines.session import Session
 
 TARGET = 0.03
 TURNS = 3
 PROMPT = "a red circle on a white background"
 
 
-class Running:
-    """A server over ``model`` in this process."""
+def load(model: str, fp8: bool, inner_backend: str) -> Session:
+    from fp8_compile.pipelines.session import Session
 
-    def __init__(self, model: str, fp8: bool, max_batch: int, inner_backend: str, store: Path) -> None:
-        import httpx
+    session = Session.load(model, quantized=fp8, at_load={"strict": True} if fp8 else None)
+    session.pipe.set_progress_bar_config(disable=True)
+    if fp8:
+        session.compile({"inner_backend": inner_backend}, dynamic=True)
+    else:
+        session.compile_unquantized(inner_backend, dynamic=True)
+    return session
+
+
+class Running:
+    """A server over what ``how`` loads.
+
+    Args:
+        session: the same in this process, to call without a server.
+    """
+
+    def __init__(self, how: partial[Session], session: Session, max_batch: int, own_process: bool, store: Path) -> None:
         import uvicorn
 
-        from fp8_compile.pipelines.session import Session
         from fp8_compile.serve.app import ServerSettings, create_app
         from fp8_compile.serve.engine import Engine
         from fp8_compile.serve.pictures import PictureStore
 
-        def load() -> Session:
-            session = Session.load(model, quantized=fp8, at_load={"strict": True} if fp8 else None)
-            if fp8:
-                session.compile({"inner_backend": inner_backend}, dynamic=True)
-            else:
-                session.compile_unquantized(inner_backend, dynamic=True)
-            return session
-
-        self.engine = Engine(load, max_batch=max_batch)
+        self._session = session
+        self.engine = Engine(how, max_batch=max_batch, own_process=own_process)
         self.engine.start().result()
-        app = create_app(self.engine, ServerSettings(model), PictureStore(store))
+        app = create_app(self.engine, ServerSettings(session.model), PictureStore(store))
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, access_log=False, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         while not self._server.started:
             time.sleep(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600)
+        self._port = self._server.servers[0].sockets[0].getsockname()[1]
+        self._own = threading.local()
 
     def request(self, seed: int, steps: int) -> float:
-        """Seconds of one request."""
-        body = {"prompt": PROMPT, "seed": seed, "num_inference_steps": steps}
+        """Seconds of one request, over a connection of this thread's own."""
+        if not hasattr(self._own, "client"):
+            self._own.client = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
+        client = self._own.client
+        body = json.dumps({"prompt": PROMPT, "seed": seed, "num_inference_steps": steps})
         start = time.perf_counter()
-        self._client.post("/v1/images/generations", json=body).raise_for_status()
+        client.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
+        answer = client.getresponse()
+        content = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{answer.status}: {content.decode()}")
         return time.perf_counter() - start
 
     def call(self, steps: int) -> float:
         """Seconds of the same picture without a server, called in this thread."""
         from fp8_compile.serve.pictures import encoded
 
-        session = self.engine.session
+        session = self._session
         start = time.perf_counter()
         image = session.call([0], **session.arguments(prompt=[PROMPT], num_inference_steps=steps)).images[0]
         encoded(image, "png", None)
@@ -91,7 +113,7 @@ class Running:
 
     def set_batch(self, pictures: int) -> None:
         """Draw so many together from now on, while nobody waits."""
-        self.engine.max_batch = pictures
+        self.engine._abilities = dataclasses.replace(self.engine.abilities, max_batch=pictures)
         self.request(0, 2)  # which the engine already waits for as it was told before
 
     def closed_loop(self, clients: int, requests: int, steps: int) -> tuple[list[float], float]:
@@ -103,7 +125,7 @@ class Running:
 
     def open_loop(self, arrivals: Sequence[float], steps: int) -> dict[str, Any]:
         """A request at each of ``arrivals``, seconds from the beginning, whatever became of the others."""
-        seconds, late, refused = asyncio.run(send(str(self._client.base_url), arrivals, steps))
+        seconds, late, refused = asyncio.run(send(f"http://127.0.0.1:{self._port}", arrivals, steps))
         return {
             "requests": len(arrivals),
             "rate": len(arrivals) / arrivals[-1],
@@ -116,7 +138,6 @@ class Running:
         self._server.should_exit = True
         self._thread.join()
         self.engine.close(10)
-        self._client.close()
 
 
 async def send(address: str, arrivals: Sequence[float], steps: int) -> tuple[list[float], list[float], int]:
@@ -163,8 +184,9 @@ def measure(given: Any, fp8: bool) -> dict[str, Any]:
     batches = (1, given.max_batch)
     closed: dict[int, tuple[list[float], list[float]]] = {batch: ([], []) for batch in batches}
     open_loops = []
+    how = partial(load, given.model, fp8, given.inner_backend)
     with tempfile.TemporaryDirectory() as folder:
-        running = Running(given.model, fp8, given.max_batch, given.inner_backend, Path(folder))
+        running = Running(how, how(), given.max_batch, not given.in_process, Path(folder))
         try:
             call, request = partial(running.call, given.steps), partial(running.request, 0, given.steps)
             times = interleave({"call": call, "request": request}, given.rounds)
@@ -236,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--seed", type=int, default=0, help="of the times of arrival")
     p.add_argument("--max-batch", type=int, default=4)
     p.add_argument("--inner-backend", default="inductor")
+    p.add_argument("--in-process", action="store_true")
     given = p.parse_args(arguments)
     results = {"weights": {name: measure(given, name == "FP8") for name in ("FP8", "BF16")}}
     print(show(results))

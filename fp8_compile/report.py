@@ -39,6 +39,7 @@ class LayerReport:
             linear as was decided for these.
         bytes_before: of its weight.
         bytes_after: of the FP8 constants that compiled code reads in its place, or of the weight if it is unquantized.
+        mixes_samples: what a graph makes of one sample depends on the others of its batch; see `Call`.
     """
 
     path: str
@@ -50,6 +51,7 @@ class LayerReport:
     rows: tuple[int, ...]
     bytes_before: int
     bytes_after: int
+    mixes_samples: bool = False
 
 
 @dataclass(frozen=True)
@@ -242,17 +244,18 @@ def _row(path: str, weight: Tensor, state: WeightState, of_graphs: Sequence[Sequ
         reasons = f"unquantized in {len(unquantized)} of {len(decisions)} graphs: {reasons}"
     # A quantized layer has one if it is not multiplied in FP8 because the device has no kernel for that.
     reasons = ", ".join(dict.fromkeys(filter(None, [*(d.reason for d in quantized), reasons])))
-    calls = [d.call.name for d in quantized if d.call is not None]
+    calls = [d.call for d in quantized if d.call is not None]
     return LayerReport(
         path=path,
         in_features=first.in_features,
         out_features=first.out_features,
         decision=first.decision,
         reason=reasons,
-        scheme="+".join(dict.fromkeys(calls)),
+        scheme="+".join(dict.fromkeys(call.name for call in calls)),
         rows=tuple(sorted({d.rows for d in decisions if d.rows is not None})),
         bytes_before=_original_bytes(weight),
         bytes_after=state.nbytes if quantized and not isinstance(weight, QuantizedWeight) else weight.nbytes,
+        mixes_samples=any(call.mixes_samples for call in calls),
     )
 
 

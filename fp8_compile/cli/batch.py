@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,10 @@ def batch(
     ],
     output: Annotated[Path, typer.Option(help="Folder for pictures and manifest.jsonl.")],
     model: ModelOption = "embedded:qwen-image",
+    on_ray: Annotated[bool, typer.Option("--ray", help="Draw with workers of a Ray cluster, a GPU each.")] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Workers, with --ray. Default: one for each GPU of the cluster.")
+    ] = None,
 ) -> None:
     """Draw a picture for each line of a file; what is in the folder's manifest is not drawn again."""
     require("pydantic", "prometheus_client", "starlette")
@@ -36,10 +41,13 @@ def batch(
     from rich.progress import Progress
 
     from ..serve.admission import Admission, Limits
-    from ..serve.batch import Line, Manifest, draw, lines_left
+    from ..serve.batch import Line, Made, Manifest, drawn, lines_left
     from ..serve.engine import Engine
+    from ..serve.painter_process import LOG_FORMAT
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if replicas is not None and not on_ray:
+        fail("--replicas needs --ray")
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     try:
         manifest = Manifest(output)
         left, total = lines_left(prompts, manifest)
@@ -48,7 +56,8 @@ def batch(
     typer.echo(f"{total - len(left)} of {total} pictures are in {output / 'manifest.jsonl'}")
     if not left:
         return
-    load, drawn_first = settings.loader(context, model), parse_sizes("--warmup", settings.warmup)
+    load, warmup = settings.loader(context, model), parse_sizes("--warmup", settings.warmup)
+    limits = Limits((), settings.max_pixels, settings.max_steps)
     bad = 0
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("loading", total=None)
@@ -56,25 +65,39 @@ def batch(
         def on_progress(done: int, count: int, what: str) -> None:
             progress.update(bar, completed=done, total=count, description=f"warm-up: {what}")
 
-        def on_done(line: Line, problem: str | None) -> None:
+        def write(results: Iterable[tuple[Line, Made | str]]) -> None:
             nonlocal bad
-            bad += problem is not None
-            if problem is not None:
-                tell(f"line {line.number}: {problem}")
-            progress.advance(bar)
+            for line, result in results:
+                if isinstance(result, str):
+                    bad += 1
+                    tell(f"line {line.number}: {result}")
+                else:
+                    manifest.add(line, result)
+                progress.advance(bar)
 
-        engine = Engine(load, drawn_first, settings.max_batch, on_progress=on_progress)
-        engine.start().result()
-        if engine.abilities.rules.makes_videos:
-            fail(f"{model} makes videos; this command draws pictures")
-        usual = drawn_first[0] if drawn_first else None
-        limits = Limits((), settings.max_pixels, settings.max_steps)
-        admission = Admission(engine.abilities, model, limits, usual, settings.steps)
-        progress.update(bar, completed=total - len(left), total=total, description="drawing")
-        try:
-            draw(engine, admission, left, manifest, on_done)
-        finally:
-            engine.close(0)
+        def begin() -> None:
+            progress.update(bar, completed=total - len(left), total=total, description="drawing")
+
+        if on_ray:
+            require("ray", "pandas", "pyarrow", extra="ray")
+            from ..serve import batch_on_ray, cluster
+
+            cluster.join()
+            begin()
+            asked = (load, warmup, settings.max_batch, model, limits, settings.steps)
+            write(batch_on_ray.drawn_on_ray(*asked, left, replicas, settings.device))
+        else:
+            engine = Engine(load, warmup, settings.max_batch, on_progress=on_progress)
+            engine.start().result()
+            if engine.abilities.rules.makes_videos:
+                fail(f"{model} makes videos; this command draws pictures")
+            usual = warmup[0] if warmup else None
+            admission = Admission(engine.abilities, model, limits, usual, settings.steps)
+            begin()
+            try:
+                write(drawn(engine, admission, left))
+            finally:
+                engine.close(0)
     typer.echo(f"{len(left) - bad} pictures drawn")
     if bad:
         fail(f"{bad} lines have no picture")

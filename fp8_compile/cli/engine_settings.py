@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -65,8 +65,8 @@ class EngineSettings(CompileSettings):
     no_quantization: NoQuantization = False
     ignored_layers: IgnoredLayers = None
 
-    def loader(self, context: typer.Context, model: str) -> Callable[[], Session]:
-        """Check the options, and return what loads and compiles ``model``, and says which layers stay as they are.
+    def loader(self, context: typer.Context, model: str) -> Loader:
+        """Check the options.
 
         Raises:
             OptionError: one is not valid.
@@ -85,43 +85,62 @@ class EngineSettings(CompileSettings):
         adapters = _loras(self.lora)
         if self.max_loras is not None and self.max_loras > len(adapters):
             fail(f"--max-loras {self.max_loras}: there are {len(adapters)} adapters (--lora)")
+        return Loader(self, model, options, adapters)
 
-        def load() -> Session:
-            from ..pipelines.adapters import Adapters
-            from ..pipelines.session import Session
 
-            at_load = None if self.no_quantization else {**options, "strict": True}
-            session = Session.load(
-                model,
-                self.dtype,
-                self.device,
-                quantized=not self.no_quantization,
-                at_load=at_load,
-                cache=self.cache,
-                text_encoders=self.text_encoder_quantization,
-            )
-            tell_additions(session)
-            if session.rules.makes_videos:
-                require("imageio", "imageio_ffmpeg", extra="serve,video")
-            if self.compile_cache is not None:
-                tell_loaded(self.compile_cache, session.device)
-            twin = session.unquantized_twin() if self.compare else None
-            if adapters:
-                session = dataclasses.replace(session, adapters=Adapters(session.pipe, adapters, self.max_loras or 2))
-            if twin is not None:
-                tell_twin(session, twin)
-                if adapters:
-                    twin = dataclasses.replace(twin, adapters=Adapters(twin.pipe, adapters, self.max_loras or 2))
-                twin.compile_unquantized(self.inner_backend, self.compile_mode, dynamic=True)
-                session = dataclasses.replace(session, twin=twin)
-            if self.no_quantization:
-                session.compile_unquantized(self.inner_backend, self.compile_mode, dynamic=True)
-            else:
-                tell_kept(session)
-                session.compile(options, dynamic=True)
+@dataclass(frozen=True)
+class Loader:
+    """Loads and compiles ``model``, and says which layers stay as they are. It can be sent to another process.
+
+    Attributes:
+        options: of the backend.
+        adapters: LoRA files by name.
+    """
+
+    settings: EngineSettings
+    model: str
+    options: dict[str, Any]
+    adapters: dict[str, Path]
+
+    def __call__(self) -> Session:
+        from ..pipelines.session import Session
+
+        settings, quantized = self.settings, not self.settings.no_quantization
+        session = Session.load(
+            self.model,
+            settings.dtype,
+            settings.device,
+            quantized=quantized,
+            at_load={**self.options, "strict": True} if quantized else None,
+            cache=settings.cache,
+            text_encoders=settings.text_encoder_quantization,
+        )
+        tell_additions(session)
+        if session.rules.makes_videos:
+            require("imageio", "imageio_ffmpeg", extra="serve,video")
+        if settings.compile_cache is not None:
+            tell_loaded(settings.compile_cache, session.device)
+        twin = session.unquantized_twin() if settings.compare else None
+        session = self._adapted(session)
+        if twin is not None:
+            tell_twin(session, twin)
+            twin = self._adapted(twin)
+            twin.compile_unquantized(settings.inner_backend, settings.compile_mode, dynamic=True)
+            session = dataclasses.replace(session, twin=twin)
+        if quantized:
+            tell_kept(session)
+            session.compile(self.options, dynamic=True)
+        else:
+            session.compile_unquantized(settings.inner_backend, settings.compile_mode, dynamic=True)
+        return session
+
+    def _adapted(self, session: Session) -> Session:
+        if not self.adapters:
             return session
+        from ..pipelines.adapters import Adapters
 
-        return load
+        adapters = Adapters(session.pipe, self.adapters, self.settings.max_loras or 2)
+        return dataclasses.replace(session, adapters=adapters)
 
 
 def default_patterns(model: str) -> list[str]:

@@ -80,7 +80,7 @@ def serve(
         from ..serve import cluster
 
         if deploy is None:
-            cluster.connect()
+            cluster.join_to_serve()
         spread = cluster.Spread(replicas, most, settings.max_batch, max_queue, settings.device, grace)
         made = cluster.application(load, warmup, answering, spread)
         if deploy is None:
@@ -99,13 +99,15 @@ def serve(
             progress.stop()
             tell(f"ready: {address} serves {answering.model}")
 
-        engine = Engine(load, warmup, settings.max_batch, max_queue, on_progress)
+        engine = Engine(load, warmup, settings.max_batch, max_queue, on_progress, own_process=True)
         run(engine, answering, host, port, grace, on_ready)
 
 
 def _set_up_logs() -> None:
     """Warnings to stderr, and the access log, a JSON object in each line, to stdout."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from ..serve.painter_process import LOG_FORMAT
+
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     access = logging.getLogger("fp8_compile.serve.access")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))

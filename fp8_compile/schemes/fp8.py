@@ -292,7 +292,7 @@ def _listed(block: Any) -> str:
 ROWWISE = Call("fp8-row", numerics.scaled_linear, numerics.quantize_rowwise)
 # For devices that refuse row-wise scales for a shape, or altogether.
 ROWWISE_UNFUSED_SCALES = Call("fp8-row-unfused-scales", numerics.linear_then_scale, numerics.quantize_rowwise)
-TENSORWISE = Call("fp8-tensor", numerics.scaled_linear, numerics.quantize_tensorwise)
+TENSORWISE = Call("fp8-tensor", numerics.scaled_linear, numerics.quantize_tensorwise, mixes_samples=True)
 STATIC_ROWWISE = Call(
     "fp8-row-static",
     numerics.scaled_linear,

@@ -61,6 +61,7 @@ class Call:
     reference: Callable[..., Tensor] | None = None
     takes: tuple[str, ...] = ()
     operands: tuple[str, ...] | None = None
+    mixes_samples: bool = False
 
     def operands_of(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
         """Those of ``named``, constants by their names in order, that ``linear`` takes."""

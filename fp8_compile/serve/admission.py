@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..pipelines.adapters import Lora
 from ..pipelines.call_rules import CallError
-from .engine import Abilities, Order
+from .orders import Abilities, Order
 from .pictures import parse_size
 from .protocol import (
     ALIASES,

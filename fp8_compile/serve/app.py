@@ -26,9 +26,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from .admission import Admission, Admitted, Limits
 from .edits import MAX_PICTURES_GIVEN, Edit, read_edit
-from .engine import AnyEngine, Engine, EngineError, Picture, Preview, Ticket, UnavailableError
+from .engine import Engine
 from .events import Events, api_error
 from .guard import MAX_BODY, MAX_EDIT_BODY, Guard, too_large
+from .orders import AnyEngine, EngineError, Picture, Preview, Ticket, UnavailableError
 from .pictures import MEDIA_TYPES, PictureStore, encoded
 from .protocol import (
     ApiError,

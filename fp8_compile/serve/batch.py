@@ -7,7 +7,7 @@ import json
 import os
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from ..errors import Fp8Error
 from .admission import Admission, Admitted
-from .engine import Engine, Event, Failed, Picture
+from .engine import Engine
+from .orders import Event, Failed, Order, Picture
 from .pictures import encoded
 from .protocol import ApiError, GenerationRequest, refusal
 
@@ -39,6 +40,19 @@ class Line:
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture for a line, as it shall be written.
+
+    Attributes:
+        entry: of the manifest.
+    """
+
+    file: str
+    content: bytes
+    entry: dict[str, Any]
 
 
 class Manifest:
@@ -68,13 +82,13 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise BatchError(f"{str(self._path)!r} is no manifest of pictures: {error!r}") from error
 
-    def add(self, line: Line, file: str, content: bytes, entry: dict[str, Any]) -> None:
+    def add(self, line: Line, made: Made) -> None:
         """Write a picture, then its line."""
-        unfinished = self._folder / f".{file}.unfinished"
-        _write(unfinished, content)
-        unfinished.replace(self._folder / file)
+        unfinished = self._folder / f".{made.file}.unfinished"
+        _write(unfinished, made.content)
+        unfinished.replace(self._folder / made.file)
         with self._path.open("ab") as manifest:
-            text = json.dumps({"line": line.number, "sha256": line.digest, "file": file, **entry})
+            text = json.dumps({"line": line.number, "sha256": line.digest, "file": made.file, **made.entry})
             manifest.write(f"{text}\n".encode())
             manifest.flush()
             os.fsync(manifest.fileno())
@@ -101,40 +115,35 @@ def lines_left(prompts: Path, manifest: Manifest) -> tuple[list[Line], int]:
     return [line for line in lines if line.number not in manifest.digests], len(lines)
 
 
-def draw(
-    engine: Engine,
-    admission: Admission,
-    lines: list[Line],
-    manifest: Manifest,
-    on_done: Callable[[Line, str | None], None],
-) -> None:
-    """Draw ``lines`` and add them to ``manifest``. As many wait in the engine as fill its batches.
+def drawn(engine: Engine, admission: Admission, lines: Sequence[Line]) -> Iterator[tuple[Line, Made | str]]:
+    """Draw ``lines``: each with its picture, or why it has none. As many wait in the engine as fill its batches.
 
     Args:
         engine: ready.
-        on_done: called with each line, and why it has no picture, or None.
     """
     events: queue.SimpleQueue[tuple[Line, Admitted, Event]] = queue.SimpleQueue()
-    left: Iterator[Line] = iter(lines)
+    left = iter(lines)
     in_work = 0
     while True:
-        while in_work < 2 * engine.max_batch and (line := next(left, None)) is not None:
+        asked: list[tuple[Order, Callable[[Event], None]]] = []
+        while in_work + len(asked) < 2 * engine.max_batch and (line := next(left, None)) is not None:
             try:
                 admitted = admission.admit(_request(line), client="")
             except ApiError as error:
-                on_done(line, error.message)
+                yield line, error.message
                 continue
-            engine.submit(admitted.order, lambda e, line=line, a=admitted: events.put((line, a, e)))  # type: ignore[misc]
-            in_work += 1
+            asked.append((admitted.order, lambda e, line=line, a=admitted: events.put((line, a, e))))  # type: ignore[misc]
+        if asked:
+            engine.submit_all(asked)
+            in_work += len(asked)
         if not in_work:
             return
         line, admitted, event = events.get()
         in_work -= 1
         if isinstance(event, Failed):
-            on_done(line, str(event.error))
+            yield line, str(event.error)
         elif isinstance(event, Picture):
-            _add(manifest, line, admitted, event)
-            on_done(line, None)
+            yield line, _made(line, admitted, event)
 
 
 def _request(line: Line) -> GenerationRequest:
@@ -156,7 +165,7 @@ def _request(line: Line) -> GenerationRequest:
     return request
 
 
-def _add(manifest: Manifest, line: Line, admitted: Admitted, picture: Picture) -> None:
+def _made(line: Line, admitted: Admitted, picture: Picture) -> Made:
     order = admitted.order
     entry = {
         "prompt": order.prompt,
@@ -168,5 +177,5 @@ def _add(manifest: Manifest, line: Line, admitted: Admitted, picture: Picture) -
         "seconds": round(picture.seconds, 4),
         "time": int(time.time()),
     }
-    file = f"{line.number:06}.{admitted.output_format}"
-    manifest.add(line, file, encoded(picture.image, admitted.output_format, admitted.compression), entry)
+    content = encoded(picture.image, admitted.output_format, admitted.compression)
+    return Made(f"{line.number:06}.{admitted.output_format}", content, entry)

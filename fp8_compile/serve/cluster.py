@@ -30,10 +30,12 @@ from ..errors import Fp8Error
 from ..pipelines.call_rules import CallError
 from ..pipelines.session import Session
 from .app import ServerSettings, create_app
-from .engine import (
+from .engine import Engine
+from .guard import Guard
+from .metrics import Metrics
+from .orders import (
     Abilities,
     DrawingError,
-    Engine,
     EngineError,
     Event,
     Failed,
@@ -46,8 +48,6 @@ from .engine import (
     UnavailableError,
     Video,
 )
-from .guard import Guard
-from .metrics import Metrics
 from .pictures import PictureStore
 from .protocol import MAX_PICTURES
 
@@ -55,6 +55,9 @@ log = logging.getLogger("fp8_compile.serve")
 
 NAME = "fp8-diffusion"
 """Of the application in Ray Serve."""
+
+HEAD = "node:__internal_head__"
+"""What Ray calls a resource that its head node alone has, 1 of it."""
 
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, ReplicaUnavailableError, UnavailableError)
 """What arrives in place of an event where a worker has died, or its engine has."""
@@ -158,6 +161,10 @@ class RemoteEngine:
         """Whether there was a worker. Where there is none any more, requests wait for the next one."""
         return self._abilities is not None
 
+    async def wait_until_ready(self) -> None:
+        """Return once there was a worker."""
+        await self._asking
+
     @property
     def abilities(self) -> Abilities:
         """What the workers can be asked for, once it is ready."""
@@ -257,10 +264,11 @@ def _requests_at_once(max_batch: int) -> int:
 class Ingress:
     """A deployment: the HTTP side, which needs no device."""
 
-    def __init__(self, workers: DeploymentHandle[Any], settings: ServerSettings) -> None:
+    async def __init__(self, workers: DeploymentHandle[Any], settings: ServerSettings) -> None:  # type: ignore[misc]
         self._engine = RemoteEngine(workers)
         self._settings = settings
         self._folder = tempfile.TemporaryDirectory(prefix="fp8-serve-")
+        await self._engine.wait_until_ready()  # else an update would replace one that accepts by one that does not yet
 
     def __serve_build_asgi_app__(self) -> Guard:
         """Called by Ray Serve."""
@@ -271,8 +279,6 @@ def application(
     load: Callable[[], Session], warmup: Sequence[tuple[int, int]], settings: ServerSettings, spread: Spread
 ) -> Application:
     """What Ray Serve runs in the cluster that this process is connected to; see `Engine` for the first two."""
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0  # type: ignore[no-untyped-call]
-    gpus = int(has_gpus if spread.device is None else spread.device.startswith("cuda"))
     scaled: dict[str, Any] = {"num_replicas": spread.replicas}
     if spread.max_replicas > spread.replicas:
         autoscaling = AutoscalingConfig(
@@ -284,37 +290,57 @@ def application(
     workers: Any = serve.deployment(
         Worker,
         name="Worker",
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus_of_worker(spread.device)},
         max_ongoing_requests=_requests_at_once(spread.max_batch),
         max_queued_requests=spread.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER),
         graceful_shutdown_timeout_s=spread.grace,
         **scaled,
     )
-    # One, since it keeps the pictures that have an address. What waits, waits for the workers, not here, where the
-    # refusal would be Ray's own.
+    # One, since it keeps the pictures that have an address; on the head node, without which there is no cluster. What
+    # waits, waits for the workers, not here, where the refusal would be Ray's own.
     ingress: Any = serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
         max_ongoing_requests=100_000,
+        max_surge_percent=100,  # an update starts the new one first: it needs no device that the old one has
         graceful_shutdown_timeout_s=spread.grace + 10,
     )
     made: Application = ingress.bind(workers.bind(load, warmup, spread.max_batch), settings)
     return made
 
 
-def connect() -> None:
+def gpus_of_worker(device: str | None) -> int:
+    """How many GPUs a worker takes that draws on ``device``; see `Spread`."""
+    return int(gpus_of_cluster() > 0 if device is None else device.startswith("cuda"))
+
+
+def gpus_of_cluster() -> int:
+    """How many there are."""
+    return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+
+
+def join() -> None:
     """Join the cluster that ``RAY_ADDRESS`` names or that runs on this machine, or start one of this machine alone.
 
     Raises:
-        ClusterError: it cannot be reached, or it serves something already.
+        ClusterError: it cannot be reached.
     """
     try:
         ray.init()
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"the Ray cluster cannot be reached: {error}") from error
+
+
+def join_to_serve() -> None:
+    """`join`, to serve there.
+
+    Raises:
+        ClusterError: it cannot be reached, or it serves something already.
+    """
+    join()
     running = serve.status()
     if running.proxies or running.applications:
         raise ClusterError(
@@ -335,7 +361,7 @@ def run(made: Application, host: str, port: int, on_ready: Callable[[], None]) -
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            serve.start(http_options={"host": host, "port": port})
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
             try:
                 serve.run(made, name=NAME)
             except RuntimeError as error:

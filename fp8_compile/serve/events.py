@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 from ..pipelines.call_rules import CallError
-from .engine import (
+from .orders import (
     Event,
     Failed,
     NotFiniteError,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -42,10 +41,10 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        if torch.cuda.is_available():
-            for name, read in (("allocated", torch.cuda.memory_allocated), ("reserved", torch.cuda.memory_reserved)):
-                gauge = Gauge(f"fp8_serve_gpu_{name}_bytes", f"GPU memory {name} by torch", registry=self.registry)
-                gauge.set_function(read)
+        self.restarts = Counter("fp8_serve_worker_restarts", "Of a worker that had died", registry=self.registry)
+        self.memory = Gauge(
+            "fp8_serve_gpu_bytes", "GPU memory, by torch, after the last batch", ["kind"], registry=self.registry
+        )
 
     def exposition(self) -> bytes:
         """All of them, in Prometheus' text format."""

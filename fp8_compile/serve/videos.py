@@ -22,9 +22,9 @@ from starlette.responses import FileResponse, Response
 
 from .admission import Admission, AdmittedVideo
 from .edits import read_video
-from .engine import AnyEngine, EngineError, Progress, Ticket, Video
 from .events import Events, api_error
 from .guard import MAX_BODY, MAX_EDIT_BODY
+from .orders import AnyEngine, EngineError, Progress, Ticket, Video
 from .pictures import MEDIA_TYPES, PictureStore, encoded_video
 from .protocol import ApiError, VideoDeleted, VideoError, VideoJob, VideoList, VideoRequest, refusal
 

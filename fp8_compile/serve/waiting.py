@@ -57,18 +57,18 @@ class WaitingItems(Generic[T]):
             self._tell()
             return True
 
-    def take(self, most: int) -> list[T]:
-        """The next items that can be drawn together, once there are some; none after `close`.
+    def take(self, most: int, disturbed: Callable[[], bool] = lambda: False) -> list[T]:
+        """The next items that can be drawn together, once there are some; none after `close`, or while ``disturbed``.
 
         The first is that of the client whose turn it is; others of equal keys ride along, one of each client in turn.
         """
         with self._changed:
             while True:
                 self._drop_abandoned()
-                if self._clients or self._closed:
+                if self._clients or self._closed or disturbed():
                     break
                 self._changed.wait()
-            if not self._clients:
+            if not self._clients or disturbed():
                 return []
             turn, own = self._clients.popitem(last=False)
             taken = [own.popleft()]
@@ -86,6 +86,11 @@ class WaitingItems(Generic[T]):
             self._drop_abandoned()
             self._tell()
             return taken
+
+    def wake(self) -> None:
+        """Let `take` look anew whether it is disturbed."""
+        with self._changed:
+            self._changed.notify()
 
     def close(self) -> None:
         """`take` returns what waits, then nothing."""

@@ -107,6 +107,31 @@ def test_constants_are_as_the_specs_say(scheme: Scheme, transposed: bool) -> Non
     assert scheme.read(dict(zip(scheme.suffixes(), made, strict=True)))[0].constants_key() == scheme.constants_key()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"granularity": "tensor"},
+        {"granularity": "tensor", "activation_scheme": "none"},
+        {"granularity": "tensor", "activation_scheme": "static", "activation_scales": {"0": 0.05}},
+        {"weight_block_size": [128, 128]},
+        {"method": "int8"},
+    ],
+    ids=repr,
+)
+def test_a_report_says_whether_a_sample_depends_on_the_others_of_its_batch(options: dict[str, Any]) -> None:
+    """Whoever draws for many must draw it alone then."""
+    made = nn.Sequential(nn.Linear(128, 128)).bfloat16()
+    run = torch.compile(made, backend="fp8_diffusion", options={**OPTIONS, **options})
+    batch = torch.randn(2, 32, 128, dtype=torch.bfloat16)
+    louder = batch * torch.tensor([1, 37]).view(2, 1, 1)
+    same = torch.equal(run(batch)[0], run(louder)[0])
+    (row,) = fp8_compile.report(made).layers
+    assert row.decision == "quantized"
+    assert row.mixes_samples == (options == {"granularity": "tensor"})
+    assert same != row.mixes_samples
+
+
 @EACH
 @pytest.mark.parametrize("m", [1, 2, 7, 8, 4096])
 def test_every_way_to_run_gives_the_linear(scheme: Scheme, m: int) -> None:

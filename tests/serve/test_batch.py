@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fp8_compile.serve.batch import BatchError, Line, Manifest, lines_left
+from fp8_compile.serve.batch import BatchError, Line, Made, Manifest, lines_left
+from tests.support.ray_cluster import ray_cluster
 from tests.support.serving import PROMPT, WatchedSession, wait_for
 
 COMMAND = [sys.executable, "-m", "fp8_compile", "batch"]
@@ -108,11 +110,46 @@ def test_after_a_kill_the_rest_is_drawn_and_each_line_stands_once(tmp_path: Path
         assert kept.get(entry["file"], content) == content
 
 
+@pytest.mark.slow
+@pytest.mark.pipeline
+def test_workers_of_a_cluster_draw_each_line_once_whoever_is_killed(tmp_path: Path) -> None:
+    """First a worker, then the command itself."""
+    lines = [{"prompt": PROMPT, "seed": i, "num_inference_steps": 40} for i in range(30)]
+    prompts = write(tmp_path / "prompts.jsonl", *lines, {"prompt": PROMPT, "foo": 1})
+    options = [*OPTIONS, "--ray", "--replicas", "2"]
+    command = [*COMMAND, str(prompts), "--output", str(tmp_path / "out"), *options]
+    with ray_cluster(cpus=2) as cluster:
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log)
+        wait_for(lambda: len(manifest(tmp_path / "out")) >= 3 or process.poll() is not None, 180)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        workers = cluster.workers("ray::MapWorker")
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        least = len(manifest(tmp_path / "out")) + 3
+        wait_for(lambda: len(manifest(tmp_path / "out")) >= least, 60)
+        process.kill()
+        process.wait()
+        kept = {e["file"]: (tmp_path / "out" / e["file"]).read_bytes() for e in manifest(tmp_path / "out")}
+        assert 6 <= len(kept) < 30
+        done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{len(kept)} of 31 pictures are in" in done.stdout
+    assert "line 31: unknown parameter 'foo'" in done.stderr
+    assert "1 lines have no picture" in done.stderr
+    entries = manifest(tmp_path / "out")
+    assert sorted(entry["line"] for entry in entries) == list(range(1, 31))
+    for entry in entries:
+        content = (tmp_path / "out" / entry["file"]).read_bytes()
+        assert entry["seed"] == entry["line"] - 1
+        assert kept.get(entry["file"], content) == content
+
+
 def test_half_a_line_is_cut_off_and_its_picture_drawn_again(tmp_path: Path) -> None:
     lines = [Line(i, f'{{"prompt": "{i}"}}') for i in (1, 2)]
     made = Manifest(tmp_path)
-    made.add(lines[0], "000001.png", b"one", {"seed": 1})
-    made.add(lines[1], "000002.png", b"two", {"seed": 2})
+    made.add(lines[0], Made("000001.png", b"one", {"seed": 1}))
+    made.add(lines[1], Made("000002.png", b"two", {"seed": 2}))
     path = tmp_path / "manifest.jsonl"
     whole = path.read_bytes()
     for cut in range(len(whole)):
@@ -128,7 +165,7 @@ def test_half_a_line_is_cut_off_and_its_picture_drawn_again(tmp_path: Path) -> N
 
 def test_other_prompts_and_other_files_are_refused(tmp_path: Path) -> None:
     made = Manifest(tmp_path)
-    made.add(Line(1, "{}"), "000001.png", b"one", {})
+    made.add(Line(1, "{}"), Made("000001.png", b"one", {}))
     with pytest.raises(BatchError, match=r"line 1 of .* has changed since its picture was drawn"):
         lines_left(write(tmp_path / "prompts.jsonl", '{"a": 1}\n'), made)
     (tmp_path / "manifest.jsonl").write_text("something else\n")

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.support.serving import MODEL, PROMPT, WatchedSession, decoded, wait_for
+from tests.support.ray_cluster import Cluster, ClusterServer, free_port, on_cluster, ray_cluster
+from tests.support.serving import MODEL, PROMPT, WatchedSession, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
 
@@ -27,99 +22,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
 OPTIONS = "--replicas 2 --no-quantization --inner-backend eager --max-batch 1 --max-queue 10"
 
 
-class Cluster:
-    """Ray on this machine, with as many CPUs as it is told."""
-
-    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
-        self._process = process
-        self.environment = {**os.environ, "RAY_ADDRESS": address}
-
-    def workers(self) -> list[int]:
-        """Processes of this cluster that draw."""
-        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
-        ours = {pid for pid, parent, _ in rows if parent == str(self._process.pid)}
-        return [
-            int(pid)
-            for pid, parent, name in rows
-            if parent in ours and name.startswith("ray::ServeReplica:fp8-diffusion:Worker")
-        ]
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # a short name, since sockets stand in it
-        port = free_port()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "4"]
-        command += ["--include-dashboard", "false", "--disable-usage-stats", "--temp-dir", folder, "--port", str(port)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            wait_for(lambda: answers(port), 60)
-            yield Cluster(process, f"127.0.0.1:{port}")
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as asked:
-        return asked.connect_ex(("127.0.0.1", port)) == 0
-
-
-class ClusterServer:
-    """The application on a cluster, and clients for it."""
-
-    def __init__(self, cluster: Cluster, port: int) -> None:
-        self.cluster = cluster
-        self.url = f"http://127.0.0.1:{port}"
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
-
-    def ready(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def draw(self, **body: Any) -> list[bytes]:
-        """The pixels of each picture."""
-        data = self.openai.images.generate(prompt=PROMPT, extra_body=body).data
-        assert data is not None
-        return [decoded(item.b64_json).tobytes() for item in data]
-
-    def status(self, **body: Any) -> tuple[int, str]:
-        """Of an answer: its status, and the code of its error."""
-        answer = httpx.post(f"{self.url}/v1/images/generations", json={"prompt": PROMPT, **body}, timeout=120)
-        return answer.status_code, answer.json().get("error", {}).get("code", "")
-
-    def kill(self, worker: int) -> None:
-        """End ``worker``, and wait until it is gone."""
-        os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: worker not in self.cluster.workers())
-
-    def wait_for_workers(self) -> None:
-        wait_for(lambda: len(self.cluster.workers()) == 2, 120)
-
-
-@contextlib.contextmanager
-def on_cluster(cluster: Cluster, port: int, log: Path, end: signal.Signals, *command: str) -> Iterator[ClusterServer]:
-    """The server of ``command``, which writes to ``log``, until ``end`` ends it."""
-    with log.open("w") as output:
-        process = subprocess.Popen([sys.executable, "-m", *command], env=cluster.environment, stderr=output)
-    server = ClusterServer(cluster, port)
-    try:
-        wait_for(lambda: process.poll() is not None or server.ready(), 180)
-        assert process.poll() is None, log.read_text()
-        yield server
-    finally:
-        process.send_signal(end)
-        process.wait(90)
+    with ray_cluster(cpus=4) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from fp8_compile.pipelines.adapters import Adapters, Lora
 from fp8_compile.pipelines.denoisers import PipelineError
 from fp8_compile.pipelines.previews import PreviewError, Previews
 from fp8_compile.pipelines.session import Session
-from fp8_compile.serve.engine import Engine, Event, Order, Picture
+from fp8_compile.serve.engine import Engine
+from fp8_compile.serve.orders import Event, Order, Picture
 from tests.support.lora_files import write_lora
 from tests.support.serving import MODEL, PROMPT, WatchedSession, serving
 
@@ -127,7 +128,7 @@ def test_a_pipeline_that_cannot_decode_between_steps_is_served_without_previews(
     monkeypatch.setattr(Previews, "decode", broken)
     engine = Engine(lambda: session, max_batch=1)
     engine.start().result(60)
-    assert engine.no_previews == "there are no latents"
+    assert engine.abilities.no_previews == "there are no latents"
     assert len(drawn(engine, Order(PROMPT, (0,), session.arguments(num_inference_steps=2)))) == 1
     engine.close(10)
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from fp8_compile.pipelines.session import Session
-from fp8_compile.serve.engine import Engine, Order, UnavailableError
+from fp8_compile.serve.engine import Engine
+from fp8_compile.serve.orders import Order, UnavailableError
 from tests.support.serving import PROMPT, Served, WatchedSession, decoded, serving, wait_for
 
 pytestmark = pytest.mark.pipeline
@@ -157,7 +158,7 @@ def test_a_client_that_leaves_stops_its_drawing_between_two_steps(served: Served
     body = {"prompt": PROMPT, "num_inference_steps": 100, "stream": stream, "partial_images": 3 if stream else 0}
     with (
         contextlib.suppress(httpx.ReadTimeout),
-        httpx.stream("POST", f"{served.url}/v1/images/generations", json=body, timeout=0.5) as answer,
+        httpx.stream("POST", f"{served.url}/v1/images/generations", json=body, timeout=5 if stream else 0.2) as answer,
     ):
         next(answer.iter_lines())  # of a stream the first preview; the other times out
     assert served.draw(num_inference_steps=2)  # drawn after the other one has been given up

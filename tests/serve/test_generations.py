@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,8 @@ def test_what_is_not_honoured_is_refused_and_named(
 def test_previews_of_a_pipeline_without_are_refused(
     served: Served, session: WatchedSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served.engine, "no_previews", "the pipeline hides its latents")
+    without = dataclasses.replace(served.engine.abilities, no_previews="the pipeline hides its latents")
+    monkeypatch.setattr(served.engine, "_abilities", without)
     with (
         serving(session, tmp_path, engine=served.engine) as hidden,
         pytest.raises(openai.BadRequestError, match="no partial images here: the pipeline hides its latents"),

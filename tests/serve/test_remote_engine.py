@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from fp8_compile.cli.ray_config import application
 from fp8_compile.errors import OptionError
 from fp8_compile.serve.cluster import RemoteEngine
-from fp8_compile.serve.engine import (
+from fp8_compile.serve.orders import (
     DrawingError,
     Event,
     Failed,

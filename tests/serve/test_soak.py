@@ -13,8 +13,10 @@ import httpx
 import pytest
 import torch
 
+from fp8_compile.pipelines.session import Session
+from fp8_compile.serve.engine import Engine
 from fp8_compile.serve.protocol import GenerationRequest
-from tests.support.serving import PROMPT, WatchedSession, decoded, serving
+from tests.support.serving import MODEL, PROMPT, WatchedSession, decoded, serving
 
 REQUESTS, CLIENTS = 10_000, 40
 
@@ -32,11 +34,18 @@ class StubSession(WatchedSession):
         return SimpleNamespace(images=pixels)
 
 
+def load() -> StubSession:
+    loaded = Session.load(MODEL, quantized=False)
+    return StubSession(**{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)})
+
+
 @pytest.mark.slow
 @pytest.mark.pipeline
-def test_no_request_is_lost_or_answered_twice(session: WatchedSession, tmp_path: Path) -> None:
-    stub = StubSession(**{f.name: getattr(session, f.name) for f in dataclasses.fields(session)})
-    with serving(stub, tmp_path, max_waiting=24) as soaked:
+@pytest.mark.parametrize("own_process", [False, True])
+def test_no_request_is_lost_or_answered_twice(own_process: bool, tmp_path: Path) -> None:
+    engine = Engine(load, max_waiting=24, own_process=own_process)
+    engine.start().result(120)
+    with serving(None, tmp_path, engine=engine) as soaked:
 
         async def client(http: httpx.AsyncClient, seeds: list[int]) -> Counter[int]:
             statuses: Counter[int] = Counter()
@@ -64,3 +73,4 @@ def test_no_request_is_lost_or_answered_twice(session: WatchedSession, tmp_path:
         assert set(statuses) == {200, 429}  # the queue was full at times, and none was lost for that
         assert soaked.metric("pictures_total") == REQUESTS
         assert soaked.metric("waiting_pictures") == 0
+    engine.close(10)

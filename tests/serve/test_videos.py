@@ -20,7 +20,8 @@ from openai import OpenAI
 from PIL import Image
 
 from fp8_compile.pipelines.session import Session
-from fp8_compile.serve.engine import Engine, Event, Order, Progress, Video
+from fp8_compile.serve.engine import Engine
+from fp8_compile.serve.orders import Event, Order, Progress, Video
 from fp8_compile.serve.protocol import VideoDeleted, VideoJob, VideoRequest
 from tests.support.pipelines import build_ltx, build_wan
 from tests.support.serving import MODEL, PROMPT, Served, WatchedSession, serving, wait_for

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from fp8_compile.serve.engine import Order, preview_steps
+from fp8_compile.serve.orders import Order
+from fp8_compile.serve.painter import preview_steps
 from fp8_compile.serve.waiting import WaitingItems
 
 

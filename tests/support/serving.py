@@ -71,7 +71,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    session: Session,
+    session: Session | None,
     folder: Path,
     *,
     key: str | None = None,
@@ -84,7 +84,7 @@ def serving(
 ) -> Iterator[Served]:
     """Serve with ``session``, or over an ``engine`` that goes on afterwards."""
     own = engine is None
-    engine = engine or Engine(lambda: session, warmup, max_batch, max_waiting)
+    engine = engine or Engine(lambda: session, warmup, max_batch, max_waiting)  # type: ignore[arg-type, return-value]
     if own:
         engine.start().result(timeout=120)
     app = create_app(engine, ServerSettings(MODEL, (key,) if key else (), **settings), PictureStore(folder))

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fp8_compile
 from fp8_compile import QuantizedWeight, QuantizedWeightError
 from fp8_compile.weights import sharded
 from tests.support.blocks import LOAD, OPTIONS, WIDTH, Model, model, tokens
+from tests.support.sqnr import sqnr
 
 CPU = torch.device("cpu")
 
@@ -175,3 +176,30 @@ def test_a_block_that_is_sharded_stays_among_others(mesh: Any) -> None:
     m(x)
     rows = {row.path: row for row in fp8_compile.report(m).layers}
     assert {rows[f"blocks.1.{name}"].decision for name in ("to_q", "to_k", "img_mlp.0", "img_mlp.2")} == {"quantized"}
+
+
+def test_diffusers_refuses_tensor_parallelism_over_quantized_weights() -> None:
+    """In its own words, since it is told that the model is quantized, and before it asks for accelerators."""
+    from diffusers import TensorParallelConfig
+
+    from bench.tiny import build_qwen_image
+
+    transformer = build_qwen_image().transformer.requires_grad_(False)
+    fp8_compile.quantize_(transformer, LOAD)
+    with pytest.raises(ValueError, match="Load the model unquantized to shard it"):
+        transformer.enable_parallelism(config=TensorParallelConfig(tp_degree=1))
+
+
+def test_weights_that_tensor_parallelism_has_sharded_stay_and_the_others_are_converted(mesh: Any) -> None:
+    m, x = model(1).requires_grad_(False), tokens()
+    expected = m(x)
+    parallelize_module(m, mesh, {"blocks.0.img_mlp.0": ColwiseParallel(), "blocks.0.img_mlp.2": RowwiseParallel()})
+    m.compile_blocks()
+    assert sqnr(expected, m(x)) > 25
+    reasons = {row.path: (row.decision, row.reason) for row in fp8_compile.report(m).layers}
+    assert reasons == {
+        "blocks.0.to_q": ("quantized", ""),
+        "blocks.0.to_k": ("quantized", ""),
+        "blocks.0.img_mlp.0": ("unquantized", "weight is a DTensor"),
+        "blocks.0.img_mlp.2": ("unquantized", "weight is a DTensor"),
+    }
