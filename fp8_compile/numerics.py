@@ -62,6 +62,24 @@ def quantize_weight_rowwise(weight: Tensor) -> Quantized:
     return quantize_weight_with(values, values.abs().amax(dim=-1, keepdim=True))
 
 
+def quantize_weight_rowwise_into(values: Tensor, scale: Tensor, weight: Tensor, rows: int) -> None:
+    """Write what `quantize_weight_rowwise` returns, to the bit, into ``values`` and ``scale``; for a CPU.
+
+    A few rows at a time, in memory that is allocated once: new memory for each result would take a third of the time.
+
+    Args:
+        values: ``[N, K]`` float8_e4m3fn.
+        scale: ``[N, 1]`` float32.
+        weight: ``[N, K]``.
+        rows: how many at a time.
+    """
+    wide, magnitudes = (torch.empty(rows, weight.shape[1]) for _ in range(2))
+    for chunk, qdata, of_rows in zip(*(torch.split(t, rows) for t in (weight, values, scale)), strict=True):
+        x = wide[: len(chunk)].copy_(chunk)
+        of_rows.copy_(_scale(torch.abs(x, out=magnitudes[: len(chunk)]).amax(dim=-1, keepdim=True)))
+        qdata.copy_(x.div_(of_rows))
+
+
 def quantize_weight_tensorwise(weight: Tensor) -> Quantized:
     """Quantize ``weight``, ``[N, K]``, with one float32 scale without dimensions."""
     if statically_known_true(weight.numel() == 0):

@@ -170,9 +170,13 @@ class Fp8(Scheme):
     def quantize_in_chunks(self, weight: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
         if self.static:  # what belongs to activations has no rows that could be taken in chunks
             return self._completed(*replace(self, activation_scheme="dynamic").quantize_in_chunks(weight, device))
-        if self.granularity == "row" or weight.numel() == 0:
-            return super().quantize_in_chunks(weight, device)
         device = weight.device if device is None else device
+        if self.granularity == "row" or weight.numel() == 0:
+            if device.type == "cpu" and self.granularity == "row" and self.weight_block_size is None:
+                made = tuple(torch.empty(s.shape, dtype=s.dtype) for s in self.specs(*weight.shape).values())
+                numerics.quantize_weight_rowwise_into(*made, weight, chunk_rows(weight, device))
+                return made
+            return super().quantize_in_chunks(weight, device)
         chunks = torch.split(weight, chunk_rows(weight, device))
         amax = torch.stack([chunk.to(device).abs().amax() for chunk in chunks]).amax()
         parts = (numerics.quantize_weight_with(chunk.to(device), amax)[0] for chunk in chunks)

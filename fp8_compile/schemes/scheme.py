@@ -287,9 +287,9 @@ def check_class(scheme: Any, name: str | None = None) -> type[Scheme]:
 
 
 # Elements quantized at a time: what bounds the memory that quantizing a large weight takes, 10 bytes for each. On a CPU
-# so few that most of it stays in the cache of a core.
+# so few that most of it stays in its caches.
 CHUNK = 1 << 20
-CHUNK_ON_CPU = 1 << 18
+CHUNK_ON_CPU = 1 << 19
 
 
 def chunk_rows(weight: Tensor, device: torch.device) -> int:

@@ -107,7 +107,7 @@ def test_on_another_device_no_more_than_a_small_m_are_in_bf16(kind: Fp8, monkeyp
                     self.seen.add(t.numel())
             return out
 
-    monkeypatch.setattr(scheme, "CHUNK_ON_CPU", 7 * K)
+    monkeypatch.setattr(scheme, "CHUNK", 7 * K)
     with Sizes() as sizes:
         made = QuantizedWeight.quantize(plain(), kind, device=torch.device("meta"))
     assert made.qdata.device.type == made.scale.device.type == "meta"
