@@ -173,9 +173,9 @@ class Fp8(Scheme):
         device = weight.device if device is None else device
         if self.granularity == "row" or weight.numel() == 0:
             if device.type == "cpu" and self.granularity == "row" and self.weight_block_size is None:
-                made = tuple(torch.empty(s.shape, dtype=s.dtype) for s in self.specs(*weight.shape).values())
-                numerics.quantize_weight_rowwise_into(*made, weight, chunk_rows(weight, device))
-                return made
+                qdata, scale = (torch.empty(s.shape, dtype=s.dtype) for s in self.specs(*weight.shape).values())
+                numerics.quantize_weight_rowwise_into(qdata, scale, weight, chunk_rows(weight, device))
+                return qdata, scale
             return super().quantize_in_chunks(weight, device)
         chunks = torch.split(weight, chunk_rows(weight, device))
         amax = torch.stack([chunk.to(device).abs().amax() for chunk in chunks]).amax()
