@@ -228,6 +228,12 @@ def show(title: str, results: dict[str, Any]) -> None:
 def main(given: argparse.Namespace) -> None:
     """Measure, print and write."""
     results: dict[str, Any] = {}
+    instructions = {
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "flags": sorted({*_flags()} & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "fma"}),
+        "environment": {name: os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")},
+    }
+    torch._dynamo.config.recompile_limit = 64  # all cases compile the same functions
     for threads in given.threads:
         torch.set_num_threads(threads)
         for make in workloads(given.only):
@@ -239,11 +245,6 @@ def main(given: argparse.Namespace) -> None:
             for model, found in pictures(given.rounds).items():
                 show(f"{model}, threads: {threads}", found)
                 results[f"{model}, {threads} threads"] = found
-    instructions = {
-        "torch": torch.backends.cpu.get_cpu_capability(),
-        "flags": sorted({*_flags()} & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "fma"}),
-        "environment": {name: os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")},
-    }
     write(given.output, {"instructions": instructions, "results": results})
 
 

@@ -46,14 +46,6 @@ MULTIPLE = 8
 # without an error.
 ROTATIONS = (16, 64, 256)
 
-_cpu: Any = torch.cpu
-CPU_HAS_INT8 = bool(_cpu._is_vnni_supported())
-"""Whether this CPU has instructions that multiply int8 (VNNI).
-
-With them ``torch._int_mm`` took 20 ms for 1,024 x 1,024 by 1,024 x 4,096 (AMD EPYC; 90 in float32); without, it runs in
-a plain loop: https://github.com/pytorch/pytorch/pull/136942.
-"""
-
 Quantized = tuple[Tensor, Tensor]
 """Int8 codes and the float32 scale that multiplies them."""
 
@@ -120,12 +112,32 @@ def int8_linear(x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor
     if rows.device.type == "cuda":
         sums = sums_by_kernel(rows, weight)
     else:
-        sums = torch._int_mm(rows, weight.t()) if CPU_HAS_INT8 else sums_in_float32(rows, weight)
+        sums = torch._int_mm(rows, weight.t()) if cpu_has_int8() else sums_in_float32(rows, weight)
     # The weight's scale first: it is the smaller one, and a large activation overflows only where its result does.
     out = sums.float() * weight_scale.reshape(-1) * scale.reshape(-1, 1)
     if bias is not None:
         out = out + bias.float()
     return out.to(dtype).view(out_shape)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def cpu_has_int8() -> bool:
+    """Whether this CPU has instructions that multiply int8 (VNNI), and torch uses them.
+
+    With them ``torch._int_mm`` took 20 ms for 1,024 x 1,024 by 1,024 x 4,096 (AMD EPYC; float32: 90). Without, it runs
+    in a plain loop (https://github.com/pytorch/pytorch/pull/136942). Where oneDNN is told not to use them
+    (``ONEDNN_MAX_CPU_ISA=AVX2``), it saturates sums of two products to 16 bits, so the largest ones are asked for.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    cpu: Any = torch.cpu
+    if not cpu._is_vnni_supported():
+        return False
+    with unset_fake_temporarily(), _disable_current_modes():
+        largest = torch.full((32, 64), LARGEST, dtype=torch.int8)
+        return bool((torch._int_mm(largest, largest.t()) == 64 * LARGEST**2).all())
 
 
 def sums_by_kernel(values: Tensor, weight: Tensor) -> Tensor:
@@ -237,7 +249,7 @@ class Int8(Scheme):
 
     @property
     def on_cpu(self) -> str:
-        dtype = "int8, for which this CPU has instructions" if CPU_HAS_INT8 else "float32"
+        dtype = "int8, for which this CPU has instructions" if cpu_has_int8() else "float32"
         return f"int8 codes are multiplied in {dtype}"
 
     def specs(self, out_features: int, in_features: int) -> dict[str, Spec]:

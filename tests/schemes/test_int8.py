@@ -464,7 +464,7 @@ def test_a_scale_that_is_none_is_an_error_of_the_file(tmp_path: Path) -> None:
 def test_one_graph_for_every_size_or_one_more_for_the_kernels_padding(
     sums: Callable[..., Tensor], graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "CPU_HAS_INT8", False)
+    monkeypatch.setattr(int8, "cpu_has_int8", lambda: False)
     monkeypatch.setattr(int8, "sums_in_float32", sums)
     m = nn.Linear(64, 48).bfloat16()
     options = {"min_features": 32, "inner_backend": "aot_eager", "min_m": 1, **METHOD}
@@ -478,7 +478,7 @@ def test_one_graph_for_every_size_or_one_more_for_the_kernels_padding(
 
 @pytest.mark.parametrize("sums", [sums_in_float32, sums_by_kernel])
 def test_a_number_of_rows_known_only_at_run_time(sums: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "CPU_HAS_INT8", False)
+    monkeypatch.setattr(int8, "cpu_has_int8", lambda: False)
     monkeypatch.setattr(int8, "sums_in_float32", sums)
     m, x = nn.Linear(64, 48).bfloat16(), rand(40, 64)
     options = {"min_features": 32, "inner_backend": "aot_eager", **METHOD}
