@@ -327,7 +327,7 @@ def _unguarded_methods() -> Iterator[None]:
     """The methods of tensors whose C++ sets the current device, which a build without CUDA cannot do.
 
     They call the same operators through the dispatcher. Indexing is rebuilt from slices, integers, None and Ellipsis,
-    which are all that the blocks use.
+    or from tensors alone, which are all that the blocks use.
     """
     tensor: Any = torch.Tensor
     aten = torch.ops.aten
@@ -336,6 +336,8 @@ def _unguarded_methods() -> Iterator[None]:
 
     def getitem(self: Tensor, index: Any) -> Any:
         parts = index if isinstance(index, tuple) else (index,)
+        if all(isinstance(part, Tensor) for part in parts):
+            return aten.index.Tensor(self, list(parts))
         indexed = sum(part is not None and part is not Ellipsis for part in parts)
         out, dim = self, 0
         for part in parts:
