@@ -203,8 +203,11 @@ def check_installation() -> None:
 
 
 @contextlib.contextmanager
-def fake_gpu(gpu: Gpu) -> Iterator[None]:
+def fake_gpu(gpu: Gpu, *, flash3: bool = False) -> Iterator[None]:
     """Compile for ``gpu`` within this context. Best in a process of its own: torch caches what a device answers.
+
+    Args:
+        flash3: as if FlashAttention 3 were installed. Its kernels are called by an operator of torch's own.
 
     Raises:
         FakeGpuError: see `check_installation`.
@@ -213,6 +216,10 @@ def fake_gpu(gpu: Gpu) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for replacement in (_patterns(), *_device_queries(gpu), *_initialization(), *_settings(), _flash_attention()):
             stack.enter_context(replacement)
+        if flash3:
+            from fp8_compile.attention import flash3 as asked
+
+            stack.enter_context(_replaced(asked, "PACKAGE", "torch"))  # some package that is there
         if not torch.backends.cuda.is_built():
             stack.enter_context(_unguarded_methods())
         stack.enter_context(_triton_driver(gpu))
