@@ -340,3 +340,18 @@ attention                       x  tokens  heads  head size  decision  kernel   
 transformer_blocks.*.attn.sdpa  4  16      2      32         fp8       fp8-emulated
 pattern 'blocks.0.attn.sdpa' matched nothing""",
     )
+
+
+def test_sizes_that_are_known_only_at_run_time() -> None:
+    """One graph for all numbers of tokens and all batches."""
+    torch.manual_seed(0)
+    model = Model().bfloat16().requires_grad_(False)
+    written = [model(rand(batch, tokens, 64)) for batch, tokens in ((2, 16), (3, 48))]
+    options = {"inner_backend": "aot_eager", "min_features": 64, "attention": "fp8-emulated"}
+    model.compile(backend="fp8_diffusion", dynamic=True, options=options)
+    with torch.no_grad():
+        for expected in written:
+            assert 20 < sqnr(expected.float(), model(rand(*expected.shape))) < 50
+    report = fp8_compile.report(model)
+    assert len(report.graphs) == 1
+    assert {row.decision for row in report.attentions} == {"fp8"}
