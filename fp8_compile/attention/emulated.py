@@ -66,7 +66,7 @@ def _attend(
         s.repeat_interleave(shared, dim=1)[..., None, None] for s in (query_scale * key_scale * scale, value_scale)
     )
     keys, values = (t.float().repeat_interleave(shared, dim=1) for t in (key, value))
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.bfloat16)
+    out = _empty(query, value)
     rows = max(1, _MOST_SCORES // max(1, query.shape[0] * query.shape[1] * key.shape[2]))
     with torch.autocast(query.device.type, enabled=False):
         for part, result in zip(torch.split(query, rows, dim=-2), torch.split(out, rows, dim=-2), strict=True):
@@ -81,6 +81,13 @@ def _attend(
 def _fake(
     query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor, scale: float
 ) -> Tensor:
+    return _empty(query, value)
+
+
+def _empty(query: Tensor, value: Tensor) -> Tensor:
+    """For the result: laid out as the queries are, tokens before heads, which models may count on that take a view."""
+    if query.shape[-1] == value.shape[-1]:
+        return torch.empty_like(query, dtype=torch.bfloat16)
     return query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.bfloat16)
 
 

@@ -42,4 +42,4 @@ class Kernel:
     name: str
     reason: Callable[[Question], str | None]
     attention: Callable[[Tensor, Tensor, Tensor, float | None, torch.dtype], Tensor]
-    prepare: Callable[[], str] = str
+    prepare: Callable[[], str] = str  # which gives ""

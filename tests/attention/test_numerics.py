@@ -100,6 +100,13 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(emulated.attention_emulated(q, k, v, None, torch.bfloat16), whole)
 
 
+def test_the_result_is_laid_out_as_the_queries() -> None:
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in gaussian(tokens=16))
+    out = emulated.attention_emulated(q, k, v, None, torch.bfloat16)
+    assert out.stride() == q.stride()
+    assert emulated.attention_emulated(q, k, v[..., :64], None, torch.bfloat16).shape == (1, 4, 16, 64)
+
+
 def test_rounding_the_weights_costs_one_decibel(monkeypatch: pytest.MonkeyPatch) -> None:
     given = gaussian()
     monkeypatch.setattr(emulated, "rounded_to_e4m3", lambda x: x)

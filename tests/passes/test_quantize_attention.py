@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 import fp8_compile
 from fp8_compile import attention as kernels
@@ -184,6 +185,10 @@ def alibi(m: nn.Module, q: Tensor) -> Any:
     return flex_attention(q, q, q, score_mod=lambda score, b, h, m, n: score + (m - n))
 
 
+def checkpointed(m: nn.Module, q: Tensor) -> Any:
+    return checkpoint(lambda x: scaled_dot_product_attention(x, x, x), q, use_reentrant=False)
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], Tensor, str]] = {
     "a mask": (lambda m, q: scaled_dot_product_attention(q, q, q, q[..., :48] > 0), Q, "has a mask"),
     "causal": (lambda m, q: scaled_dot_product_attention(q, q, q, is_causal=True), Q, "is causal"),
@@ -199,6 +204,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], Tensor, str]] = {
         "its operands have 3 dimensions, not 4",
     ),
     "two results": (lse_too, Q, "its log-sum-exp is read, too, as ring attention does"),
+    "a higher-order operator": (checkpointed, Q, "inside a higher-order operator"),
     "a score_mod": (alibi, Q, "score_mod changes the scores"),
     "a block mask": (
         lambda m, x: dispatch_attention_fn(x, x, x, x[:, None, None, :, 0, 0] > 0, backend="flex"),
