@@ -203,8 +203,11 @@ def check_installation() -> None:
 
 
 @contextlib.contextmanager
-def fake_gpu(gpu: Gpu) -> Iterator[None]:
+def fake_gpu(gpu: Gpu, *, flash3: bool = False) -> Iterator[None]:
     """Compile for ``gpu`` within this context. Best in a process of its own: torch caches what a device answers.
+
+    Args:
+        flash3: as if FlashAttention 3 were installed. Its kernels are called by an operator of torch's own.
 
     Raises:
         FakeGpuError: see `check_installation`.
@@ -213,6 +216,10 @@ def fake_gpu(gpu: Gpu) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for replacement in (_patterns(), *_device_queries(gpu), *_initialization(), *_settings(), _flash_attention()):
             stack.enter_context(replacement)
+        if flash3:
+            from fp8_compile.attention import flash3 as asked
+
+            stack.enter_context(_replaced(asked, "PACKAGE", "torch"))  # some package that is there
         if not torch.backends.cuda.is_built():
             stack.enter_context(_unguarded_methods())
         stack.enter_context(_triton_driver(gpu))
@@ -327,7 +334,7 @@ def _unguarded_methods() -> Iterator[None]:
     """The methods of tensors whose C++ sets the current device, which a build without CUDA cannot do.
 
     They call the same operators through the dispatcher. Indexing is rebuilt from slices, integers, None and Ellipsis,
-    which are all that the blocks use.
+    or from tensors alone, which are all that the blocks use.
     """
     tensor: Any = torch.Tensor
     aten = torch.ops.aten
@@ -336,6 +343,8 @@ def _unguarded_methods() -> Iterator[None]:
 
     def getitem(self: Tensor, index: Any) -> Any:
         parts = index if isinstance(index, tuple) else (index,)
+        if all(isinstance(part, Tensor) for part in parts):
+            return aten.index.Tensor(self, list(parts))
         indexed = sum(part is not None and part is not Ellipsis for part in parts)
         out, dim = self, 0
         for part in parts:

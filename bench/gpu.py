@@ -26,6 +26,8 @@ Parts (``--part``), each planned for less than nine minutes on an H200, which no
 * ``autotune-bf16``, ``autotune-fp8``: ``max-autotune-no-cudagraphs`` for BF16 and for ours, the slowest to compile;
 * ``cudagraphs``: ``reduce-overhead`` for BF16 and ours;
 * ``passes``: ours without one pass or another;
+* ``attention``: FP8 linears, FP8 attention, both, by the kernel that Inductor generates;
+* ``attention-flash3``: the same by FlashAttention 3, and BF16 with it; needs the package flash_attn_interface;
 * ``layers-1``, ``layers-2`` (Qwen-Image only): 13 choices of layers that stay in BF16;
 * ``kernels``: the kernels of a block, measured beside what `bench.kernels` says of them (`bench.kernel_times`);
 * ``gemm``: every linear's shape alone, in BF16 and FP8, and merged with those that read the same input.
@@ -40,8 +42,8 @@ to "earlier". Parts that were finished with failures are not run again without `
 only repeat. A case that broke the CUDA context ends the command; the next one leaves it out. ``--budget`` and
 ``--stop-after`` are looked at between cases and between parts only. Exit code 1: something failed, or was left out.
 
-``--tiny --device cpu`` runs tiny models through the same program, to try it; but for torchao, which fails on a CPU, and
-for CUDA graphs.
+``--tiny --device cpu`` runs tiny models through the same program, to try it; but for torchao, which fails on a CPU, for
+CUDA graphs, and for FlashAttention 3.
 """
 
 from __future__ import annotations
@@ -97,12 +99,14 @@ class Case:
         options: of ``torch.compile``.
         mode: of ``torch.compile``.
         torchao: granularity of torchao's quantization, "row" or "tensor", or None.
+        flash3: run with FlashAttention 3 in the place of torch's flash kernels; it must be installed.
     """
 
     backend: str = "fp8_diffusion"
     options: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
     torchao: str | None = None
+    flash3: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -121,6 +125,7 @@ def _keep(*patterns: str) -> Case:
     return Case(options={"ignored_layers": list(patterns)})
 
 
+_ALL_LINEARS = r"re:(?<!\.sdpa)$"
 _BF16 = {BASELINE: Case("inductor")}
 _HALF = (len(QWEN_IMAGE_GROUPS) + 1) // 2
 _KEPT = [(name, _keep(*patterns)) for name, patterns in QWEN_IMAGE_GROUPS.items()]
@@ -174,6 +179,20 @@ PARTS: dict[str, dict[str, Case]] = {
                 "realize_acc_reads_threshold": 8,
             }
         ),
+    },
+    # FlashAttention 3 is faster in BF16 as well: what FP8 adds to that is the last line over the one before.
+    "attention": {
+        **_BF16,
+        "FP8 linears": Case(),
+        "FP8 attention by flex_attention": Case(options={"attention": "fp8", "ignored_layers": [_ALL_LINEARS]}),
+        "FP8 linears and attention by flex_attention": Case(options={"attention": "fp8"}),
+    },
+    "attention-flash3": {
+        **_BF16,
+        "BF16 with FA3": Case("inductor", flash3=True),
+        "FP8 linears with FA3": Case(flash3=True),
+        "FP8 attention by FA3": Case(options={"attention": "fp8", "ignored_layers": [_ALL_LINEARS]}, flash3=True),
+        "FP8 linears and attention by FA3": Case(options={"attention": "fp8"}, flash3=True),
     },
     "layers-1": {**_BF16, **_LAYERS[0]},
     "layers-2": {**_BF16, **_LAYERS[1]},
@@ -324,14 +343,15 @@ class Runner:
         counted = counter.get_flop_counts()["Global"]
         return shapes, sum(flops for op, flops in counted.items() if "attention" in str(op))
 
-    def roofline(self, gpu: Gpu, fp8: bool, small_m: bool) -> float:
+    def roofline(self, gpu: Gpu, fp8: bool, small_m: bool, attention: bool = False) -> float:
         """Seconds of the linears and of the attention.
 
         Args:
             fp8: linears of at least 8 rows multiply in FP8.
             small_m: those of fewer read FP8 weights.
+            attention: attention multiplies in FP8.
         """
-        seconds = self.attention_flops / gpu.bf16_flops
+        seconds = self.attention_flops / (gpu.fp8_flops if attention else gpu.bf16_flops)
         for (rows, n, k), count in self.linears.items():
             multiplied = fp8 and rows >= 8
             activation, weight = 1 if multiplied else 2, 1 if multiplied or (small_m and rows < 8) else 2
@@ -366,6 +386,19 @@ def _attention(name: str, device: str) -> Iterator[None]:
         return
     with sdpa_kernel(getattr(SDPBackend, f"{name.upper()}_ATTENTION")):
         yield
+
+
+@contextlib.contextmanager
+def _flash3(wanted: bool) -> Iterator[None]:
+    """Around a measurement, not in it: activating takes a while. A graph with FP8 attention activates it, too."""
+    from fp8_compile.attention import flash3
+
+    if wanted:
+        flash3.activate()
+    try:
+        yield
+    finally:
+        flash3.restore()
 
 
 def sqnr(expected: Tensor, got: Tensor) -> float:
@@ -427,7 +460,8 @@ def run_part(
 
     def attempt(name: str, work: Callable[[], Any]) -> Any:
         try:
-            return work()
+            with _flash3(cases[name].flash3):
+                return work()
         except Exception as error:  # whatever one case raises, the others are measured, and the report shows it
             failed[name] = _summary(error)
             found.pop(name, None)
@@ -491,7 +525,8 @@ def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None)
     quality = None if reference is None else sqnr(reference, out)
     if quality is not None and not 10 <= quality <= (60 if case.quantized else float("inf")):
         raise BenchError(f"SQNR of {quality:.1f} dB: not what was meant to run")
-    layers = fp8_compile.report(runner.model, runner.graphs(name)).layers if case.backend == "fp8_diffusion" else ()
+    ours = case.backend == "fp8_diffusion"
+    report = fp8_compile.report(runner.model, runner.graphs(name)) if ours else None
     held, read = runner.weight_bytes(name)
     return out, {
         "first_run_s": first,
@@ -500,7 +535,8 @@ def _first_runs(runner: Runner, name: str, case: Case, reference: Tensor | None)
         "weight_bytes_read": read,
         # A replayed CUDA graph allocates nothing: its memory stays in a pool, which no peak tells.
         "activation_peak_bytes": None if case.cuda_graphs else _peak(runner, name),
-        "schemes": Counter(f"{row.scheme or 'kept'}; {row.reason}" for row in layers),
+        "schemes": Counter(f"{row.scheme or 'kept'}; {row.reason}" for row in (report.layers if report else ())),
+        "attention": Counter(f"{r.kernel or r.decision}; {r.reason}" for r in (report.attentions if report else ())),
     }
 
 
@@ -512,6 +548,7 @@ def _summarize(runner: Runner, cases: dict[str, Case], found: dict[str, Any], sa
             continue
         case, median = cases[name], statistics.median(seconds)
         all_fp8 = case.quantized and not case.options.get("ignored_layers")
+        attention = case.options.get("attention") == "fp8"
         small_m = case.backend == "fp8_diffusion" and case.options.get("small_m") != "keep"
         found[name] |= {
             "seconds": Spread.of(seconds),
@@ -519,7 +556,7 @@ def _summarize(runner: Runner, cases: dict[str, Case], found: dict[str, Any], sa
             "samples": list(seconds),
         }
         if gpu is not None and (all_fp8 or case.backend != "fp8_diffusion"):
-            found[name]["share_of_roofline"] = runner.roofline(gpu, all_fp8, small_m) / median
+            found[name]["share_of_roofline"] = runner.roofline(gpu, all_fp8, small_m, attention) / median
 
 
 def _peak(runner: Runner, name: str) -> int | None:

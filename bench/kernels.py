@@ -248,6 +248,33 @@ def compile_block(lowered: Lowered) -> Block:
     return Block(lowered.model, lowered.backend, lowered.device, tuple(kernels), matmul, attention, rest, share)
 
 
+def attention_instructions(lowered: Lowered) -> tuple[str, ...]:
+    """The instructions by which the kernel of ``flex_attention`` in ``lowered`` multiplies, as in PTX.
+
+    Raises:
+        FakeGpuError: there is no such kernel.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    sources = {name: source for name, _, source in _KERNEL.findall(lowered.code) if "flex_attention" in name}
+    if not sources:
+        raise FakeGpuError(f"{lowered.model}: no kernel of flex_attention was generated")
+    gpu, found = GPUS[lowered.device], set()
+    major, minor = gpu.capability
+    with fake_gpu(gpu), _no_driver(), tempfile.TemporaryDirectory() as folder:
+        for name, source in sources.items():
+            tuner = _load(name, source, Path(folder))
+            for config in tuner.configs:
+                meta = tuner._create_compile_meta(config)
+                given = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
+                options = tuner._create_compile_options(config, meta)
+                binary = triton.compile(given, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
+                found |= set(re.findall(r"\bw?g?mma\.\S*sync\.aligned\.\S+e4m3\S*", binary.asm["ptx"]))
+    return tuple(sorted(found))
+
+
 def _library_us(kernel: Kernel, device: str) -> float:
     gpu = GPUS[device]
     rate = gpu.flops(kernel.dtypes)

@@ -20,7 +20,8 @@ up to the source of its kernels, and Inductor's schedule is read:
 * copies: tensors whose kernel only moves values (a new layout, a concatenation of what is already in memory);
 * roofline: the sum over all kernels of ``max(bytes / bandwidth, FLOPs / rate)`` under the ceilings of
   `bench.fake_gpu.Gpu`, one kernel after the other, caches unused, launches free. FLOPs are those of matmuls and
-  attention.
+  attention. Of attention only the products are counted, by the dtype of its operands; kernels of attention stay further
+  below the ceilings than matmuls do, since they compute exponentials between them.
 
 The figures are a model of the code, not measurements; `max-autotune` is out of its reach, since it runs kernels.
 """
@@ -113,7 +114,7 @@ class RoundTrip:
 
 @dataclass(frozen=True)
 class Lowered:
-    """One block as it was lowered; bytes in all, seconds in all."""
+    """One block as it was lowered; bytes in all, seconds in all; ``attention_s`` are those of attention alone."""
 
     model: str
     tokens: int
@@ -124,6 +125,7 @@ class Lowered:
     bytes: int
     view_bytes: int
     kernels: tuple[Kernel, ...]
+    attention_s: float
     activations: tuple[Activation, ...]
     fp8_tensors: int
     row_loops: int
@@ -151,7 +153,13 @@ class Lowered:
 
 
 def lower(
-    model: str, tokens: int, backend: str, options: dict[str, Any] | None = None, device: str = "h200"
+    model: str,
+    tokens: int,
+    backend: str,
+    options: dict[str, Any] | None = None,
+    device: str = "h200",
+    *,
+    flash3: bool = False,
 ) -> Lowered:
     """Lower one block.
 
@@ -161,6 +169,7 @@ def lower(
         backend: one of `BACKENDS`.
         options: of ``torch.compile``, as its ``options``.
         device: one of `bench.fake_gpu.GPUS`.
+        flash3: as if the package flash_attn_interface were installed.
 
     Raises:
         FakeGpuError: the installation lacks something, or is not one that this was tested with.
@@ -176,7 +185,7 @@ def lower(
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
-        with fake_gpu(gpu), FakeTensorMode(), torch.no_grad():
+        with fake_gpu(gpu, flash3=flash3), FakeTensorMode(), torch.no_grad():
             block, arguments = make(model, tokens)
             compiled = _compile(block, backend, options)
             lower_to_code(compiled, (), arguments, inspect)
@@ -205,6 +214,7 @@ def _read(graph: Any, code: str, gpu: Gpu) -> dict[str, Any]:
         "bytes": sum(node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes),
         "view_bytes": sum(k.bytes for k in kernels if k.kind == "view"),
         "kernels": tuple(kernels),
+        "attention_s": sum(max(_memory_s(k, gpu), _compute_s(k, gpu)) for k in kernels if k.kind == "attention"),
         "activations": activations,
         "fp8_tensors": fp8_tensors,
         "row_loops": len(_LOOP.findall(code)),
@@ -232,6 +242,11 @@ def _kernel(node: Any) -> Iterator[Kernel]:
     moved = node.get_read_write_buffers_sizes()
     if isinstance(node, NopKernelSchedulerNode):
         return
+    templates = [leaf.node for leaf in node.get_nodes() if isinstance(leaf.node, ir.TritonTemplateBuffer)]
+    for template in templates:
+        if any("flex_attention" in str(origin.target) for origin in _origins(template)):
+            yield _attention(template, "flex_attention", moved)
+            return
     if not isinstance(node, ExternKernelSchedulerNode):
         operators = dict.fromkeys(_operator(origin) for leaf in node.get_nodes() for origin in _origins(leaf.node))
         yield Kernel("triton", " ".join(operators), moved)
@@ -244,13 +259,17 @@ def _kernel(node: Any) -> Iterator[Kernel]:
     if _MATMULS.search(name):
         yield _matmul(call, name, moved)
     elif "attention" in name or "flash" in name:
-        q, k, v = (_sizes(x) for x in call.inputs[:3])
-        flops = 2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
-        yield Kernel("attention", name, moved, flops)
+        yield _attention(call, name, moved)
     else:
         target = getattr(call, "op_overload", None)
         view = isinstance(target, torch._ops.OpOverload) and target.is_view
         yield Kernel("view" if view else "eager", name, moved)
+
+
+def _attention(call: Any, name: str, moved: int) -> Kernel:
+    q, k, v = (_sizes(x) for x in call.inputs[:3])
+    flops = 2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+    return Kernel("attention", name, moved, flops, dtypes=str(call.inputs[0].get_dtype()).removeprefix("torch."))
 
 
 def _matmul(call: Any, name: str, moved: int) -> Kernel:
@@ -433,6 +452,7 @@ def summary(result: Lowered) -> dict[str, str]:
         "bytes (MB, Inductor's count)": f"{result.bytes / 1e6:,.0f}",
         "  of which views (MB)": f"{result.view_bytes / 1e6:,.0f}",
         "matmuls": matmuls,
+        "attention": ", ".join(f"{k.name} {k.dtypes}" for k in result.of_kind("attention")),
         "eager calls": fallbacks or "none",
         "quantized activations": str(len(result.activations)),
         "8-bit tensors per activation, at most": str(max(per_activation, default=0)),
@@ -445,6 +465,7 @@ def summary(result: Lowered) -> dict[str, str]:
         "matmul and attention (TFLOP)": f"{sum(k.flops for k in result.kernels) / 1e12:.3f}",
         "memory alone (us)": f"{result.memory_s * 1e6:,.0f}",
         f"roofline (us, {gpu.name})": f"{result.roofline_s * 1e6:,.0f}",
+        "  of which attention (us)": f"{result.attention_s * 1e6:,.0f}",
     }
 
 
@@ -496,6 +517,7 @@ def main() -> None:
     made.add_argument("--diff", choices=BACKENDS, nargs="+", default=[], help="other backends, shown beside the first")
     made.add_argument("--options", type=options, default={}, help="JSON, torch.compile's options for --backend")
     made.add_argument("--device", choices=sorted(GPUS), default="h200")
+    made.add_argument("--flash3", action="store_true", help="as if the package flash_attn_interface were installed")
     made.add_argument("--kernels", action="store_true", help="list every kernel as well")
     made.add_argument("--code", type=Path, help="where the generated code of --backend goes")
     args = made.parse_args()
@@ -504,7 +526,11 @@ def main() -> None:
 
     cases = [(args.backend, args.options), *((other, {}) for other in args.diff)]
     try:
-        results = [lower(m, args.tokens, b, options, args.device) for m in args.model for b, options in cases]
+        results = [
+            lower(m, args.tokens, b, options, args.device, flash3=args.flash3)
+            for m in args.model
+            for b, options in cases
+        ]
     except FakeGpuError as error:
         sys.exit(f"bench.lower: {error}")
     print(show(results))

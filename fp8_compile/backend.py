@@ -28,7 +28,7 @@ from .errors import GradientError, OptionError, PatternError, RecompileLimitWarn
 from .inductor import dynamo
 from .inductor.failed import forgets_guards
 from .inductor.inner import compile_inner
-from .options import RECOMMENDED, Fp8Options
+from .options import AS_WRITTEN, RECOMMENDED, Fp8Options
 from .passes.context import Context, Plan
 from .passes.graphs import example
 from .passes.pipeline import rewrite
@@ -85,8 +85,9 @@ def fp8_diffusion(
     tracing.trace_plan(plan, opts)
     with LOCK:
         _complain(plan, layers.values(), roots, opts)
-    if plan.quantized:
+    if plan.quantized or context.attention_kernels:
         _check_inputs(gm, plan, example_inputs)
+    notes = tuple(filter(None, [kernel.prepare() for kernel in context.attention_kernels] if asked else ()))
 
     inputs = [given.get(node.name, example(node)) for node in _placeholders(rewritten)]
     compiled = compile_inner(rewritten, inputs, context)
@@ -100,7 +101,7 @@ def fp8_diffusion(
     return BoundGraph(
         compiled,
         gm,
-        GraphRecord(plan, tuple(context.results), compile_id, _warn_of_the_last(dynamo.last_graph())),
+        GraphRecord(plan, tuple(context.results), compile_id, _warn_of_the_last(dynamo.last_graph()), notes),
         context,
         arguments=list(given),
         kept_arguments=[node.name for node in _placeholders(rewritten) if node.name in given],
@@ -132,6 +133,17 @@ def _guard(gm: GraphModule, plan: Plan, given: Mapping[str, Any], options: Fp8Op
             marks.put(holder, options, leaf, d.verdict)
             for other in verdicts - {d.verdict}:
                 dynamo.guard_absence(nodes[d.weight], partial(marks.name_of, options, verdict=other))
+    for a in plan.attentions:
+        if a.weight is not None and a.verdict is not None:
+            holder, leaf = dynamo.holder(nodes[a.weight]) or (given[a.weight], "")
+            marks.put(holder, options, marks.attention_leaf(leaf, a.above), a.verdict)
+            other = marks.STAYS if a.verdict == marks.CONVERTS else marks.CONVERTS
+            name = partial(_attention_mark, options, above=a.above, verdict=other)
+            dynamo.guard_absence(nodes[a.weight], name)
+
+
+def _attention_mark(options: Fp8Options, leaf: str, above: int, verdict: str) -> str:
+    return marks.name_of(options, marks.attention_leaf(leaf, above), verdict)
 
 
 def _placeholders(gm: GraphModule) -> list[torch.fx.Node]:
@@ -163,7 +175,10 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
         warn_of_no_recipe([type(root).__name__ for root in roots], stacklevel=4)
     names = [name for tree in trees for name in tree.names]
     others = [name for tree in trees for name in tree.others]
+    if options.attention != AS_WRITTEN:
+        others += [name for tree in trees for name in tree.attentions]
     of_graph = [name for d in plan.decisions for name in (d.path, d.within)]
+    of_graph += [name for a in plan.attentions for name in (a.path, a.within)]
     unmatched = options.unmatched([*names, *others] or of_graph)
     warn_of_unmatched(
         {pattern: option for pattern, option in unmatched.items() if pattern in plan.unmatched_patterns},

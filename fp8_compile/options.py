@@ -32,6 +32,11 @@ DEFAULT_METHOD = "fp8"
 UNCALIBRATED = ("error", "dynamic")
 CPU_ATTENTION = ("as-written", "float32")
 
+AS_WRITTEN = "as-written"
+"""Of ``attention``: attention stays what it is."""
+
+ATTENTION = (AS_WRITTEN, "fp8", "fp8-emulated")
+
 
 class Scales(dict[str, float]):
     """Input scales by the paths of layers, and where they come from.
@@ -66,6 +71,8 @@ class Fp8Options:
         min_features: a linear with fewer input or output features stays as it is.
         cpu_attention: "float32" computes attention in float32 where it is in half precision on a CPU: faster on one
             that has no instructions for bfloat16. "as-written" leaves it alone.
+        attention: "fp8" computes attention in FP8 where a kernel takes it; "fp8-emulated" computes what such a kernel
+            would give, without being faster (`fp8_compile.attention`); "as-written" leaves it alone.
         strict: raise `NothingConvertedError` where a graph with linears would only warn that none was converted.
         inner_backend: what compiles the rewritten graph: the name of a registered backend, or a callable
             ``(graph_module, example_inputs) -> callable``.
@@ -89,6 +96,7 @@ class Fp8Options:
     uncalibrated: str = "error"
     min_features: int = 256
     cpu_attention: str = "as-written"
+    attention: str = AS_WRITTEN
     strict: bool = False
     inner_backend: str | Callable[..., Any] = "inductor"
     mode: str | None = None
@@ -122,6 +130,7 @@ class Fp8Options:
         check_choice("uncalibrated", self.uncalibrated, UNCALIBRATED)
         check_count("min_features", self.min_features)
         check_choice("cpu_attention", self.cpu_attention, CPU_ATTENTION)
+        check_choice("attention", self.attention, ATTENTION)
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r}: expected True or False")
         if isinstance(self.dump_graphs, os.PathLike):
@@ -156,6 +165,8 @@ class Fp8Options:
         if self.layers or self.uncalibrated == "dynamic":
             calibrated = sorted(self.activation_scales) if self.uncalibrated == "dynamic" else ()
             asked += repr(self.layers), self.method, repr(self.method_options), self.uncalibrated, calibrated
+        if self.attention != AS_WRITTEN:
+            asked += (self.attention, repr(self.layers))
         return hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .options import RECOMMENDED, Fp8Options
-from .passes.context import Decision, PassResult
+from .passes.context import AttentionDecision, Decision, PassResult
 from .patterns import join, layer_path, matching, parameter_layer
 from .runtime.constants import GraphRecord, WeightState, state_of
 from .schemes import Scheme
@@ -55,6 +55,29 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """One attention, where the option ``attention`` asked for FP8.
+
+    Attributes:
+        path: of its module, as in ``model.named_modules()``, and "sdpa"; what patterns match.
+        decision: "fp8" or "as-written".
+        kernel: what computes it; empty if it is as written.
+        reason: why it is as written, in which graphs, or why no faster kernel computes it.
+        tokens: of queries and of keys, when its graphs were compiled.
+        heads: of queries and of keys.
+        head_size: features of one head; 0 if unknown.
+    """
+
+    path: str
+    decision: str
+    kernel: str
+    reason: str
+    tokens: tuple[tuple[int, int], ...]
+    heads: tuple[int, int]
+    head_size: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What `report` found; prints as a table.
 
@@ -67,6 +90,8 @@ class Report:
         calibrated: where static input scales come from: algorithm, model, steps, sizes, date. Of weights from a file,
             nobody knows.
         on_cpu: in which dtype quantized values are multiplied, of weights on a CPU.
+        attentions: a row per attention in the graphs, if ``attention`` asked for FP8.
+        notes: what else compiling changed, outside of the model.
     """
 
     layers: tuple[LayerReport, ...]
@@ -76,6 +101,8 @@ class Report:
     extra_bytes: int
     calibrated: tuple[str, ...] = ()
     on_cpu: tuple[str, ...] = ()
+    attentions: tuple[AttentionReport, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def totals(self) -> dict[str, int]:
@@ -98,24 +125,26 @@ class Report:
             "passes": {graph: [asdict(result) for result in results] for graph, results in self.passes.items()},
             "calibrated": list(self.calibrated),
             "on_cpu": list(self.on_cpu),
+            "attentions": [asdict(row) for row in self.attentions],
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         header = ("layer", "x", "in", "out", "decision", "scheme", "rows", "MB before", "MB after", "reason")
-        table = [header, *_grouped(self.layers)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
+        lines = _table([header, *_grouped(self.layers)])
         totals = self.totals
         lines.append(
             f"{totals['quantized']} quantized, {totals['unquantized']} unquantized; weights "
             f"{totals['bytes_before'] / 1e6:.1f} MB -> {totals['bytes_after'] / 1e6:.1f} MB read per step, "
             f"{totals['extra_bytes'] / 1e6:.1f} MB beside the model; {len(self.graphs)} graph(s) compiled"
         )
+        if self.attentions:
+            columns = ("attention", "x", "tokens", "heads", "head size", "decision", "kernel", "reason")
+            lines.extend(_table([columns, *_grouped_attentions(self.attentions)]))
         lines.extend(_of_passes(self.passes))
         lines.extend(f"static input scales: {text}" for text in self.calibrated)
         lines.extend(f"on the CPU, {text}" for text in self.on_cpu)
+        lines.extend(self.notes)
         lines.extend(f"pattern {pattern!r} matched nothing" for pattern in self.unmatched_patterns)
         return "\n".join(lines)
 
@@ -140,12 +169,17 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     seen: set[int] = set()
     stacks: list[tuple[int, str, torch.nn.Parameter]] = []
     schemes: dict[Scheme, None] = {}
+    attentions: dict[str, dict[GraphRecord, AttentionDecision]] = {}
     for path, module, leaf, parameter in all_parameters(model):
         state = state_of(parameter)
         decisions: dict[GraphRecord, list[Decision]] = {}
         if state is not None:
             decisions = {r: ds for r, ds in state.decisions.items() if graphs is None or r.compile_id in graphs}
             records.update(dict.fromkeys(decisions))
+            for record, of_graph in state.attentions.items():
+                if record in decisions:
+                    for made in of_graph:
+                        attentions.setdefault(made.path, {})[record] = made
             if parameter.device.type == "cpu":
                 quantized = (d.scheme for ds in decisions.values() for d in ds if d.decision == "quantized")
                 schemes.update(dict.fromkeys(scheme for scheme in quantized if scheme is not None))
@@ -183,6 +217,11 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         extra,
         tuple(dict.fromkeys(text for text in (*calibrated, *(r.plan.calibrated for r in ordered)) if text)),
         tuple(dict.fromkeys(scheme.on_cpu for scheme in schemes if scheme.on_cpu)),
+        (
+            *(_attention(path, list(of_graphs.values())) for path, of_graphs in attentions.items()),
+            *(_attention(a.path, [a]) for r in ordered for a in r.plan.attentions if a.weight is None),
+        ),
+        tuple(dict.fromkeys(note for record in ordered for note in record.notes)),
     )
 
 
@@ -259,6 +298,24 @@ def _row(path: str, weight: Tensor, state: WeightState, of_graphs: Sequence[Sequ
     )
 
 
+def _attention(path: str, decisions: Sequence[AttentionDecision]) -> AttentionReport:
+    computed = [d for d in decisions if d.kernel is not None]
+    others = [d for d in decisions if d.kernel is None]
+    reasons = ", ".join(dict.fromkeys(d.reason for d in others))
+    if computed and others:
+        reasons = f"as written in {len(others)} of {len(decisions)} graphs: {reasons}"
+    first = (computed or others)[0]
+    return AttentionReport(
+        path=path,
+        decision="fp8" if computed else "as-written",
+        kernel="+".join(dict.fromkeys(d.kernel for d in computed if d.kernel is not None)),
+        reason=", ".join(dict.fromkeys(filter(None, [*(d.reason for d in computed), reasons]))),
+        tokens=tuple(sorted({(d.queries or 0, d.keys or 0) for d in decisions})),
+        heads=(first.heads or 0, first.key_heads or 0),
+        head_size=first.head_size or 0,
+    )
+
+
 def _of_path(decisions: Sequence[Decision], path: str) -> Decision:
     """Of the layers that share a weight in one graph, the one at ``path``."""
     ours = f".{path}"
@@ -280,6 +337,7 @@ def _without_parameter(records: Sequence[GraphRecord]) -> Iterator[LayerReport]:
 def _unmatched(records: Sequence[GraphRecord], tree: Tree) -> tuple[str, ...]:
     given = dict.fromkeys(p for record in records for p in record.plan.patterns)
     matched = {d.pattern for record in records for d in record.plan.decisions} | matching(given, tree.names)
+    matched |= {a.pattern for record in records for a in record.plan.attentions}
     if tree.has_recipe:
         matched.add(RECOMMENDED)
     return tuple(pattern for pattern in given if pattern not in matched)
@@ -300,11 +358,38 @@ def _of_passes(passes: Mapping[str, Sequence[PassResult]]) -> Iterator[str]:
         yield f"{name}: {'; '.join([*parts, *(f'{note} ({count} graphs)' for note, count in notes.items())])}"
 
 
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _any_block(path: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", path, count=1)
+
+
+def _grouped_attentions(rows: Sequence[AttentionReport]) -> Iterator[tuple[str, ...]]:
+    """Table cells, as `_grouped`."""
+    groups: dict[AttentionReport, list[AttentionReport]] = {}
+    for row in rows:
+        groups.setdefault(replace(row, path=_any_block(row.path)), []).append(row)
+    for row, group in groups.items():
+        yield (
+            row.path if len(group) > 1 else group[0].path,
+            str(len(group)),
+            ", ".join(str(q) if q == k else f"{q} of {k}" for q, k in row.tokens),
+            str(row.heads[0]) if row.heads[0] == row.heads[1] else f"{row.heads[0]} of {row.heads[1]}",
+            str(row.head_size),
+            row.decision,
+            row.kernel,
+            row.reason,
+        )
+
+
 def _grouped(rows: Sequence[LayerReport]) -> Iterator[tuple[str, ...]]:
     """Table cells, with layers that differ in a block's index only as one line."""
     groups: dict[tuple[Any, ...], list[LayerReport]] = {}
     for row in rows:
-        key = (re.sub(r"(^|\.)\d+(?=\.)", r"\1*", row.path, count=1), *list(asdict(row).values())[1:])
+        key = (_any_block(row.path), *list(asdict(row).values())[1:])
         groups.setdefault(key, []).append(row)
     for (path, *_), group in groups.items():
         row = group[0]

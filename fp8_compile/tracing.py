@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ def trace_plan(plan: Plan, options: Fp8Options) -> None:
         logger.debug(
             "%s [%d -> %d]: %s%s", d.path, d.in_features, d.out_features, d.decision, d.reason and f", {d.reason}"
         )
-    _store("plan", "json", lambda: json.dumps([_row(d) for d in plan.decisions], indent=1), options)
+    for a in plan.attentions:
+        logger.debug("%s: %s%s", a.path, a.kernel or "as written", a.reason and f", {a.reason}")
+    _store(
+        "plan",
+        "json",
+        lambda: json.dumps([*map(_row, plan.decisions), *map(asdict, plan.attentions)], indent=1),
+        options,
+    )
 
 
 def _row(decision: Decision) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,7 @@ def test_report_tells_what_each_pass_did() -> None:
     results = [(r.name, r.matches, r.note) for r in report.passes[graph]]
     assert results == [
         ("plan_linears", 8, ""),
+        ("quantize_attention", 0, ""),
         ("rotary_pairs", 0, ""),
         ("float32_attention", 0, ""),
         ("quantize_linears", 8, ""),
@@ -507,10 +509,11 @@ def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
     assert "('autograd_cache_hit', 1)" in second
     assert "autograd_cache_miss" not in second
     before = (
-        "plan_linears: 4 ; real_rotary: 0 ; rotary_pairs: 0 ; float32_attention: 0 ; sigmoid_gelu: 0 ; "
-        "quantize_linears: 4 ; e4m3_on_cpu"
+        "plan_linears: 4 ; quantize_attention: 0 ; real_rotary: 0 ; rotary_pairs: 0 ; float32_attention: 0 ; "
+        "sigmoid_gelu: 0 ; quantize_linears: 4 ; e4m3_on_cpu"
     )
-    assert f"{before}: 4 ; one_fp8_copy: 0 ;" in first
+    # How many casts there are depends on the CPU.
+    assert re.search(rf"{re.escape(before)}: [1-9]\d* ; one_fp8_copy: 0 ;", first)
     assert f"{before}: None from cache; one_fp8_copy: None from cache;" in second
 
 

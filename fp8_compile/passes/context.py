@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch.fx import GraphModule
 
+from ..attention.kernel import Kernel
 from ..options import RECOMMENDED, Fp8Options
 from ..schemes import Call, Scheme
 from ..weights.layers import Layer
@@ -60,6 +61,41 @@ class Decision:
         return self.scheme is not None and self.scheme.input_scale_missing
 
 
+@dataclass(frozen=True)
+class AttentionDecision:
+    """What becomes of one attention.
+
+    It has no parameter to be known by. A linear that feeds it has, below the same module: who names that, names this.
+
+    Attributes:
+        node: name of the node that computes it, in Dynamo's graph.
+        path: of its module in the outermost module that was running, and `fp8_compile.weights.layers.SDPA`.
+        within: the same path in the graph's own region.
+        weight: name of the placeholder that holds the weight of that linear; None if none feeds it.
+        above: how many segments of the linear's path are not of the module that both are in.
+        queries, keys: tokens when the graph was compiled; None if unknown.
+        heads, key_heads, head_size: of the queries, of keys and values; None if unknown.
+        kernel: what computes it; None: it stays as it was written.
+        reason: why it stays, or why no faster kernel computes it.
+        pattern, verdict: as in `Decision`.
+    """
+
+    node: str
+    path: str
+    within: str
+    weight: str | None
+    above: int
+    queries: int | None
+    keys: int | None
+    heads: int | None
+    key_heads: int | None
+    head_size: int | None
+    kernel: str | None = None
+    reason: str = ""
+    pattern: str | None = None
+    verdict: str | None = None
+
+
 DEQUANTIZED = "; its quantized weight is dequantized"
 """What a reason says besides of a weight that is quantized already."""
 
@@ -71,12 +107,14 @@ class Plan:
     Attributes:
         patterns: all entries that name layers, of whichever option.
         calibrated: where static input scales come from; empty if there are none.
+        attentions: what `quantize_attention` decided on each attention; empty if it was not asked to.
     """
 
     decisions: tuple[Decision, ...]
     patterns: tuple[str, ...]
     min_features: int = Fp8Options.min_features
     calibrated: str = ""
+    attentions: tuple[AttentionDecision, ...] = ()
 
     @property
     def quantized(self) -> tuple[Decision, ...]:
@@ -85,7 +123,7 @@ class Plan:
     @property
     def unmatched_patterns(self) -> tuple[str, ...]:
         # What "recommended" stands for depends on the layer, so none bears its name.
-        matched = {RECOMMENDED, *(d.pattern for d in self.decisions)}
+        matched = {RECOMMENDED, *(d.pattern for d in self.decisions), *(a.pattern for a in self.attentions)}
         return tuple(p for p in self.patterns if p not in matched)
 
     def reasons(self) -> Counter[str]:
@@ -142,11 +180,12 @@ class Context:
         options: as the user gave them.
         refusal: asked of each linear that is to become FP8; None where there is no device to ask.
         layers: which layers the parameters are the weights of, by placeholder.
-        plan: what `plan_linears` decided.
+        plan: what `plan_linears` decided, and `quantize_attention`.
         constants: what `quantize_linears` needs, in the order in which the graph takes them.
         ones: devices of the `ONES` that the graph takes after them.
         together: pairs of weights, by placeholder, whose linears read one quantized activation: their layers must have
             the same input scale.
+        attention_kernels: what computes attention in the rewritten graph.
         results: what each pass did, in their order.
     """
 
@@ -158,4 +197,5 @@ class Context:
     constants: list[Constants] = field(default_factory=list)
     ones: list[torch.device] = field(default_factory=list)
     together: set[tuple[str, str]] = field(default_factory=set)
+    attention_kernels: tuple[Kernel, ...] = ()
     results: list[PassResult] = field(default_factory=list)

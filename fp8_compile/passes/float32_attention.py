@@ -34,8 +34,9 @@ def float32_attention(graph: Graph, context: Context) -> int:
         return 0
     found = 0
     for node in list(graph.nodes):
-        attention = as_attention(node)
-        if attention is None or not _half_on_cpu(node):
+        attention = as_attention(node, context.module)
+        # Of several results, a CPU's kernel among them, no more than the first would be had.
+        if attention is None or attention.result is not node or attention.unusual or not _half_on_cpu(node):
             continue
         operands = attention.query, attention.key, attention.value, attention.attn_mask
         how = attention.dropout_p, attention.is_causal, attention.scale, attention.enable_gqa

@@ -258,10 +258,15 @@ def parameter_path_of(placeholder: Node) -> str:
     return "" if source is None else parameter_path(source.name)
 
 
+def module_of_node(node: Node) -> str:
+    """The path of the module that is running at ``node``, relative to the compiled region, or ""."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return source_path(stack[-1][0]) if stack else ""
+
+
 def running_path(linear: Linear) -> str:
     """The path of the module that is running at ``linear``, relative to the compiled region, or ""."""
-    stack = list((linear.node.meta.get("nn_module_stack") or {}).values())
-    return source_path(stack[-1][0]) if stack else ""
+    return module_of_node(linear.node)
 
 
 def module_path(linear: Linear) -> str:

@@ -20,6 +20,7 @@ from .float32_attention import float32_attention
 from .graphs import copy_graph, module_of
 from .one_fp8_copy import one_fp8_copy
 from .plan import plan_linears
+from .quantize_attention import quantize_attention
 from .quantize_linears import quantize_linears
 from .real_rotary import real_rotary
 from .rotary_pairs import rotary_pairs
@@ -53,6 +54,12 @@ class Pass:
 
 PASSES = (
     Pass(plan_linears, "dynamo", "first: it names nodes of the graph as the user wrote it", optional=False),
+    Pass(
+        quantize_attention,
+        "dynamo",
+        "asks which linears of the plan feed an attention; float32_attention takes what it leaves",
+        optional=False,
+    ),
     Pass(real_rotary, "dynamo", "touches no linear, and no pass touches rotations"),
     Pass(rotary_pairs, "dynamo", "the same, for other spellings"),
     Pass(float32_attention, "dynamo", "runs only where an option asks for it; no other pass touches attention"),

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..options import Fp8Options
-from ..passes.context import DEQUANTIZED, Constants, Context, Decision
+from ..passes.context import DEQUANTIZED, AttentionDecision, Constants, Context, Decision
 from ..schemes import Scheme
 from ..weights import eligible, marks
 from ..weights.layers import Layer, Namer
@@ -103,6 +103,7 @@ class BoundGraph:
         self._ones, self._together = tuple(context.ones), tuple(context.together)
         # Each with its weight's name and place among the arguments.
         self._decided = [(d.weight, place[d.weight], d) for d in record.plan.decisions if d.weight is not None]
+        self._attentions = [(place[a.weight], a) for a in record.plan.attentions if a.weight is not None]
         self._options = context.options
         self._namer, self._check = namer, check
         if self._constants:
@@ -139,9 +140,11 @@ class BoundGraph:
         instance = self._instances.get(key)
         fake = any(is_fake(w) for w in weights)
         planned = [d for _, _, d in self._decided]
-        decisions = planned if fake or instance is not None else self._decide(args)
-        if decisions is None:
+        attentions = [a for _, a in self._attentions]
+        decided = (planned, attentions) if fake or instance is not None else self._decide(args)
+        if decided is None:
             return None
+        decisions, attentions = decided
         if instance is None:
             of_weight = {d.weight: d for d in decisions if d.scheme is not None}
             paths = [of_weight[c.weight].path for c in self._constants]
@@ -169,6 +172,10 @@ class BoundGraph:
             # known.
             instance = self._instances[key] = _Instance(flat, needed, paths, read)
             self._remember(args, weights, decisions)
+            for (index, _), attention in zip(self._attentions, attentions, strict=True):
+                known = state_for(args[index]).attentions.setdefault(self._record, [])
+                if attention not in known:
+                    known.append(attention)
         else:
             if instance.seen is None:
                 announce_memory()
@@ -176,21 +183,23 @@ class BoundGraph:
         self._guesses[key[0]] = instance
         return instance
 
-    def _decide(self, args: tuple[Any, ...]) -> list[Decision] | None:
+    def _decide(self, args: tuple[Any, ...]) -> tuple[list[Decision], list[AttentionDecision]] | None:
         """The graph's decisions for the layers that ``args`` are the weights of; None if they differ from its plan."""
         self._check()
         of_args = {name: args[index] for name, index, _ in self._decided}
         layers, roots = self._namer.find(of_args)
         decisions = [_of_layer(d, layers[name], args[index], self._options) for name, index, d in self._decided]
-        fits = None not in decisions
+        attentions = [_of_attention(a, layers[str(a.weight)], self._options) for _, a in self._attentions]
+        fits = None not in decisions and None not in attentions
         for root in roots:
             marks.mark(root, self._options, anew=not fits)
         if fits:
             found = [d for d in decisions if d is not None]
             eligible.check_calibrated([d.path for d in found if d.needs_scale])
-            return found
+            return found, [a for a in attentions if a is not None]
         for name, weight in of_args.items():
             marks.put(weight, self._options, "", marks.verdict(layers[name], self._options))
+            marks.put_of_attentions(weight, self._options, "", layers[name])
         logger.info(
             "%s: run once as written, because the graph that Dynamo chose was made for other layers",
             ", ".join(path for layer in layers.values() for path in layer.paths),
@@ -262,6 +271,20 @@ def _of_layer(decision: Decision, layer: Layer, weight: Tensor, options: Fp8Opti
         reason=reason,
         pattern=eligible.pattern_of(layer, options),
         tracked=not layer.adapter,
+    )
+
+
+def _of_attention(decision: AttentionDecision, linear: Layer, options: Fp8Options) -> AttentionDecision | None:
+    """`_of_layer` for an attention, by the layer of the linear that it is named by."""
+    layer = linear.attention(decision.above)
+    if decision.verdict is not None and decision.verdict != marks.attention_verdict(layer, options):
+        return None
+    reason = eligible.kept_by_name(layer, options)
+    return replace(
+        decision,
+        path=layer.path(decision.within) or decision.path,
+        reason=decision.reason if reason is None else reason,
+        pattern=eligible.pattern_of(layer, options),
     )
 
 

@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import NonFiniteWeightError
-from ..passes.context import Constants, Decision, PassResult, Plan
+from ..passes.context import AttentionDecision, Constants, Decision, PassResult, Plan
 from ..schemes import MOST_ROWS, Scheme, finite
 from ..weights.fingerprint import fingerprint
 from ..weights.quantized_weight import QuantizedWeight
@@ -47,6 +47,7 @@ class GraphRecord:
 
     Attributes:
         compile_id: Dynamo's identifier of the compilation, as in ``TORCH_LOGS`` and tlparse.
+        notes: what its kernels changed for the whole process.
         last: what Dynamo's limit on recompilations means for layers that no graph fits; empty if it is not reached.
         serial: counts the graphs of this process.
     """
@@ -55,6 +56,7 @@ class GraphRecord:
     passes: Sequence[PassResult]
     compile_id: str
     last: str = ""
+    notes: tuple[str, ...] = ()
     serial: int = field(default_factory=itertools.count().__next__)
 
 
@@ -78,6 +80,7 @@ class WeightState:
 
     constants: dict[Kind, Made] = field(default_factory=dict)
     decisions: dict[GraphRecord, list[Decision]] = field(default_factory=dict)
+    attentions: dict[GraphRecord, list[AttentionDecision]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

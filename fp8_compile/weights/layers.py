@@ -27,6 +27,9 @@ from .quantized_weight import QuantizedWeight
 from .records import Record, kept_by_itself, record_of
 from .sharded import refilled, stack
 
+SDPA = "sdpa"
+"""What the path of an attention ends with, so that it can be named without its linears: ``blocks.3.attn.sdpa``."""
+
 NO_RECORD = "the model holds quantized weights, and no record of what was to be kept"
 
 
@@ -55,6 +58,15 @@ class Layer:
         """The one of ``paths`` that ends as ``within``, a path in a part, does; else the first."""
         same = (path for path in self.paths if path == within or path.endswith(f".{within}"))
         return next(same, next(iter(self.paths), None))
+
+    def attention(self, above: int) -> Layer:
+        """The attention in the module that is ``above`` segments above this layer."""
+
+        def paths(given: tuple[str, ...]) -> tuple[str, ...]:
+            segments = (path.split(".") for path in given)
+            return tuple(dict.fromkeys(".".join((*s[:-above], SDPA)) for s in segments if len(s) >= above))
+
+        return Layer(paths(self.paths), paths(self.regional), keeps=self.keeps, outside=self.outside)
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -97,6 +109,7 @@ class Tree:
         count: of the root's linears that are no adapters.
         names: all that a pattern may match: their paths.
         others: the same of its other matrices, which a graph may find to be those of linears.
+        attentions: the same of the attentions that its linears may feed.
         has_recipe: whether there is a recipe for one of the modules, or repeated blocks.
     """
 
@@ -128,6 +141,8 @@ class Tree:
         self._unrecorded = unrecorded
         self.has_recipe = any(place.recipe is not None or place.blocks for place in places.values())
         self.names, self.others = _all_names(linears), _all_names(others)
+        parents = (name.rpartition(".")[0] for name in self.names)
+        self.attentions = tuple(dict.fromkeys(join(parent, SDPA) for parent in parents))
 
     @staticmethod
     def _place(raw: str, around: tuple[nn.Module, ...], places: Mapping[str, _Place]) -> _Place:

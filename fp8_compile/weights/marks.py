@@ -6,6 +6,9 @@ is not for a module that says "stays", nor the other way round, and where ``laye
 of one is not for a module that says another. A module without a mark fits all; the binder decides then
 (`fp8_compile.runtime.binder`).
 
+What was decided on an attention by its name is marked likewise, beside the weights of linears that are below the same
+module (`attention_leaf`).
+
 A mark belongs to one set of options, since a model may be compiled with several. It is on the module and not on the
 parameter because offloading puts new parameters in place at every call.
 """
@@ -16,7 +19,7 @@ import hashlib
 
 from torch import Tensor, nn
 
-from ..options import Fp8Options
+from ..options import AS_WRITTEN, Fp8Options
 from ..schemes import Scheme, scheme_for
 from . import eligible
 from .layers import Layer, tree_of
@@ -31,6 +34,20 @@ def verdict(layer: Layer, options: Fp8Options) -> str:
     if eligible.kept_by_name(layer, options) is not None:
         return STAYS
     return _of(eligible.scheme_of(layer, options)) if several(options) else CONVERTS
+
+
+MOST_ABOVE = 2
+"""A linear and the attention that it feeds are below one module, so many segments above the linear at most."""
+
+
+def attention_verdict(layer: Layer, options: Fp8Options) -> str:
+    """What a mark says of an attention, by its `Layer`."""
+    return CONVERTS if eligible.kept_by_name(layer, options) is None else STAYS
+
+
+def attention_leaf(leaf: str, above: int) -> str:
+    """What stands for an attention where marks name the parameter ``leaf`` of a linear."""
+    return f"{leaf}_attention{above}"
 
 
 def verdicts(options: Fp8Options) -> set[str]:
@@ -64,7 +81,18 @@ def mark(root: nn.Module, options: Fp8Options, *, anew: bool = False) -> None:
         return
     tree.marked.add(options.names_key)
     for module, leaf in tree.matrices():
-        put(module, options, leaf, verdict(tree.layer(module, leaf), options))
+        layer = tree.layer(module, leaf)
+        put(module, options, leaf, verdict(layer, options))
+        put_of_attentions(module, options, leaf, layer)
+
+
+def put_of_attentions(holder: nn.Module | Tensor, options: Fp8Options, leaf: str, layer: Layer) -> None:
+    """Mark what ``leaf`` says of attentions, where names may decide on them."""
+    if options.attention == AS_WRITTEN or not options.patterns:
+        return
+    for above in range(1, MOST_ABOVE + 1):
+        verdict = attention_verdict(layer.attention(above), options)
+        put(holder, options, attention_leaf(leaf, above), verdict)
 
 
 def put(holder: nn.Module | Tensor, options: Fp8Options, leaf: str, verdict: str) -> None:

@@ -161,3 +161,26 @@ def test_accesses_and_resident_warps() -> None:
     assert kernels._resident(32, 8, 0, gpu) == 64
     assert kernels._resident(255, 8, 0, gpu) == 8
     assert kernels._resident(32, 4, 100 << 10, gpu) == 8
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "instruction"),
+    [
+        ("h200", "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"),
+        ("rtx4090", "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
+        ("rtx5090", "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
+    ],
+)
+def test_flex_attention_multiplies_in_fp8(device: str, instruction: str) -> None:
+    """Triton compiles the kernel, to instructions of tensor cores that take E4M3."""
+    code = f"""
+from bench.kernels import attention_instructions
+from bench.lower import lower
+
+print(*attention_instructions(lower("flux-single", 4096, "fp8_diffusion", {{"attention": "fp8"}}, "{device}")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert instruction in done.stdout.split()

@@ -184,3 +184,30 @@ def test_a_gpu_without_fp8_cores_gets_code_without_the_type(device: str, tmp_pat
     assert "float8" not in kernels
     assert result["matmuls"] == {"bfloat16 -> bfloat16": 12}
     assert result["bytes"] - result["view_bytes"] < 2.5e9
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@lowers
+@pytest.mark.parametrize(
+    ("device", "arguments", "kernel", "launches"),
+    [
+        ("rtx4090", [], "flex_attention", 21),
+        slow("rtx5090", [], "flex_attention", 21),
+        slow("h200", [], "flex_attention", 21),
+        slow("h200", ["--flash3"], "_scaled_dot_product_flash_attention.quantized", 18),
+    ],
+)
+def test_attention_in_fp8(tmp_path: Path, device: str, arguments: list[str], kernel: str, launches: int) -> None:
+    """Inductor generates the kernel on 8.9, 9.0 and 12.0; casts and amaxes are fused with what is before them."""
+    options = json.dumps({"attention": "fp8"})
+    given = ["--model", "flux-single", "--device", device, "--options", options, *arguments]
+    (result,) = lower(tmp_path, *given)
+    (found,) = [k for k in result["kernels"] if k["kind"] == "attention"]
+    assert (found["name"], found["dtypes"]) == (kernel, "float8_e4m3fn")
+    assert found["flops"] == 4 * 24 * 128 * (4096 + 512) ** 2
+    assert result["launches"] <= launches
+    assert result["fallbacks"] == {}
+    assert result["matmuls"] == {"float8_e4m3fn -> bfloat16": 5}

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 import fp8_compile
 from fp8_compile import block_scales, numerics
+from fp8_compile.attention import KERNELS, flash3
+from fp8_compile.attention.emulated import attention_emulated
+from fp8_compile.attention.kernel import Kernel, Question
 from fp8_compile.calibration import histogram
 from fp8_compile.device import refusal
 from fp8_compile.runtime import constants
@@ -109,6 +112,38 @@ def test_static_scales_agree_with_float64(
     assert sqnr(expected, out) > 44
     there = call.quantize(x.cpu(), *(named[name].cpu() for name in call.takes))[0]
     assert torch.equal(there.view(torch.uint8), quantized[0].cpu().view(torch.uint8))
+
+
+@pytest.mark.parametrize("kernel", KERNELS["fp8"], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "tokens", "size"), [((4, 4), 1024, 128), ((4, 2), 333, 64)])
+def test_attention_agrees_with_float64(
+    kernel: Kernel,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    tokens: int,
+    size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a key head for each query head, and with one for two; and it loses no more than the emulation says."""
+    question = Question(CUDA, torch.cuda.get_device_capability(), size, size, inductor=True)
+    if (reason := kernel.reason(question)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setitem(KERNELS, "fp8", (kernel,))
+    q, k, v = (gaussian(2, n, tokens, size, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    compiled = torch.compile(
+        lambda q, k, v: attention(q, k, v, enable_gqa=True), backend="fp8_diffusion", options={"attention": "fp8"}
+    )
+    try:
+        with torch.no_grad():
+            out = compiled(q, k, v)
+    finally:
+        flash3.restore()
+    expected = attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    emulated = sqnr(expected, attention_emulated(q, k, v, None, dtype))
+    assert out.dtype == dtype
+    assert emulated - 2 < sqnr(expected, out) < emulated + 1  # more than that would not be FP8
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 17, 18, 31, 33, 127, 1024])

@@ -256,3 +256,22 @@ def test_a_browser_shows_the_page(found: Ablation, tmp_path: Path, width: int, d
     assert seen["marks"]
     ground, ink = (sum(map(int, seen[name][4:-1].split(","))) for name in ("ground", "text"))
     assert (ground < ink) == dark
+
+
+@pytest.mark.slow
+def test_attention_is_one_more_thing_to_keep() -> None:
+    """Without FP8 attention, no layer is called so."""
+    from bench.tiny import build_qwen_image
+
+    groups = {"all FP8": (), "skip attention": ("sdpa",)}
+    call: Any = {"height": 64, "width": 64, "num_inference_steps": 2}
+    pipe: Any = build_qwen_image()
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(AblationError, match="'sdpa' matches none of the layers"):
+        ablate(Variants(pipe, OPTIONS), groups, PROMPTS[:1], (0,), rounds=1, **call)
+    variants = Variants(pipe, {**OPTIONS, "attention": "fp8-emulated"})
+    ablate(variants, groups, PROMPTS[:1], (0,), rounds=1, **call)
+    for patterns, expected in (((), "fp8"), (("sdpa",), "as-written")):
+        (found,) = variants.reports(patterns).values()
+        assert {row.decision for row in found.attentions} == {expected}
+    variants.close()
