@@ -227,3 +227,32 @@ def _near_name(segment: str, known: Sequence[str]) -> str | None:
     candidates = [name for name in known if letters(name) != letters(segment)]
     near = difflib.get_close_matches(segment, candidates, n=1, cutoff=0.8)
     return near[0] if near else None
+
+
+MOST_LISTED = 30
+"""Names in a listing, which shall fit a screen."""
+
+
+def folded(paths: Iterable[str], most: int = MOST_LISTED) -> list[str]:
+    """``paths`` as few lines: those that differ in one number alone are one, such as ``blocks.{0..59}.attn.to_q``.
+
+    Args:
+        most: entries; where there are more, the last says how many are left out.
+    """
+    groups: dict[str, list[int]] = {}
+    for path in dict.fromkeys(paths):
+        head = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1{}", path, count=1)
+        number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", path)
+        groups.setdefault(head, []).append(-1 if number is None else int(number[1]))
+    names = [head.replace("{}", _range(numbers), 1) if "{}" in head else head for head, numbers in groups.items()]
+    return names if len(names) <= most else [*names[: most - 1], f"and {len(names) - most + 1} more"]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """``7``, ``{0..59}`` or ``{0,2,5}``."""
+    known = sorted(set(numbers))
+    if len(known) == 1:
+        return str(known[0])
+    if known == list(range(known[0], known[-1] + 1)):
+        return f"{{{known[0]}..{known[-1]}}}"
+    return f"{{{','.join(map(str, known))}}}"

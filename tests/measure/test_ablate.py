@@ -219,7 +219,7 @@ def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
 )
 def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["ablate", "--output", str(tmp_path / "out"), *arguments])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output
     assert not list(tmp_path.iterdir())
 
