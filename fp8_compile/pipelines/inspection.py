@@ -125,7 +125,11 @@ def _plan(name: str, kind: str, source: str, options: Mapping[str, Any], dtype: 
         held = schemes_in(sorted((Path(source) / name).glob("*.safetensors")))
     with torch.device("meta"):
         module: nn.Module = found.from_config(config)
-    nn.Module.to(module, dtype)  # diffusers' own warns of layers in float32
+    stay = set(getattr(module, "_keep_in_fp32_modules", None) or ())  # as from_pretrained leaves them
+    for path, part in module.named_modules():
+        for leaf, parameter in part.named_parameters(recurse=False):
+            if parameter.is_floating_point() and stay.isdisjoint([*path.split("."), leaf]):
+                part._parameters[leaf] = nn.Parameter(parameter.to(dtype), requires_grad=False)
     before = sum(parameter.nbytes for parameter in module.parameters())
     weights = [part.weight.nbytes for part in module.modules() if isinstance(part, nn.Linear)]
     if not held:
