@@ -204,16 +204,34 @@ def check_unmatched(pattern: str, paths: Iterable[str], option: str = "ignored_l
         option: whose entry it is.
 
     Raises:
-        PatternError: a segment of it looks like one of a path. Otherwise the function returns: the pattern may well be
-            meant for another model or another part.
+        PatternError: a segment of it looks like one of a path, or it is written as other tools write patterns.
+            Otherwise the function returns: the pattern may well be meant for another model or another part.
     """
     if pattern.startswith("re:"):
         return
+    if (problem := _slip(pattern)) is not None:
+        raise PatternError(pattern, problem, option)
     known = sorted({segment for path in paths for segment in path.split(".")})
     for segment in pattern.split("."):
         near = _near_name(segment, known)
         if near is not None:
             raise PatternError(pattern, f"no layer has a segment {segment!r}; did you mean {near!r}?", option)
+
+
+def _slip(text: str) -> str | None:
+    """What is wrong with a pattern that matched nothing and is written as other tools write them."""
+    if index := re.search(r"\[(\d+)\]", text):
+        dotted = re.sub(r"\[(\d+)\]", r".\1", text)
+        return f"an index is a segment of its own: {dotted!r}, not [{index[1]}]"
+    for separator in ";,":
+        if separator in text:
+            return f"{separator!r} is in no path; expected a pattern for each entry of a list"
+    if text.startswith("^") or text.endswith("$"):
+        return f"looks like a regular expression, which begins with 're:': {'re:' + text!r}"
+    head, _, leaf = text.rpartition(".")
+    if head and leaf in ("weight", "bias"):
+        return f"a pattern names layers, not their parameters: {head!r}"
+    return None
 
 
 def _near_name(segment: str, known: Sequence[str]) -> str | None:

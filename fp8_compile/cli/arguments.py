@@ -87,10 +87,24 @@ TextEncoderQuantization = Annotated[
 
 def parse_patterns(ignored_layers: Sequence[str] | None) -> tuple[list[str], bool]:
     """The patterns of ``--ignored-layers``, and whether it was given at all: "none" is a choice without patterns."""
-    patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in item.split(",")]
+    patterns = [p.strip() for item in ignored_layers or [] if item.strip() for p in _at_commas(item)]
     if "none" in patterns and len(patterns) > 1:
         fail("--ignored-layers none excludes other patterns; leave one out")
     return [p for p in patterns if p != "none"], bool(patterns)
+
+
+def _at_commas(text: str) -> list[str]:
+    """``text`` in parts. A comma in brackets belongs to a regular expression, such as ``re:x{1,2}``."""
+    parts, depth, escaped = [""], 0, False
+    for character in text:
+        if character == "," and depth == 0 and not escaped:
+            parts.append("")
+            continue
+        if not escaped:
+            depth = max(0, depth + (character in "([{") - (character in ")]}"))
+        escaped = character == "\\" and not escaped
+        parts[-1] += character
+    return parts
 
 
 def was_given(context: typer.Context, name: str) -> bool:
