@@ -45,7 +45,9 @@ def test_code_is_valid_and_options_exist(page: Path) -> None:
     for text in blocks(page, "toml"):
         tomllib.loads(text)
     for text in blocks(page, "json"):
-        json.loads(f"[{','.join(text.splitlines())}]")  # an object in each line
+        rest = text.strip()
+        while rest:  # several objects, one after another
+            rest = rest[json.JSONDecoder().raw_decode(rest)[1] :].strip()
     for text in (*blocks(page, "bash"), *blocks(page, "console")):
         for name, *words in commands(text):
             assert name in COMMANDS.commands or name.startswith("-"), name
