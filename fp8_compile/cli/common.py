@@ -67,7 +67,9 @@ COMMON: tuple[tuple[str, Any, Any], ...] = (
     ),
     (
         "quiet",
-        Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.", rich_help_panel=GENERAL)],
+        Annotated[
+            bool, typer.Option("--quiet", "-q", help="Only results, warnings and errors.", rich_help_panel=GENERAL)
+        ],
         False,
     ),
     (

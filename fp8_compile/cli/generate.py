@@ -108,8 +108,10 @@ class GenerateSettings(Settings):
         ),
     ] = None
 
-    def prompts(self, prompt: str | None) -> list[str]:
+    def prompts(self, context: typer.Context, prompt: str | None) -> list[str]:
         """What the pictures show."""
+        if was_given(context, "prompts_file") and not was_given(context, "prompt"):
+            prompt = None  # that of a file of settings, which the command line wins over
         if self.prompts_file is None:
             if prompt is None:
                 fail("PROMPT is missing: give a text, --prompts-file, or --from a picture")
@@ -214,7 +216,7 @@ def generate(
         check_no_quantization(context, (*QUANTIZING, "activation_scales", "show_layers"))
     if as_json and show_layers:
         fail("--json and --show-layers exclude each other: the object has the layers")
-    jobs = [(text, seed) for text in settings.prompts(prompt) for seed in settings.all_seeds(context)]
+    jobs = [(text, seed) for text in settings.prompts(context, prompt) for seed in settings.all_seeds(context)]
     loras, images = settings.loras(), settings.images()
     patterns, chosen = parse_patterns(settings.ignored_layers)
     options = settings.options(patterns)

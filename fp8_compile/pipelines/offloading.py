@@ -10,7 +10,7 @@ from ..errors import OptionError
 from .denoisers import PipelineError
 
 OFFLOADING = ("model", "group", "sequential")
-"""From the fastest to what needs the least memory: whole models, groups of layers ahead of their use, or each layer."""
+"""Whole models, which is the fastest; layers by diffusers' hooks; or by accelerate's, which needs the least memory."""
 
 
 def check_offload(name: str, device: str) -> None:
@@ -37,6 +37,6 @@ def offload(name: str, pipe: Any, device: str) -> None:
         elif name == "sequential":
             pipe.enable_sequential_cpu_offload(device=device)
         else:
-            pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
+            pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
     except (ValueError, ImportError) as error:
         raise PipelineError(f"offload={name!r}: {type(pipe).__name__} cannot have it: {error}") from error

@@ -62,6 +62,8 @@ def test_one_object_for_many_pictures_and_nothing_else_on_stdout() -> None:
     assert found["memory"]["process_peak"] > 0
     run("--from", "out-4.png", "--batch-size", 1, "--output", "again.png", "--quiet")
     assert not same("again.png", "out-3.png")
+    told = run("--from", "out-4.png", "--prompts-file", "prompts.txt", "--batch-size", 1, "--output", "both.png").stdout
+    assert "wrote both-2.png" in told
 
 
 def test_settings_of_a_file_and_what_is_wrong_with_it() -> None:
