@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import embedded
 from .calibration import Calibration, calibrate, load_calibration
 from .errors import (
     CalibrationError,
@@ -61,6 +62,7 @@ __all__ = [
     "UnusedScaleWarning",
     "__version__",
     "calibrate",
+    "embedded",
     "high_precision",
     "load_calibration",
     "load_fp8_checkpoint",
@@ -76,11 +78,26 @@ __all__ = [
 registration.register()
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
-    if name == "Fp8DiffusionConfig":
+    if name != "Fp8DiffusionConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
         import diffusers.quantizers.auto  # noqa: F401 # it registers ours when it is complete
+    except ModuleNotFoundError as error:
+        return _missing(name, str(error.name))
+    from .integrations.diffusers import Fp8DiffusionConfig
 
-        from .integrations.diffusers import Fp8DiffusionConfig
+    return Fp8DiffusionConfig
 
-        return Fp8DiffusionConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def _missing(name: str, needed: str) -> type:
+    """What stands for the class ``name`` where the package ``needed`` is not installed: looking it up is no error."""
+
+    def fail(self: Any, *_: Any, **__: Any) -> None:
+        raise ModuleNotFoundError(f"{name} needs {needed}: pip install 'fp8-compile[cli]'", name=needed)
+
+    return type(name, (), {"__init__": fail, "__doc__": f"Needs {needed}, which is not installed."})

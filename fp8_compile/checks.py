@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import NothingConvertedError, NothingConvertedWarning, OptionError, UnmatchedPatternWarning
 from .options import COMMON, RECOMMENDED, Fp8Options, check_choice, check_inductor, expanded, inductor_settings
-from .patterns import check_unmatched
+from .patterns import check_unmatched, folded
 from .recipes import RECIPES, recipes_in, recommended
 from .schemes import DEFAULT_METHOD, Scheme, own_options, owner_of, scheme_for, scheme_named
 
@@ -159,7 +159,7 @@ def warn_of_unmatched(
     for pattern, option in patterns.items():
         check_unmatched(pattern, paths, option)
         warnings.warn(
-            f"{option}: {pattern!r} matched none of the {count} linears of {what}",
+            f"{option}: {pattern!r} matched none of the {count} linears of {what}: {', '.join(folded(paths))}",
             UnmatchedPatternWarning,
             stacklevel=stacklevel + 1,
         )

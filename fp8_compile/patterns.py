@@ -204,16 +204,34 @@ def check_unmatched(pattern: str, paths: Iterable[str], option: str = "ignored_l
         option: whose entry it is.
 
     Raises:
-        PatternError: a segment of it looks like one of a path. Otherwise the function returns: the pattern may well be
-            meant for another model or another part.
+        PatternError: a segment of it looks like one of a path, or it is written as other tools write patterns.
+            Otherwise the function returns: the pattern may well be meant for another model or another part.
     """
     if pattern.startswith("re:"):
         return
+    if (problem := _slip(pattern)) is not None:
+        raise PatternError(pattern, problem, option)
     known = sorted({segment for path in paths for segment in path.split(".")})
     for segment in pattern.split("."):
         near = _near_name(segment, known)
         if near is not None:
             raise PatternError(pattern, f"no layer has a segment {segment!r}; did you mean {near!r}?", option)
+
+
+def _slip(text: str) -> str | None:
+    """What is wrong with a pattern that matched nothing and is written as other tools write them."""
+    if index := re.search(r"\[(\d+)\]", text):
+        dotted = re.sub(r"\[(\d+)\]", r".\1", text)
+        return f"an index is a segment of its own: {dotted!r}, not [{index[1]}]"
+    for separator in ";,":
+        if separator in text:
+            return f"{separator!r} is in no path; expected a pattern for each entry of a list"
+    if text.startswith("^") or text.endswith("$"):
+        return f"looks like a regular expression, which begins with 're:': {'re:' + text!r}"
+    head, _, leaf = text.rpartition(".")
+    if head and leaf in ("weight", "bias"):
+        return f"a pattern names layers, not their parameters: {head!r}"
+    return None
 
 
 def _near_name(segment: str, known: Sequence[str]) -> str | None:
@@ -227,3 +245,32 @@ def _near_name(segment: str, known: Sequence[str]) -> str | None:
     candidates = [name for name in known if letters(name) != letters(segment)]
     near = difflib.get_close_matches(segment, candidates, n=1, cutoff=0.8)
     return near[0] if near else None
+
+
+MOST_LISTED = 30
+"""Names in a listing, which shall fit a screen."""
+
+
+def folded(paths: Iterable[str], most: int = MOST_LISTED) -> list[str]:
+    """``paths`` as few lines: those that differ in one number alone are one, such as ``blocks.{0..59}.attn.to_q``.
+
+    Args:
+        most: entries; where there are more, the last says how many are left out.
+    """
+    groups: dict[str, list[int]] = {}
+    for path in dict.fromkeys(paths):
+        head = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1{}", path, count=1)
+        number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", path)
+        groups.setdefault(head, []).append(-1 if number is None else int(number[1]))
+    names = [head.replace("{}", _range(numbers), 1) if "{}" in head else head for head, numbers in groups.items()]
+    return names if len(names) <= most else [*names[: most - 1], f"and {len(names) - most + 1} more"]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """``7``, ``{0..59}`` or ``{0,2,5}``."""
+    known = sorted(set(numbers))
+    if len(known) == 1:
+        return str(known[0])
+    if known == list(range(known[0], known[-1] + 1)):
+        return f"{{{known[0]}..{known[-1]}}}"
+    return f"{{{','.join(map(str, known))}}}"

@@ -339,11 +339,11 @@ def _decide_anew(model: nn.Module) -> None:
 
 
 def _progress(choices: Sequence[Choice], description: str) -> Iterator[Choice]:
-    """``choices``, with a bar if they take longer than a moment and tqdm is there (diffusers brings it)."""
+    """``choices``, with a bar on a terminal if they take a while and tqdm is there (diffusers brings it)."""
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
     except ImportError:
         yield from choices
         return
-    bar: Iterable[Choice] = tqdm(choices, description, unit="layer", delay=2, leave=False)
+    bar: Iterable[Choice] = tqdm(choices, description, unit="layer", delay=2, leave=False, disable=None)
     yield from bar

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from .options import RECOMMENDED, Fp8Options
 from .passes.context import AttentionDecision, Decision, PassResult
 from .patterns import join, layer_path, matching, parameter_layer
+from .report_page import page
 from .runtime.constants import GraphRecord, WeightState, state_of
 from .schemes import Scheme
 from .weights.layers import Layer, Tree, all_parameters
@@ -118,7 +121,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: the attributes, and ``totals``."""
         return {
-            "layers": [asdict(row) for row in self.layers],
+            "layers": self.rows(),
             "totals": self.totals,
             "unmatched_patterns": list(self.unmatched_patterns),
             "graphs": list(self.graphs),
@@ -128,6 +131,18 @@ class Report:
             "attentions": [asdict(row) for row in self.attentions],
             "notes": list(self.notes),
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The layers as plain rows, for ``pandas.DataFrame(report(model).rows())``."""
+        return [asdict(row) for row in self.layers]
+
+    def html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that needs no other file: the layers by bytes, coloured by decision, and a table.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        Path(path).write_text(page(self.rows(), self.totals), encoding="utf-8")
 
     def __str__(self) -> str:
         header = ("layer", "x", "in", "out", "decision", "scheme", "rows", "MB before", "MB after", "reason")

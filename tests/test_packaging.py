@@ -112,3 +112,24 @@ def test_versions_agree() -> None:
         ["-c", "from fp8_compile.cli.main import main; main()", "--version"],
     ):
         assert run(sys.executable, *command, cwd=ROOT).split()[-1] == fp8_compile.__version__
+
+
+def test_names_can_be_looked_up_without_what_they_need() -> None:
+    script = """
+import sys
+for name in ("diffusers", "transformers", "typer"):
+    sys.modules[name] = None
+import fp8_compile
+from fp8_compile import *
+assert hasattr(fp8_compile, "Fp8DiffusionConfig") and "Fp8DiffusionConfig" in dir(fp8_compile)
+assert set(fp8_compile.__all__) <= set(dir(fp8_compile))
+assert fp8_compile.embedded.default_pipeline_dir().is_dir()
+help(Fp8DiffusionConfig)
+try:
+    Fp8DiffusionConfig(ignored_layers=["img_mlp"])
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("Fp8DiffusionConfig needs diffusers: pip install 'fp8-compile[cli]'\n")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
 from random import Random
 
 import pytest
 
 from fp8_compile import Fp8Error, PatternError
+from fp8_compile.cli.arguments import parse_patterns
 from fp8_compile.patterns import (
     FUSED,
     Pattern,
@@ -12,6 +14,7 @@ from fp8_compile.patterns import (
     _parts,
     check_unmatched,
     first_match,
+    folded,
     is_adapter,
     layer_path,
     matching,
@@ -304,3 +307,36 @@ def test_many_patterns_and_many_layers() -> None:
     assert first_match(list(patterns), paths[0]) == "attn"
     assert _first_match.cache_info().misses == before
     assert matching(patterns, paths) == {"*.img_mlp.*", "attn", "name_7"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("transformer_blocks[0]", "an index is a segment of its own: 'transformer_blocks.0', not [0]"),
+        ("^0$", "looks like a regular expression, which begins with 're:': 're:^0$'"),
+        ("attn;img_mlp", "';' is in no path; expected a pattern for each entry of a list"),
+        ("attn,img_mlp", "',' is in no path"),
+        ("img_mlp.net.2.weight", "a pattern names layers, not their parameters: 'img_mlp.net.2'"),
+    ],
+)
+def test_what_other_tools_would_take_is_explained(pattern: str, message: str) -> None:
+    assert not Pattern(pattern).matches(WHOLE)
+    with pytest.raises(PatternError, match=re.escape(message)):
+        check_unmatched(pattern, [WHOLE])
+
+
+def test_a_listing_folds_numbers_and_fits_a_screen() -> None:
+    paths = [f"transformer_blocks.{i}.{name}" for i in range(60) for name in ("attn.to_q", "img_mlp.net.2")]
+    assert folded([*paths, "proj_out", "blocks.0.a", "blocks.2.a"]) == [
+        "transformer_blocks.{0..59}.attn.to_q",
+        "transformer_blocks.{0..59}.img_mlp.net.2",
+        "proj_out",
+        "blocks.{0,2}.a",
+    ]
+    many = folded(f"layer_{i}" for i in range(100))
+    assert (len(many), many[-1]) == (30, "and 71 more")
+
+
+def test_a_comma_in_brackets_separates_nothing_on_the_command_line() -> None:
+    given = ["img_mlp, re:blocks\\.[0,1]\\.", "re:x{1,2}(a,b),attn"]
+    assert parse_patterns(given)[0] == ["img_mlp", "re:blocks\\.[0,1]\\.", "re:x{1,2}(a,b)", "attn"]

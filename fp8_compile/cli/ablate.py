@@ -24,7 +24,9 @@ def ablate(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for ablation.md, .json and .html.")] = Path("ablation"),
     rounds: Annotated[int, typer.Option(min=1, help="Pictures that are timed for each choice, in turn.")] = 3,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures of each choice on the page.")] = 2,
+    pictures: Annotated[
+        int | None, typer.Option(min=1, help="Pictures of each choice on the page. Default: all that are measured.")
+    ] = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; its weights must be there.")] = False,
     whole: Whole = False,
 ) -> None:
@@ -56,5 +58,7 @@ def ablate(
     table = ablation_page.markdown(found)
     typer.echo(table)
     (output / "ablation.md").write_text(table, encoding="utf-8")
-    (output / "ablation.html").write_text(ablation_page.html(found, pictures), encoding="utf-8")
+    (output / "ablation.html").write_text(
+        ablation_page.html(found, pictures or len(found.rows[0].samples)), encoding="utf-8"
+    )
     typer.echo(f"wrote {output / 'ablation'}.{{md,json,html}}")

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from .arguments import ModelOption, with_options
-from .engine_settings import EngineSettings, parse_sizes, require
-from .messages import errors_as_messages, fail, tell
+from .engine_settings import EngineSettings, parse_sizes
+from .messages import errors_as_messages, fail, require, tell
 
 
 @with_options
@@ -100,4 +100,4 @@ def batch(
                 engine.close(0)
     typer.echo(f"{len(left) - bad} pictures drawn")
     if bad:
-        fail(f"{bad} lines have no picture")
+        fail(f"{bad} lines have no picture", status=1)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from .arguments import ModelArgument, with_options
-from .engine_settings import EngineSettings, parse_sizes, require
-from .messages import errors_as_messages, tell
+from .engine_settings import EngineSettings, parse_sizes
+from .messages import errors_as_messages, require, tell
 
 
 @with_options

@@ -20,7 +20,7 @@ from .arguments import (
     check_no_quantization,
     parse_patterns,
 )
-from .messages import fail, tell
+from .messages import fail, require, tell
 
 if TYPE_CHECKING:
     from ..pipelines.session import Session
@@ -241,14 +241,3 @@ def _loras(given: Sequence[str] | None) -> dict[str, Path]:
             fail(f"--lora {text!r}: there is no file {path!r}")
         files[name] = Path(path)
     return files
-
-
-def require(*modules: str, extra: str = "serve") -> None:
-    """Say what to install where ``extra`` is not."""
-    import importlib
-
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            fail(f"{error.name} is not installed; this needs: pip install 'fp8-compile[{extra}]'")

@@ -10,20 +10,26 @@ from ..version import __version__
 try:
     import typer
 except ModuleNotFoundError as error:
-    sys.exit(f"{error.name} is not installed; the command line needs: pip install 'fp8-compile[cli]'")
+    print(f"{error.name} is not installed; the command line needs: pip install 'fp8-compile[cli]'", file=sys.stderr)
+    sys.exit(2)
 
 from .ablate import ablate
 from .batch import batch
 from .compile import compile
+from .convert import convert
+from .generate import generate
+from .inspect import inspect
 from .search import search
 from .serve import serve
-from .text_to_image import text_to_image
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.command()(text_to_image)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(generate)
+app.command("text-to-image", help="Another name of generate.", rich_help_panel="Commands")(generate)
 app.command()(ablate)
 app.command()(batch)
 app.command()(compile)
+app.command()(convert)
+app.command()(inspect)
 app.command()(search)
 app.command()(serve)
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from .arguments import ModelArgument, was_given, with_options
-from .engine_settings import EngineSettings, parse_sizes, require
-from .messages import errors_as_messages, fail, tell
+from .engine_settings import EngineSettings, parse_sizes
+from .messages import errors_as_messages, fail, require, tell
 
 
 @with_options

@@ -29,6 +29,7 @@ from .adapters import Adapters
 from .caches import check_cache, enable_cache, reset_caches
 from .call_rules import CallError, CallRules
 from .denoisers import PipelineError, denoisers_of, has_fp8_weights, mark_steps
+from .offloading import check_offload, offload
 from .text_encoders import EncoderRecord, quantize_text_encoders
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -46,6 +47,7 @@ class Session:
         cache: of steps, a key of `CACHES`.
         text_encoders: what became of them, if they were to be quantized.
         twin: the same pipeline with its weights as they are, to compare with; see `unquantized_twin`.
+        offloaded: weights come to the device for their use.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Session:
     cache: str | None = None
     text_encoders: tuple[EncoderRecord, ...] = ()
     twin: Session | None = None
+    offloaded: bool = False
 
     @classmethod
     def load(
@@ -67,6 +70,7 @@ class Session:
         at_load: Mapping[str, Any] | None = None,
         cache: str | None = None,
         text_encoders: str | None = None,
+        offloading: str | None = None,
     ) -> Session:
         """Load a pipeline onto its device.
 
@@ -79,11 +83,12 @@ class Session:
                 their unquantized weights. Those that are quantized already stay so. None: nothing is converted.
             cache: give the denoisers this step cache, a key of `CACHES`.
             text_encoders: a method of quantization; see `quantize_text_encoders`.
+            offloading: one of `OFFLOADING`: weights wait on the CPU, and come to the device for their use.
 
         Raises:
             OptionError: ``dtype`` or an option is not valid, or there is no embedded pipeline of that name.
-            PipelineError: the pipeline cannot be loaded, has nothing to compile, or cannot have the cache, or no text
-                encoder of it can be quantized.
+            PipelineError: the pipeline cannot be loaded, has nothing to compile, or cannot have the cache or the
+                offloading, or no text encoder of it can be quantized.
         """
         if dtype not in DTYPES:
             raise OptionError(f"dtype={dtype!r} is not valid; valid: {', '.join(DTYPES)}")
@@ -94,21 +99,27 @@ class Session:
         if text_encoders is not None:
             parse_options({"method": text_encoders})
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if offloading is not None:
+            check_offload(offloading, device)
+        home = device if offloading is None else "cpu"
         try:
             pipe = _pipeline(model, DTYPES[dtype])
             denoisers = denoisers_of(pipe)
             if cache is not None:
                 enable_cache(cache, pipe, denoisers)
-            records = () if text_encoders is None else quantize_text_encoders(pipe, text_encoders, device)
+            records = () if text_encoders is None else quantize_text_encoders(pipe, text_encoders, home)
             for module in denoisers.values() if at_load is not None else ():
                 if not has_fp8_weights(module):
-                    quantize_(module, at_load, device)
-            pipe.to(device)
+                    quantize_(module, at_load, home)
+            if offloading is None:
+                pipe.to(device)
+            else:
+                offload(offloading, pipe, device)
         except Fp8Error:
             raise
         except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: there is no such device
             raise PipelineError(f"model={model!r} could not be loaded on device={device!r}: {error}") from error
-        return cls(model, pipe, device, denoisers, cache=cache, text_encoders=records)
+        return cls(model, pipe, device, denoisers, cache=cache, text_encoders=records, offloaded=offloading is not None)
 
     def unquantized_twin(self) -> Session:
         """The same pipeline with its weights as they are, from the same place. What is not quantized is shared.
@@ -188,7 +199,8 @@ class Session:
 
     def _compile(self, module: nn.Module, whole: bool, marked: bool, **arguments: Any) -> None:
         """``marked``: there may be CUDA graphs, so `mark_steps`."""
-        arguments["fullgraph"] = self.cache is None  # most caches decide in Python what to skip
+        # Most caches decide in Python what to skip, and so do the hooks that bring weights.
+        arguments["fullgraph"] = self.cache is None and not self.offloaded
         # Block by block where the model names its blocks: compiled once, run by all of them.
         if whole or not getattr(module, "_repeated_blocks", None):
             module.compile(**arguments)
@@ -313,15 +325,49 @@ class Session:
         return found
 
 
+def pipeline_index(model: str) -> tuple[Mapping[str, Any], str]:
+    """The parts of the pipeline that `Session.load` would make, by library and class; and where diffusers finds them.
+
+    Raises:
+        OptionError: there is no embedded pipeline of that name.
+        PipelineError: there is no pipeline.
+    """
+    import diffusers
+
+    source = _source(model)
+    loader: Any = diffusers.DiffusionPipeline
+    try:
+        index: Mapping[str, Any] = loader.load_config(source)
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"model={model!r} could not be loaded: {error}") from error
+    return index, source
+
+
+def pipeline_class(model: str) -> type | None:
+    """The class that `Session.load` will make; None: the model brings one of its own.
+
+    Raises:
+        OptionError: there is no embedded pipeline of that name.
+        PipelineError: there is no pipeline.
+    """
+    import diffusers
+
+    name = pipeline_index(model)[0]["_class_name"]
+    return getattr(diffusers, name, None) if isinstance(name, str) else None
+
+
+def _source(model: str) -> str:
+    """What diffusers loads. As text: not every release takes a Path."""
+    embedded = embedded_name(model)
+    return model if embedded is None else str(default_pipeline_dir(embedded))
+
+
 def _pipeline(model: str, dtype: torch.dtype, **components: Any) -> Any:
     """The pipeline of `Session.model`, in the memory of the CPU, with ``components`` instead of its own."""
     import diffusers
 
-    embedded = embedded_name(model)
-    # As text: not every release of diffusers takes a Path.
-    source = model if embedded is None else str(default_pipeline_dir(embedded))
     loader: Any = diffusers.DiffusionPipeline
-    return loader.from_pretrained(source, dtype=dtype, **components)
+    return loader.from_pretrained(_source(model), dtype=dtype, **components)
 
 
 class _Stop(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ class StepClock:
 
     Args:
         device: where the pipeline runs.
+        on_compile: called with the number of a graph, from 1, when its compilation begins.
     """
 
-    def __init__(self, device: str | torch.device) -> None:
+    def __init__(self, device: str | torch.device, on_compile: Callable[[int], None] | None = None) -> None:
         self._device = torch.device(device)
+        self._on_compile = on_compile
+        self.graphs = 0
         self._step_ends: list[tuple[float, float]] = []
         self.compile_seconds = 0.0
         self._compile_start = 0.0
@@ -37,6 +41,9 @@ class StepClock:
 
     def _compile_started(self, _: Any) -> None:
         self._compile_start = time.perf_counter()
+        self.graphs += 1
+        if self._on_compile is not None:
+            self._on_compile(self.graphs)
 
     def _compile_ended(self, _: Any) -> None:
         self.compile_seconds += time.perf_counter() - self._compile_start

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import NothingConvertedError
 from ..pipelines.call_rules import CallError
 from ..pipelines.denoisers import PipelineError
+from ..pipelines.pixels import to_bytes, to_image
 from ..pipelines.previews import PreviewError, Previews
 from ..pipelines.session import Session
 from ..pipelines.step_clock import StepClock
@@ -32,11 +33,6 @@ from .orders import (
     Progress,
     Video,
 )
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from PIL.Image import Image
 
 log = logging.getLogger("fp8_compile.serve")
 
@@ -319,7 +315,7 @@ class Painter:
                     of_order = {**order.arguments, "prompt": order.prompt}
                     decoded = self._previews.decode(latents[position : position + 1], **of_order)
                     if bool(torch.isfinite(decoded).all()):  # else the picture will fail, too
-                        show(position, Preview(shown.index(index + 1), _image(decoded[0])))
+                        show(position, Preview(shown.index(index + 1), to_image(decoded[0])))
             return kwargs
 
         if session.adapters is not None:
@@ -338,9 +334,9 @@ class Painter:
             if finite[position] and bool(torch.isfinite(image).all()):
                 tokens, seed = session.tokens(latents), order.seeds[0]
                 if makes_videos:
-                    events.append(Video(0, seed, _bytes(image), tokens, end - start))
+                    events.append(Video(0, seed, to_bytes(image), tokens, end - start))
                 else:
-                    events.append(Picture(0, seed, _image(image), tokens, end - start))
+                    events.append(Picture(0, seed, to_image(image), tokens, end - start))
             else:
                 events.append(Failed(NotFiniteError("the model made NaN or Inf; no picture was made of it")))
         return events
@@ -352,19 +348,6 @@ def preview_steps(previews: int, steps: int) -> list[int]:
     Fewer than ``previews`` where there are too few steps.
     """
     return sorted({round(steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, steps})
-
-
-def _image(pixels: Tensor) -> Image:
-    """A picture of ``(3, height, width)`` in [0, 1], rounded as diffusers does."""
-    from PIL import Image
-
-    return Image.fromarray(_bytes(pixels))
-
-
-def _bytes(pixels: Tensor) -> NDArray[np.uint8]:
-    """Of ``(..., 3, height, width)`` in [0, 1], the colors last."""
-    colors_last = (pixels.float().cpu().movedim(-3, -1) * 255).round().byte()
-    return cast("NDArray[np.uint8]", colors_last.numpy())
 
 
 def _as_failure(error: Exception) -> Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -219,7 +220,7 @@ def test_the_command_writes_a_table_json_and_a_page(tmp_path: Path) -> None:
 )
 def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["ablate", "--output", str(tmp_path / "out"), *arguments])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output
     assert not list(tmp_path.iterdir())
 
@@ -275,3 +276,37 @@ def test_attention_is_one_more_thing_to_keep() -> None:
         (found,) = variants.reports(patterns).values()
         assert {row.decision for row in found.attentions} == {expected}
     variants.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed to show the page in")
+@pytest.mark.parametrize("width", [1400, 400])
+def test_every_picture_is_reached_and_compared(found: Ablation, tmp_path: Path, width: int) -> None:
+    playwright: Any = pytest.importorskip("playwright.sync_api", reason="pip install 'fp8-compile[browser]'")
+    samples = len(found.rows[0].samples)
+    (tmp_path / "page.html").write_text(ablation_page.html(found, samples))
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto((tmp_path / "page.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        titles = set()
+        for _ in range(samples):
+            assert page.locator(".sample:visible").count() == 1
+            titles.add(page.locator(".sample:visible h3").inner_text())
+            page.keyboard.press("ArrowRight")
+        assert len(titles) == samples
+        page.locator("#cut").fill("20")
+        assert "80%" in page.locator("#above").evaluate("image => image.style.clipPath")
+        page.locator("#blink").check()
+        page.wait_for_function("document.getElementById('above').style.clipPath.includes('100%')")
+        page.locator("thead th", has_text="FP8 layers").click()
+        layers = [int(text) for text in page.locator("tbody tr td:nth-child(4)").all_inner_texts()]
+        assert layers == sorted(layers)
+        if folder := os.environ.get("FP8_SCREENSHOTS"):
+            page.locator("#blink").uncheck()
+            page.screenshot(path=Path(folder) / f"ablation-{width}.png", full_page=True)
+        assert problems == []
+        browser.close()

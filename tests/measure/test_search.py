@@ -292,7 +292,7 @@ def test_the_command_searches_and_goes_on(tmp_path: Path) -> None:
     blocks = list(state["layers"]["transformer"])
     assert f"'ignored_layers': {blocks!r}"[:-1] in done.output
     done = CliRunner().invoke(app, [*arguments, "--max-loss", "1.5", "--granularity", "tensor"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "belongs to a search with other settings" in done.output
 
 
@@ -313,7 +313,7 @@ def test_the_command_searches_and_goes_on(tmp_path: Path) -> None:
 )
 def test_bad_input_ends_with_a_message(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["search", "--output", str(tmp_path / "out"), *arguments])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,82 @@
+"""Code in README and docs: all of it is valid, commands and options exist, and the pages for beginners run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from sybil.document import Document
+from sybil.parsers.markdown import CodeBlockParser
+
+from fp8_compile.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS: Any = typer.main.get_command(app)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of ``page`` in this language, in their order."""
+    document = Document.parse(str(page), CodeBlockParser(language, lambda example: None))
+    return [str(example.parsed) for example in document.examples()]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command of ours in a shell script."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for found in re.finditer(r"(?:^|[\s/])fp8-diffusion (\S[^|;&>#]*)", line):
+            yield shlex.split(found[1])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_is_valid_and_options_exist(page: Path) -> None:
+    for text in blocks(page, "python"):
+        compile(text, page.name, "exec")
+    for text in blocks(page, "toml"):
+        tomllib.loads(text)
+    for text in blocks(page, "json"):
+        rest = text.strip()
+        while rest:  # several objects, one after another
+            rest = rest[json.JSONDecoder().raw_decode(rest)[1] :].strip()
+    for text in (*blocks(page, "bash"), *blocks(page, "console")):
+        for name, *words in commands(text):
+            assert name in COMMANDS.commands or name.startswith("-"), name
+            if name in COMMANDS.commands:
+                known = {option for parameter in COMMANDS.commands[name].params for option in parameter.opts}
+                given = {word.partition("=")[0] for word in words if re.match("--[a-z]", word)}
+                assert given <= known | {"--help"}, f"{page.name}: {name} {given - known}"
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("page", ["quick-start.md", "command-line.md"])
+def test_what_beginners_are_shown_runs(page: str, tmp_path: Path) -> None:
+    """The scripts in turn, and the Python that needs neither a download nor a GPU."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name, module in (("fp8-diffusion", "fp8_compile"), ("diffusers-cli", "diffusers.commands.diffusers_cli")):
+        text = f"import sys, runpy; sys.argv[0] = {name!r}; runpy.run_module({module!r}, run_name='__main__')"
+        (bin / name).write_text(f"#!{sys.executable}\n{text}\n")
+        (bin / name).chmod(0o755)
+    path = f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    scripts = [text for text in blocks(ROOT / "docs" / page, "bash") if not text.startswith("pip install")]
+    python = [text for text in blocks(ROOT / "docs" / page, "python") if "default_pipeline_dir()" in text]
+    imports = "import torch\nfrom diffusers import QwenImagePipeline\nimport fp8_compile\n"
+    for command in (
+        *(["bash", "-ec", text] for text in scripts),
+        *([sys.executable, "-c", imports + p] for p in python),
+    ):
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command[-1]}\n{done.stderr}"
