@@ -88,7 +88,7 @@ def __getattr__(name: str) -> Any:
     try:
         import diffusers.quantizers.auto  # noqa: F401 # it registers ours when it is complete
     except ModuleNotFoundError as error:
-        return _missing(name, str(error.name))
+        return _missing(name, str(error.name).partition(".")[0])
     from .integrations.diffusers import Fp8DiffusionConfig
 
     return Fp8DiffusionConfig

@@ -261,6 +261,7 @@ def test_report_as_data() -> None:
         "rows": [32],
         "bytes_before": before,
         "bytes_after": WIDTH * WIDTH + 4 * WIDTH,
+        "mixes_samples": False,
     }
     assert data["layers"][2]["reason"] == "ignored_layers: img_mlp.0"
     assert data["layers"][2]["bytes_after"] == data["layers"][2]["bytes_before"] == 4 * before

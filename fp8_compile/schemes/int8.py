@@ -120,7 +120,6 @@ def int8_linear(x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor
     return out.to(dtype).view(out_shape)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
 def cpu_has_int8() -> bool:
     """Whether this CPU has instructions that multiply int8 (VNNI), and torch uses them.

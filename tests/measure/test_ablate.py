@@ -113,7 +113,7 @@ def test_json_and_markdown_tell_all_rows(found: Ablation) -> None:
     assert len(table) == 2 + len(GROUPS) + 1
     assert len({line.count("|") for line in table}) == 1
     assert "Measured on cpu" in ablation_page.markdown(found)
-    assert "these times say nothing of a GPU" in ablation_page.markdown(found)
+    assert "which say nothing of a GPU" in ablation_page.markdown(found)
 
 
 def test_the_page_holds_everything_and_loads_nothing(found: Ablation) -> None:

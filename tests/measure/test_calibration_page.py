@@ -39,7 +39,6 @@ def test_it_shows_all_layers_and_needs_no_other_file(calibration: Calibration, t
     text = (tmp_path / "calibration.html").read_text()
     page = Page(text)
     assert page.loads == []
-    assert "script" not in page.tags
     assert page.tags.count("tr") == 2 + 12 + 4
     assert page.tags.count("figure") == 12 + 4
     assert "calls with x 1x32x64" in " ".join(page.texts)
