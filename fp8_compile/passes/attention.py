@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -38,19 +37,6 @@ class Attention:
     unusual: str | None = None
 
 
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_SIGNATURE = inspect.Signature(
-    [
-        *(inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in _NAMES[:3]),
-        *(
-            inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
-            for n, default in zip(_NAMES[3:6], (None, 0.0, False), strict=True)
-        ),
-        inspect.Parameter("scale", inspect.Parameter.KEYWORD_ONLY, default=None),
-        inspect.Parameter("enable_gqa", inspect.Parameter.KEYWORD_ONLY, default=False),
-    ]
-)
-
 _KERNELS = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -74,7 +60,8 @@ def as_attention(node: Node, module: GraphModule) -> Attention | None:
         return None
     function = torch.nn.functional.scaled_dot_product_attention
     if node.target is function or aten_name(node) == "scaled_dot_product_attention":
-        return Attention(node, node, **_SIGNATURE.bind(*node.args, **node.kwargs).arguments)
+        given = _arguments_of(node, torch.ops.aten.scaled_dot_product_attention.default._schema)
+        return Attention(node, node, **given)
     if node.target is torch.ops.higher_order.flex_attention:
         return _of_flex(node, module)
     if aten_name(node) in _KERNELS:
@@ -82,19 +69,22 @@ def as_attention(node: Node, module: GraphModule) -> Attention | None:
     return _of_other(node)
 
 
+def _arguments_of(node: Node, schema: Any) -> dict[str, Any]:
+    """What ``node`` gives an operator, or a function with its arguments, by name, with the defaults."""
+    given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    return {**given, **{a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}, **node.kwargs}
+
+
 def _of_kernel(node: Node) -> Attention | None:
     target: Any = node.target
     schema = (target.default if isinstance(target, torch._ops.OpOverloadPacket) else target)._schema
     if schema.overload_name:  # "quantized"
         return None
-    given: dict[str, Any] = {
-        argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()
-    }
-    given |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
-    given |= node.kwargs
+    given = _arguments_of(node, schema)
     given["attn_mask"] = given.pop("attn_bias", given.get("attn_mask"))
     result, unusual = _first_result(node)
-    return Attention(node, result, **{name: given[name] for name in _NAMES[:-1]}, unusual=unusual)
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+    return Attention(node, result, **{name: given[name] for name in names}, unusual=unusual)
 
 
 def _of_flex(node: Node, module: GraphModule) -> Attention:

@@ -37,10 +37,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .. import numerics
 from .context import Context
+from .graphs import VIEWS
 
 _CAST = torch.ops.prims.convert_element_type.default
-_aten = torch.ops.aten
-_VIEWS = frozenset({_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default})
 
 
 def e4m3_on_cpu(graph: Graph, context: Context) -> int:
@@ -62,7 +61,7 @@ def e4m3_on_cpu(graph: Graph, context: Context) -> int:
 def _round(graph: Graph, cast: Node) -> bool:
     """Replace ``cast`` and all casts back to float32, if nothing else reads it."""
     readers = list(_readers(cast))
-    views = [node for node in readers if node.target in _VIEWS]
+    views = [node for node in readers if node.target in VIEWS]
     back = [node for node in readers if node not in views]
     if not back or not all(_casts(node, numerics.FP8_DTYPE, torch.float32) for node in back):
         return False
@@ -89,7 +88,7 @@ def _readers(node: Node) -> Iterator[Node]:
     """What reads ``node``, itself or by way of views, and these."""
     for user in node.users:
         yield user
-        if user.target in _VIEWS:
+        if user.target in VIEWS:
             yield from _readers(user)
 
 

@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 from .. import numerics
 from .attention import as_attention
 from .context import Context
-from .graphs import call, example
+from .graphs import example, substitute
 
 
 def float32_attention(graph: Graph, context: Context) -> int:
@@ -40,11 +40,7 @@ def float32_attention(graph: Graph, context: Context) -> int:
             continue
         operands = attention.query, attention.key, attention.value, attention.attn_mask
         how = attention.dropout_p, attention.is_causal, attention.scale, attention.enable_gqa
-        with graph.inserting_before(node):
-            new = call(node, numerics.attention_in_float32, *operands, *how, example(node).dtype)
-        new.meta["example_value"] = example(node)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        substitute(node, numerics.attention_in_float32, *operands, *how, example(node).dtype)
         found += 1
     return found
 

@@ -7,7 +7,7 @@ import inspect
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default})
+"""Operators of aten that give a contiguous tensor another shape without moving its data."""
 
 
 def example(node: Node) -> Any:
@@ -49,6 +52,25 @@ def call(origin: Node, function: Any, *args: Any, **kwargs: Any) -> Node:
     node = make(function, args, kwargs)
     node.meta = provenance(origin)
     return node
+
+
+def substitute(node: Node, function: Any, *args: Any) -> None:
+    """Let a call of ``function``, which gives what ``node`` gives, stand in its place."""
+    with node.graph.inserting_before(node):
+        new = call(node, function, *args)
+    new.meta["example_value"] = example(node)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def subgraphs(gm: GraphModule, prefix: str = "") -> Iterator[tuple[str, GraphModule]]:
+    """What higher-order operators in ``gm`` call, and in turn what those do, by names that are like those of nodes."""
+    for node in gm.graph.find_nodes(op="get_attr"):  # Dynamo leaves behind subgraphs that nothing refers to
+        inner = getattr(gm, str(node.target), None)
+        if isinstance(inner, GraphModule):
+            name = f"{prefix}{node.target}"
+            yield name, inner
+            yield from subgraphs(inner, f"{name}.")
 
 
 def size_hint(size: int | torch.SymInt) -> float:

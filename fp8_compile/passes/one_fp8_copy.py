@@ -31,11 +31,10 @@ from torch.fx import Graph, Node
 
 from ..block_scales import MATMUL
 from .context import Context
+from .graphs import VIEWS
 
 # Where the quantized activation stands among their operands; with blocks, its scales are a tensor of some size, too.
 _MATMULS = {torch.ops.aten._scaled_mm.default: (0,), MATMUL: (0, 1)}
-# Operators that give a contiguous tensor another shape without moving its data.
-_VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default})
 _FORCE = inductor_prims.force_stride_order
 
 
@@ -58,7 +57,7 @@ def one_fp8_copy(graph: Graph, context: Context) -> int:
 def _maker(operand: object) -> Node | None:
     """The node that computes ``operand``, views passed over, if all of them are contiguous."""
     while isinstance(operand, Node) and _contiguous(operand):
-        if operand.target not in _VIEWS:
+        if operand.target not in VIEWS:
             return operand
         operand = operand.args[0]
     return None

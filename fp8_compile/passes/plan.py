@@ -6,11 +6,10 @@ The graph stays as it is: the plan in the context names its nodes. It counts the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from ..patterns import is_adapter, layer_path
 from ..schemes import MOST_ROWS, ONES, Call, Scheme
@@ -19,7 +18,7 @@ from ..weights.eligible import Candidate
 from ..weights.layers import Layer
 from ..weights.quantized_weight import QuantizedWeight
 from .context import DEQUANTIZED, Context, Decision, Plan
-from .graphs import example, row_count, rows_of_a_sample, storages, written_storages
+from .graphs import example, row_count, rows_of_a_sample, storages, subgraphs, written_storages
 from .linears import Linear, features_of, find_linears, module_path, other_readers, parameter_path_of, running_path
 
 COMPUTED = "weight is computed at each call, so it cannot be quantized once"
@@ -36,9 +35,10 @@ def plan_linears(graph: Graph, context: Context) -> int:
         decisions.append(_decide(linear, written or _other_dtype(linear), context))
     for weight, reader in other_readers(graph, lambda node: _is_eligible(node, context)):
         decisions.append(_unrecognized(weight, reader, context))
-    for name, linear in _inside_higher_order_operators(context.module):
-        decision = _decide(linear, "inside a higher-order operator", context)
-        decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
+    for name, inner in subgraphs(context.module):
+        for linear in find_linears(inner.graph):
+            decision = _decide(linear, "inside a higher-order operator", context)
+            decisions.append(replace(decision, node=f"{name}.{decision.node}", weight=None))
     options = context.options
     static = any(d.call is not None and d.call.takes for d in decisions)
     calibrated = options.calibrated if static else ""
@@ -153,15 +153,6 @@ def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None
             return call, None if call.quantize else refused or call.reason or None
         refused = refused or reason
     return None, reason
-
-
-def _inside_higher_order_operators(gm: GraphModule, prefix: str = "") -> Iterator[tuple[str, Linear]]:
-    for node in gm.graph.find_nodes(op="get_attr"):  # Dynamo leaves behind subgraphs that nothing refers to
-        inner = getattr(gm, str(node.target), None)
-        if isinstance(inner, GraphModule):
-            name = f"{prefix}{node.target}"
-            yield from ((name, linear) for linear in find_linears(inner.graph))
-            yield from _inside_higher_order_operators(inner, f"{name}.")
 
 
 def _is_parameter(linear: Linear) -> bool:

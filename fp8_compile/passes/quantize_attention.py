@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from ..attention import choose
 from ..attention.kernel import Kernel, Question
@@ -40,7 +40,7 @@ from ..weights.eligible import QUANTIZABLE_DTYPES
 from ..weights.layers import SDPA, Layer
 from .attention import Attention, as_attention
 from .context import AttentionDecision, Context, Decision
-from .graphs import call, example, size_hint
+from .graphs import call, example, size_hint, subgraphs
 from .linears import module_of_node
 
 
@@ -59,9 +59,12 @@ def quantize_attention(graph: Graph, context: Context) -> int:
         if kernel is not None:
             chosen.append(kernel)
             _replace(attention, kernel)
-    for name, attention in _inside_higher_order_operators(context.module):
-        decision, _ = _decide(attention, {}, context, "inside a higher-order operator")
-        decisions.append(replace(decision, node=f"{name}.{decision.node}"))
+    for name, inner in subgraphs(context.module):
+        for node in inner.graph.nodes:
+            attention = as_attention(node, inner)
+            if attention is not None:
+                decision, _ = _decide(attention, {}, context, "inside a higher-order operator")
+                decisions.append(replace(decision, node=f"{name}.{decision.node}"))
     context.plan = replace(context.plan, attentions=tuple(decisions))
     context.attention_kernels = tuple(dict.fromkeys(chosen))
     return len(chosen)
@@ -191,13 +194,3 @@ def _feeding(attention: Attention, linears: dict[str, Decision]) -> Iterator[Dec
             yield linears[node.name]
         else:
             waiting.extend(node.all_input_nodes)
-
-
-def _inside_higher_order_operators(gm: GraphModule, prefix: str = "") -> Iterator[tuple[str, Attention]]:
-    for node in gm.graph.find_nodes(op="get_attr"):
-        inner = getattr(gm, str(node.target), None)
-        if isinstance(inner, GraphModule):
-            name = f"{prefix}{node.target}"
-            found = (as_attention(node, inner) for node in inner.graph.nodes)
-            yield from ((name, attention) for attention in found if attention is not None)
-            yield from _inside_higher_order_operators(inner, f"{name}.")

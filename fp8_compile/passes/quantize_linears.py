@@ -39,7 +39,7 @@ from torch.fx import Graph, Node
 from ..schemes import MOST_ROWS, ONES, Call, Scheme
 from ..weights.quantized_weight import QuantizedWeight
 from .context import Constants, Context, Decision
-from .graphs import call, example, storages, written_storages
+from .graphs import call, example, storages, substitute, written_storages
 from .linears import Linear, as_linear, is_relayout
 
 
@@ -100,10 +100,7 @@ class _Rewriter:
         named = dict(zip(scheme.specs(1, 1), operands, strict=True))
         with self._graph.inserting_before(node):
             x = self._quantize(linear, how, scheme.constants_key() if how.takes else None, named)
-            new = call(node, how.linear, x, *how.operands_of(named), linear.bias, example(node).dtype)
-        new.meta["example_value"] = example(node)
-        node.replace_all_uses_with(new)
-        self._graph.erase_node(node)
+        substitute(node, how.linear, x, *how.operands_of(named), linear.bias, example(node).dtype)
 
     def _quantize(self, linear: Linear, how: Call, same: Any, constants: Mapping[str, Node]) -> Node:
         """The activation as ``how`` wants it; linears share one where they also agree in ``same``."""

@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 
 from .. import numerics
 from .context import Context
-from .graphs import call, example, is_call
+from .graphs import example, is_call, substitute
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -37,11 +37,7 @@ def sigmoid_gelu(graph: Graph, context: Context) -> int:
     for node in list(graph.nodes):
         if not _is_tanh_gelu(node):
             continue
-        with graph.inserting_before(node):
-            new = call(node, numerics.gelu_by_sigmoid, node.args[0] if node.args else node.kwargs["input"])
-        new.meta["example_value"] = example(node)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        substitute(node, numerics.gelu_by_sigmoid, node.args[0] if node.args else node.kwargs["input"])
         found += 1
     return found
 
