@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedDeviceError
+from .numerics import on_real_tensors
 from .schemes import ONES, Call, Scheme
 
 
@@ -90,11 +91,8 @@ def _refusal(
     dtype: torch.dtype,
     bias: bool,
 ) -> str | None:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.utils._python_dispatch import _disable_current_modes
-
     k, n = features
-    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+    with on_real_tensors(), torch.no_grad():
         try:
             make: Callable[..., Tensor] = torch.zeros if call.reference is None else _Random(device)
             x, weight = (make(size, k, dtype=dtype, device=device) for size in (rows, n))

@@ -10,9 +10,10 @@ learning", arXiv:2209.05433). A scale is ``amax / 448`` in float32: the value th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,13 +45,24 @@ Quantized = tuple[Tensor, Tensor]
 """FP8 values and the float32 scale that multiplies them."""
 
 
-def _scale(amax: Tensor) -> Tensor:
+def scale_of(amax: Tensor) -> Tensor:
+    """The float32 scale that values call for whose largest magnitude is ``amax``."""
     return (amax.float() / FP8_MAX).clamp(min=SCALE_FLOOR)
+
+
+@contextlib.contextmanager
+def on_real_tensors() -> Iterator[None]:
+    """Inside, operators run at once and on real tensors, whatever is traced around; to find out what a device does."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with unset_fake_temporarily(), _disable_current_modes():
+        yield
 
 
 def quantize_weight_with(weight: Tensor, amax: Tensor) -> Quantized:
     """Quantize ``weight`` with the scale that ``amax``, its own and broadcastable to it, calls for."""
-    scale = _scale(amax)
+    scale = scale_of(amax)
     # Without a clamp: no quotient exceeds 448 by more than a rounding, and all that is below 464 is cast to 448.
     # The kernels read rows; the layout of the weight, which a cast would otherwise keep, may be another.
     return (weight.float() / scale).to(FP8_DTYPE, memory_format=torch.contiguous_format), scale
@@ -76,7 +88,7 @@ def quantize_weight_rowwise_into(values: Tensor, scale: Tensor, weight: Tensor, 
     wide, magnitudes = (torch.empty(rows, weight.shape[1]) for _ in range(2))
     for chunk, qdata, of_rows in zip(*(torch.split(t, rows) for t in (weight, values, scale)), strict=True):
         x = wide[: len(chunk)].copy_(chunk)
-        of_rows.copy_(_scale(torch.abs(x, out=magnitudes[: len(chunk)]).amax(dim=-1, keepdim=True)))
+        of_rows.copy_(scale_of(torch.abs(x, out=magnitudes[: len(chunk)]).amax(dim=-1, keepdim=True)))
         qdata.copy_(x.div_(of_rows))
 
 
@@ -94,7 +106,7 @@ def _quantize_with(x: Tensor, amax: Tensor) -> Quantized:
     With fewer instructions than a weight, since it is done at every step: times the reciprocal instead of a division.
     Against one, 2 in 10,000 values take the neighbouring code.
     """
-    scale = _scale(amax)
+    scale = scale_of(amax)
     reciprocal = 1 / scale  # finite, because of the scale's floor
     return (x.float() * reciprocal).to(FP8_DTYPE, memory_format=torch.contiguous_format), scale
 
@@ -156,10 +168,7 @@ def _saturated(x: Tensor, scale: Tensor) -> Tensor:
 @functools.cache
 def _cast_saturates() -> bool:
     """Whether torch's cast makes 448 of what is larger. torch 2.11 made NaN, other than Triton's for a GPU."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with unset_fake_temporarily(), _disable_current_modes():
+    with on_real_tensors():
         return bool(torch.tensor(2 * FP8_MAX).to(FP8_DTYPE).float() == FP8_MAX)
 
 
@@ -211,18 +220,12 @@ def rounded_to_e4m3(x: Tensor) -> Tensor:
 def decoded_e4m3(values: Tensor) -> Tensor:
     """What ``values.float()`` is, to the bit, by integer operators.
 
-    Sign, exponent and mantissa are put where float32 has them, and the product is for the difference of the exponents'
-    biases. It holds for subnormal codes too, unless ``torch.set_flush_denormal`` makes zeros of them.
-
     By way of bfloat16, which rounds nothing, because Inductor then handles twice as many values at a time with AVX2.
 
     Args:
         values: float8_e4m3fn.
     """
-    code = values.view(torch.int8).to(torch.int32)
-    bits = (code << 20) & _SIGN_AND_VALUE
-    decoded = (bits.view(torch.float32) * 2.0**120).masked_fill((code & 0x7F) == 0x7F, math.nan)
-    return decoded.to(torch.bfloat16).float()
+    return _decoded(values.view(torch.int8).to(torch.int32)).to(torch.bfloat16).float()
 
 
 def decoded_by_words(values: Tensor) -> Tensor:
@@ -232,9 +235,18 @@ def decoded_by_words(values: Tensor) -> Tensor:
         values: ``[..., K]`` float8_e4m3fn, contiguous, K a multiple of 4.
     """
     words = values.view(torch.int32).unsqueeze(-1)
-    codes = words >> torch.arange(0, 32, 8, dtype=torch.int32, device=values.device)
-    bits = ((codes & 0x7F) << 20) | ((codes & 0x80) << 24)
-    return (bits.view(torch.float32) * 2.0**120).masked_fill((codes & 0x7F) == 0x7F, math.nan).flatten(-2)
+    left = torch.arange(24, -1, -8, dtype=torch.int32, device=values.device)
+    return _decoded((words << left) >> 24).flatten(-2)
+
+
+def _decoded(code: Tensor) -> Tensor:
+    """The float32 values of E4M3 codes, int32 with their signs extended.
+
+    Sign, exponent and mantissa are put where float32 has them, and the product is for the difference of the exponents'
+    biases. It holds for subnormal codes too, unless ``torch.set_flush_denormal`` makes zeros of them.
+    """
+    bits = (code << 20) & _SIGN_AND_VALUE
+    return (bits.view(torch.float32) * 2.0**120).masked_fill((code & 0x7F) == 0x7F, math.nan)
 
 
 _SIGN_AND_VALUE = 0x87F00000 - (1 << 32)

@@ -30,11 +30,10 @@ KEEP = "keep"
 DEFAULT_METHOD = "fp8"
 
 UNCALIBRATED = ("error", "dynamic")
-CPU_ATTENTION = ("as-written", "float32")
-
 AS_WRITTEN = "as-written"
-"""Of ``attention``: attention stays what it is."""
+"""Of ``attention`` and ``cpu_attention``: attention stays what it is."""
 
+CPU_ATTENTION = (AS_WRITTEN, "float32")
 ATTENTION = (AS_WRITTEN, "fp8", "fp8-emulated")
 
 
@@ -95,7 +94,7 @@ class Fp8Options:
     activation_scales: Mapping[str, float] = field(default_factory=Scales, repr=False)
     uncalibrated: str = "error"
     min_features: int = 256
-    cpu_attention: str = "as-written"
+    cpu_attention: str = AS_WRITTEN
     attention: str = AS_WRITTEN
     strict: bool = False
     inner_backend: str | Callable[..., Any] = "inductor"

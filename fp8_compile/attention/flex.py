@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import as_written
+from ..numerics import as_written, on_real_tensors
 from .kernel import Kernel, Question
 from .operands import quantize, softmax_scale
 
@@ -77,11 +77,9 @@ def _no_mask(device: torch.device) -> tuple[Any, ...]:
 @functools.cache
 def _template() -> tuple[Any, ...]:
     """The tuple of this version of torch, made once of real tensors, for its form."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.nn.attention.flex_attention import _create_empty_block_mask
-    from torch.utils._python_dispatch import _disable_current_modes
 
-    with unset_fake_temporarily(), _disable_current_modes():
+    with on_real_tensors():
         one = torch.empty(1, 1, 1, 1)
         made: tuple[Any, ...] = _create_empty_block_mask(one, one).as_tuple()
     return made

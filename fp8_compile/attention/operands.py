@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..numerics import FP8_DTYPE, FP8_MAX, SCALE_FLOOR
+from ..numerics import FP8_DTYPE, scale_of
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def quantize(query: Tensor, key: Tensor, value: Tensor, *, smooth: bool = True) 
     """
     batch, heads = key.shape[:2]
     shared = query.shape[1] // heads
-    query_scale = _scale(query.abs().amax(dim=(-2, -1)).float().view(batch, heads, shared).amax(dim=-1))
+    query_scale = scale_of(query.abs().amax(dim=(-2, -1)).float().view(batch, heads, shared).amax(dim=-1))
     # In one pass over the keys: their largest distance from the mean is that of the largest or the smallest value.
     mean = key.float().mean(dim=-2, keepdim=True) if smooth else torch.zeros((), device=key.device)
     highest, lowest = key.amax(dim=-2, keepdim=True).float(), key.amin(dim=-2, keepdim=True).float()
-    key_scale = _scale(torch.maximum(highest - mean, mean - lowest).amax(dim=(-2, -1)))
-    value_scale = _scale(value.abs().amax(dim=(-2, -1)).float())
+    key_scale = scale_of(torch.maximum(highest - mean, mean - lowest).amax(dim=(-2, -1)))
+    value_scale = scale_of(value.abs().amax(dim=(-2, -1)).float())
     return Operands(
         _cast(query, query_scale.repeat_interleave(shared, dim=1)),
         _cast(key.float() - mean, key_scale),
@@ -66,10 +66,6 @@ def quantize(query: Tensor, key: Tensor, value: Tensor, *, smooth: bool = True) 
 def softmax_scale(scale: float | None, query: Tensor) -> float:
     """The factor of the scores: ``scale``, or that of ``scaled_dot_product_attention``."""
     return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-
-
-def _scale(amax: Tensor) -> Tensor:
-    return (amax / FP8_MAX).clamp(min=SCALE_FLOOR)
 
 
 def _cast(x: Tensor, scale: Tensor) -> Tensor:

@@ -171,11 +171,11 @@ class Fp8(Scheme):
         if self.static:  # what belongs to activations has no rows that could be taken in chunks
             return self._completed(*replace(self, activation_scheme="dynamic").quantize_in_chunks(weight, device))
         device = weight.device if device is None else device
+        if device.type == "cpu" and self.granularity == "row" and self.weight_block_size is None:
+            qdata, scale = (torch.empty(s.shape, dtype=s.dtype) for s in self.specs(*weight.shape).values())
+            numerics.quantize_weight_rowwise_into(qdata, scale, weight, chunk_rows(weight, device))
+            return qdata, scale
         if self.granularity == "row" or weight.numel() == 0:
-            if device.type == "cpu" and self.granularity == "row" and self.weight_block_size is None:
-                qdata, scale = (torch.empty(s.shape, dtype=s.dtype) for s in self.specs(*weight.shape).values())
-                numerics.quantize_weight_rowwise_into(qdata, scale, weight, chunk_rows(weight, device))
-                return qdata, scale
             return super().quantize_in_chunks(weight, device)
         chunks = torch.split(weight, chunk_rows(weight, device))
         amax = torch.stack([chunk.to(device).abs().amax() for chunk in chunks]).amax()

@@ -128,13 +128,10 @@ def cpu_has_int8() -> bool:
     in a plain loop (https://github.com/pytorch/pytorch/pull/136942). Where oneDNN is told not to use them
     (``ONEDNN_MAX_CPU_ISA=AVX2``), it saturates sums of two products to 16 bits, so the largest ones are asked for.
     """
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.utils._python_dispatch import _disable_current_modes
-
     cpu: Any = torch.cpu
     if not cpu._is_vnni_supported():
         return False
-    with unset_fake_temporarily(), _disable_current_modes():
+    with numerics.on_real_tensors():
         largest = torch.full((32, 64), LARGEST, dtype=torch.int8)
         return bool((torch._int_mm(largest, largest.t()) == 64 * LARGEST**2).all())
 
