@@ -40,9 +40,8 @@ def batch(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..serve.admission import Admission, Limits
-    from ..serve.batch import Line, Made, Manifest, drawn, lines_left
-    from ..serve.engine import Engine
+    from ..serve.admission import Limits
+    from ..serve.batch import Line, Made, Manifest, Work, drawn, lines_left
     from ..serve.painter_process import LOG_FORMAT
 
     if replicas is not None and not on_ray:
@@ -58,6 +57,7 @@ def batch(
         return
     load, warmup = settings.loader(context, model), parse_sizes("--warmup", settings.warmup)
     limits = Limits((), settings.max_pixels, settings.max_steps)
+    work = Work(load, warmup, settings.max_batch, model, limits, settings.steps)
     bad = 0
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("loading", total=None)
@@ -84,15 +84,11 @@ def batch(
 
             cluster.join()
             begin()
-            asked = (load, warmup, settings.max_batch, model, limits, settings.steps)
-            write(batch_on_ray.drawn_on_ray(*asked, left, replicas, settings.device))
+            write(batch_on_ray.drawn_on_ray(work, left, replicas, settings.device))
         else:
-            engine = Engine(load, warmup, settings.max_batch, on_progress=on_progress)
-            engine.start().result()
+            engine, admission = work.begin(on_progress)
             if engine.abilities.rules.makes_videos:
                 fail(f"{model} makes videos; this command draws pictures")
-            usual = warmup[0] if warmup else None
-            admission = Admission(engine.abilities, model, limits, usual, settings.steps)
             begin()
             try:
                 write(drawn(engine, admission, left))

@@ -13,10 +13,9 @@ from .arguments import (
     IgnoredLayers,
     ModelArgument,
     TextEncoderQuantization,
-    parse_patterns,
     with_options,
 )
-from .engine_settings import check_additions, default_patterns, tell_additions, tell_kept
+from .engine_settings import check_additions, options_at_load, tell_additions, tell_kept
 from .messages import errors_as_messages, fail, require, tell
 
 
@@ -57,9 +56,7 @@ def convert(
     except OSError as error:
         fail(f"--output {str(output)!r} cannot be written: {error}")
     check_additions(None, text_encoder_quantization)
-    patterns, chosen = parse_patterns(ignored_layers)
-    chosen = chosen or settings.layers is not None
-    options = settings.options(patterns if chosen else default_patterns(model))
+    options = options_at_load(settings, ignored_layers, model)
     if settings.activation_scheme == "static":
         fail("--activation-scheme static: this command takes no scales; calibrate and save in Python")
     hush_libraries()

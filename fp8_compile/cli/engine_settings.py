@@ -79,9 +79,7 @@ class EngineSettings(CompileSettings):
         if self.activation_scheme == "static":
             fail("--activation-scheme static: this command takes no scales; serve weights that were saved with theirs")
         check_additions(self.cache, self.text_encoder_quantization)
-        patterns, chosen = parse_patterns(self.ignored_layers)
-        chosen = chosen or self.layers is not None
-        options = self.options(patterns if chosen else default_patterns(model))
+        options = options_at_load(self, self.ignored_layers, model)
         adapters = _loras(self.lora)
         if self.max_loras is not None and self.max_loras > len(adapters):
             fail(f"--max-loras {self.max_loras}: there are {len(adapters)} adapters (--lora)")
@@ -141,6 +139,18 @@ class Loader:
 
         adapters = Adapters(session.pipe, self.adapters, self.settings.max_loras or 2)
         return dataclasses.replace(session, adapters=adapters)
+
+
+def options_at_load(settings: CompileSettings, ignored_layers: Sequence[str] | None, model: str) -> dict[str, Any]:
+    """Those of the backend, for weights that are converted while loading.
+
+    Raises:
+        OptionError: one is not valid.
+        PatternError: an entry of ``ignored_layers`` is malformed.
+    """
+    patterns, chosen = parse_patterns(ignored_layers)
+    chosen = chosen or settings.layers is not None
+    return settings.options(patterns if chosen else default_patterns(model))
 
 
 def default_patterns(model: str) -> list[str]:

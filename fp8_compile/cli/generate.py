@@ -406,11 +406,9 @@ def _arguments(settings: GenerateSettings, session: Session, images: Sequence[Im
             width, height = (max(multiple, side // multiple * multiple) for side in images[0].size)
             given |= {"height": height, "width": width}
     arguments = session.arguments(**given, num_frames=settings.num_frames)
-    if session.takes("image") and not images:
-        try:
-            session.check_call(prompt="a", **arguments)
-        except Exception as error:  # each pipeline fails in its own way without a picture
-            fail(f"{settings.model} needs a picture: --image ({type(session.pipe).__name__}: {error})")
+    missed = None if images else session.needs_a_picture("a", **arguments)
+    if missed is not None:
+        fail(f"{settings.model} needs a picture: --image ({type(session.pipe).__name__}: {missed})")
     return arguments
 
 

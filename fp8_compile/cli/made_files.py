@@ -111,10 +111,11 @@ def read_again(context: typer.Context, path: Path | None) -> Path | None:
         fail(f"--from {path}: cannot be read as a picture: {error}")
     if about is None:
         fail(f"--from {path}: it does not say what it was made with; PNG files of this command do")
+    here = versions()
     changed = [
-        f"{name} {old} (here {versions().get(name, 'none')})"
+        f"{name} {old} (here {here.get(name, 'none')})"
         for name, old in about["versions"].items()
-        if old != versions().get(name)
+        if old != here.get(name)
     ]
     if changed:
         tell(f"--from {path}: was made with {', '.join(changed)}; the picture may differ")

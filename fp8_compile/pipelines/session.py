@@ -8,6 +8,7 @@ image = session.call(seed=0, **session.arguments(prompt="a red circle", num_infe
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ class Session:
         compile_blocks: Any = module.compile_repeated_blocks
         compile_blocks(**arguments)
 
-    @property
+    @functools.cached_property
     def rules(self) -> CallRules:
         """What the pipeline's call takes."""
         parameters = inspect.signature(self.pipe.__call__).parameters
@@ -311,6 +312,16 @@ class Session:
                 pass
             except ValueError as error:
                 raise CallError(str(error)) from error
+
+    def needs_a_picture(self, prompt: str, **arguments: Any) -> Exception | None:
+        """What the pipeline raises for a text alone; None where it draws from that, or takes no picture."""
+        if not self.takes("image"):
+            return None
+        try:
+            self.check_call(prompt=prompt, **arguments)
+        except Exception as error:  # each pipeline fails in its own way without a picture
+            return error
+        return None
 
     def reports(self) -> dict[str, Report]:
         """The `report` of every denoiser, after a call.

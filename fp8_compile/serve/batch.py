@@ -15,9 +15,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import Fp8Error
-from .admission import Admission, Admitted
+from ..pipelines.session import Session
+from .admission import Admission, Admitted, Limits
 from .engine import Engine
 from .orders import Event, Failed, Order, Picture
+from .painter import OnProgress
 from .pictures import encoded
 from .protocol import ApiError, GenerationRequest, refusal
 
@@ -144,6 +146,25 @@ def drawn(engine: Engine, admission: Admission, lines: Sequence[Line]) -> Iterat
             yield line, str(event.error)
         elif isinstance(event, Picture):
             yield line, _made(line, admitted, event)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What draws the lines: an `Engine`, and an `Admission` to it, with their arguments. It can be sent to a worker."""
+
+    load: Callable[[], Session]
+    warmup: Sequence[tuple[int, int]]
+    max_batch: int
+    model: str
+    limits: Limits
+    steps: int | None
+
+    def begin(self, on_progress: OnProgress = lambda done, total, what: None) -> tuple[Engine, Admission]:
+        """Both, once the engine is ready."""
+        engine = Engine(self.load, self.warmup, self.max_batch, on_progress=on_progress)
+        engine.start().result()
+        usual = self.warmup[0] if self.warmup else None
+        return engine, Admission(engine.abilities, self.model, self.limits, usual, self.steps)
 
 
 def _request(line: Line) -> GenerationRequest:

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from ..pipelines.session import Session
-from .admission import Admission, Limits
-from .batch import Line, Made, drawn
+from .batch import Line, Made, Work, drawn
 from .cluster import ClusterError, gpus_of_cluster, gpus_of_worker
-from .engine import Engine
 
 
 class Worker:
-    """An engine of its own. See `Engine` and `Admission` for the arguments."""
+    """Draws with an engine of its own."""
 
-    def __init__(
-        self,
-        load: Callable[[], Session],
-        warmup: Sequence[tuple[int, int]],
-        max_batch: int,
-        model: str,
-        limits: Limits,
-        steps: int | None,
-    ) -> None:
-        self._engine = Engine(load, warmup, max_batch)
-        self._engine.start().result()
-        usual = warmup[0] if warmup else None
-        self._admission = Admission(self._engine.abilities, model, limits, usual, steps)
+    def __init__(self, work: Work) -> None:
+        self._engine, self._admission = work.begin()
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         """Called by Ray Data with the columns "number" and "text" of some lines."""
@@ -49,15 +35,7 @@ class Worker:
 
 
 def drawn_on_ray(
-    load: Callable[[], Session],
-    warmup: Sequence[tuple[int, int]],
-    max_batch: int,
-    model: str,
-    limits: Limits,
-    steps: int | None,
-    lines: Sequence[Line],
-    replicas: int | None,
-    device: str | None,
+    work: Work, lines: Sequence[Line], replicas: int | None, device: str | None
 ) -> Iterator[tuple[Line, Made | str]]:
     """As `drawn`, by ``replicas`` workers of the cluster that this process has joined, in any order.
 
@@ -74,11 +52,11 @@ def drawn_on_ray(
     by_number = {line.number: line for line in lines}
     rows = [{"number": line.number, "text": line.text} for line in lines]
     # A batch at a time: what was drawn of a block is written when all of it is.
-    blocks = math.ceil(len(rows) / max_batch)
+    blocks = math.ceil(len(rows) / work.max_batch)
     workers = ActorPoolStrategy(size=replicas or max(1, gpus_of_cluster()))
     data = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         Worker,
-        fn_constructor_args=(load, warmup, max_batch, model, limits, steps),
+        fn_constructor_args=(work,),
         batch_size=None,
         compute=workers,
         num_cpus=1,

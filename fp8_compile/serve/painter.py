@@ -170,8 +170,10 @@ class Painter:
             # Of equal sides, the rotary embedding of a square video would make a graph for squares alone.
             torch.fx.experimental._config.use_duck_shape = False
             self._no_previews, self._max_batch = "it makes videos", 1
-        self._needs_image = session.takes("image") and not self._draws_from_text()
+        missed = session.needs_a_picture(WARMUP_PROMPTS[0], **session.arguments(num_inference_steps=2))
+        self._needs_image = missed is not None
         if self._needs_image:
+            log.info("the pipeline needs a picture: %s", missed)
             self._max_batch = 1
         self._warm_up(on_progress)
         adapters = session.adapters
@@ -228,15 +230,6 @@ class Painter:
                 self._no_previews = str(error)
                 self._draw_for_nobody(prompts, arguments)
         on_progress(len(todo), len(todo), "done")
-
-    def _draws_from_text(self) -> bool:
-        """Whether a pipeline that takes a picture also draws without."""
-        try:
-            self.session.check_call(prompt=WARMUP_PROMPTS[0], **self.session.arguments(num_inference_steps=2))
-        except Exception as error:  # each pipeline fails in its own way without a picture
-            log.info("the pipeline needs a picture: %s", error)
-            return False
-        return True
 
     def _draw_for_nobody(self, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
         previews = int(self._no_previews is None)
