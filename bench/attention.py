@@ -33,7 +33,7 @@ from fp8_compile.measure.quality import prompt_adherence, psnr
 from fp8_compile.measure.scenes import scenes
 from fp8_compile.numerics import rounded_to_e4m3
 
-from .common import parser, table, write
+from .common import parser, sqnr, table, write
 from .schemes import compiled, draw
 
 LINEARS = r"re:(?<!\.sdpa)$"
@@ -102,11 +102,6 @@ def by_flex(o: Operands, scale: float) -> Tensor:
     return (rounded_to_e4m3(out) * o.value_scale[..., None, None]).bfloat16()
 
 
-def decibels(expected: Tensor, got: Tensor) -> float:
-    """Signal to quantization noise."""
-    return float(10 * torch.log10(expected.square().sum() / (expected - got.double()).square().sum()))
-
-
 def main() -> None:
     """The command line."""
     made = parser(__doc__)
@@ -122,7 +117,7 @@ def main() -> None:
             "flash3, not smoothed": emulated.attend(quantize(q, k, v, smooth=False), scale),
             "flex": by_flex(quantize(q, k, v), scale),
         }
-        losses.append({"operands": name, **{way: decibels(expected, out) for way, out in ways.items()}})
+        losses.append({"operands": name, **{way: sqnr(expected, out) for way, out in ways.items()}})
     header = list(losses[0])
     print(table(header, [[str(row["operands"]), *(f"{row[way]:.1f}" for way in header[1:])] for row in losses]))
     known = sorted({scene.caption for scene in scenes()})

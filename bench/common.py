@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 TEXT_TOKENS = 20
 GRID = (6, 8)
@@ -133,11 +133,22 @@ def environment() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    return of_cpu("model name") or platform.processor() or platform.machine()
+
+
+def of_cpu(field: str) -> str:
+    """What Linux says of the first core; empty elsewhere."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return ""
+
+
+def sqnr(expected: Tensor, got: Tensor) -> float:
+    """Signal to quantization noise, dB: infinite for equal values, NaN if either holds one."""
+    signal, noise = expected.double().square().sum(), (expected.double() - got.double()).square().sum()
+    return float("inf") if noise == 0 else float(10 * (signal / noise).log10())
 
 
 def _version(package: str) -> str | None:

@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .blocks import make_on_cpu
-from .common import Spread, interleave, parser, table, write
+from .common import Spread, interleave, of_cpu, parser, sqnr, table, write
 from .models import quantize_with_torchao
 
 LINEARS = ((1024, 1024, 4096), (1024, 3072, 3072), (1024, 3072, 12288))
@@ -117,18 +117,18 @@ def measure(work: Workload, rounds: int) -> dict[str, Any]:
     """Time, noise and memory of each case; a case that fails has its ``error`` only."""
     calls: dict[str, Callable[[], Any]] = {}
     results: dict[str, Any] = {}
-    expected = _tensors(work.module(**work.arguments))
+    expected = _values(work.module(**work.arguments))
     for name in work.cases:
         dtype, prepare = CASES[name]
         try:
             call = _call(prepare(copy.deepcopy(work.module).to(dtype)), work.arguments, dtype)
             call()
-            got = _tensors(call())
+            got = _values(call())
         except Exception as error:  # of another library's, or of this CPU's: listed, not hidden
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
         calls[name] = call
-        results[name] = {"sqnr_db": None if name == BASE else _sqnr(expected, got), "peak_mb": _peak(call)}
+        results[name] = {"sqnr_db": None if name == BASE else sqnr(expected, got), "peak_mb": _peak(call)}
     for name, seconds in interleave({name: _timed(call) for name, call in calls.items()}, rounds).items():
         results[name]["seconds"] = Spread.of(seconds)
     torch._dynamo.reset()
@@ -151,14 +151,8 @@ def _timed(call: Callable[[], Any]) -> Callable[[], float]:
     return run
 
 
-def _tensors(out: Any) -> list[Tensor]:
-    return [t.float() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
-
-
-def _sqnr(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    signal = sum(float(e.double().square().sum()) for e in expected)
-    noise = sum(float((e - g).double().square().sum()) for e, g in zip(expected, got, strict=True))
-    return 10 * float(torch.tensor(signal / noise).log10())
+def _values(out: Any) -> Tensor:
+    return torch.cat([t.float().flatten() for t in tree_leaves(out) if isinstance(t, Tensor)])
 
 
 def _peak(call: Callable[[], Any]) -> float | None:
@@ -230,7 +224,10 @@ def main(given: argparse.Namespace) -> None:
     results: dict[str, Any] = {}
     instructions = {
         "torch": torch.backends.cpu.get_cpu_capability(),
-        "flags": sorted({*_flags()} & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "fma"}),
+        "flags": sorted(
+            {*of_cpu("flags").split()}
+            & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "fma"}
+        ),
         "environment": {name: os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")},
     }
     torch._dynamo.config.recompile_limit = 64  # all cases compile the same functions
@@ -246,14 +243,6 @@ def main(given: argparse.Namespace) -> None:
                 show(f"{model}, threads: {threads}", found)
                 results[f"{model}, {threads} threads"] = found
     write(given.output, {"instructions": instructions, "results": results})
-
-
-def _flags() -> Sequence[str]:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return line.split()
-    return ()
 
 
 if __name__ == "__main__":

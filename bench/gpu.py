@@ -77,7 +77,7 @@ from fp8_compile.recipes.qwen_image import QWEN_IMAGE_GROUPS
 from fp8_compile.runtime.constants import state_of
 
 from . import kernel_times
-from .common import Spread, environment, interleave, parser, table
+from .common import Spread, environment, interleave, parser, sqnr, table
 from .fake_gpu import GPUS, Gpu
 from .models import MODELS, TORCHAO_SETTINGS, Model, output, quantize_with_torchao
 
@@ -399,12 +399,6 @@ def _flash3(wanted: bool) -> Iterator[None]:
         yield
     finally:
         flash3.restore()
-
-
-def sqnr(expected: Tensor, got: Tensor) -> float:
-    """Signal to quantization noise, dB: infinite for equal values, NaN if either holds one."""
-    signal, noise = expected.double().square().sum(), (expected.double() - got.double()).square().sum()
-    return float("inf") if noise == 0 else float(10 * torch.log10(signal / noise))
 
 
 class DeviceLost(BenchError):

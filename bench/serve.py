@@ -114,7 +114,7 @@ class Running:
     def set_batch(self, pictures: int) -> None:
         """Draw so many together from now on, while nobody waits."""
         self.engine._abilities = dataclasses.replace(self.engine.abilities, max_batch=pictures)
-        self.request(0, 2)  # which the engine already waits for as it was told before
+        self.request(0, 2)  # a batch of the old size may be next: the engine waits for it already
 
     def closed_loop(self, clients: int, requests: int, steps: int) -> tuple[list[float], float]:
         """Latencies of ``requests`` requests of ``clients`` clients that are never idle, and seconds of the whole."""
