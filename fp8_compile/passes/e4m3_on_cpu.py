@@ -25,6 +25,7 @@ C++ compiler compute otherwise than it is written (``cpp.enable_unsafe_math_opt_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,8 +33,10 @@ import torch
 from torch import Tensor
 from torch._inductor import config
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from .. import numerics
 from .context import Context
@@ -94,15 +97,24 @@ def _readers(node: Node) -> Iterator[Node]:
 
 def _inline(graph: Graph, cast: Node, function: Callable[[Tensor], Tensor]) -> Node:
     """What ``function`` computes of the operand of ``cast``, as nodes of aten operators before it."""
-    operand = cast.args[0]
-    value = _value(operand)
-    with value.fake_mode:  # for the scalars of which some decompositions make tensors
-        traced = make_fx(function, select_decomp_table())(value).graph
+    value = _value(cast.args[0])
+    traced = _traced(function, value.dtype)
     (placeholder,) = traced.find_nodes(op="placeholder")
-    with graph.inserting_before(cast):
-        made = graph.graph_copy(traced, {placeholder: operand})  # type: ignore[dict-item]
-    assert isinstance(made, Node)
-    return made
+    made: dict[Any, Any] = {placeholder: cast.args[0]}
+    with graph.inserting_before(cast), value.fake_mode:
+        for node in (node for node in traced.nodes if node.op == "call_function"):
+            new = made[node] = graph.node_copy(node, made.__getitem__)
+            new.meta["val"] = node.target(*map_arg(new.args, _value), **new.kwargs)
+    result: Node = made[traced.output_node().args[0]]
+    return result
+
+
+@functools.cache
+def _traced(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Graph:
+    """The aten operators of ``function``, elementwise. Once in a process: it takes longer than the rest of the pass."""
+    with numerics.on_real_tensors(), FakeTensorMode():
+        traced: Graph = make_fx(function, select_decomp_table())(torch.empty(8, dtype=dtype)).graph
+    return traced
 
 
 def _casts(node: Node, source: torch.dtype, to: torch.dtype) -> bool:
