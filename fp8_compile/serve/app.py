@@ -329,10 +329,27 @@ def _answer_errors(app: FastAPI) -> None:
         return await of_api(request, ApiError(500, f"{type(error).__name__} in the server; its log tells more"))
 
 
+KEEP_ALIVE = 75
+"""Seconds that an unused connection stays open.
+
+More than clients (httpx and openai: 5) and proxies (nginx: 60) keep theirs. Whoever closes first must be the one that
+sends, else a request can meet a connection that is just being closed, and is lost.
+"""
+
+
 class _Server(uvicorn.Server):
     """Finishes what was accepted before it ends, or says that it will not."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
+    def __init__(self, app: Guard, engine: Engine, host: str, port: int, grace: float) -> None:
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            access_log=False,
+            log_level="warning",
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=int(grace) + 10,  # for clients that never read their answer
+        )
         super().__init__(config)
         self._engine = engine
         self._grace = grace
@@ -363,16 +380,7 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="fp8-serve-") as folder:
         store = PictureStore(Path(folder))
-        # Backstop for clients that never read their answer.
-        config = uvicorn.Config(
-            create_app(engine, settings, store),
-            host=host,
-            port=port,
-            access_log=False,
-            log_level="warning",
-            timeout_graceful_shutdown=int(grace) + 10,
-        )
-        server = _Server(config, engine, grace)
+        server = _Server(create_app(engine, settings, store), engine, host, port, grace)
         started = engine.start()
 
         def stop_or_tell(_: Any) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -225,6 +227,17 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(served: Served, gate: G
         assert [len(each.result()) for each in asked] == [1, 8, 8]
     assert (refused.value.type, refused.value.code) == ("rate_limit_error", "queue_full")
     assert int(refused.value.response.headers["retry-after"]) >= 1
+
+
+def test_a_connection_stays_open_for_longer_than_clients_keep_it(served: Served) -> None:
+    """Else a request can meet its end: httpx, and so the client of OpenAI, gives one up after 5 seconds itself."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(served.url.rpartition(":")[2]))
+    with contextlib.closing(connection):
+        for pause in (6, 0):
+            connection.request("GET", "/health")
+            with connection.getresponse() as answer:
+                assert answer.read()
+            time.sleep(pause)
 
 
 def test_a_deadline_ends_a_request_and_its_drawing(served: Served, session: Session, tmp_path: Path) -> None:

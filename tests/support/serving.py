@@ -91,7 +91,7 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = _Server(uvicorn.Config(app, port=port, access_log=False, log_level="warning"), engine, grace)
+    server = _Server(app, engine, "127.0.0.1", port, grace)
     if not own:
         server.shutdown = lambda sockets=None: uvicorn.Server.shutdown(server, sockets)  # type: ignore[method-assign]
     thread = threading.Thread(target=server.run)
