@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import CodeType
@@ -168,6 +169,10 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
     Args:
         roots: the outermost modules that are running.
     """
+    if plan.attentions and all(a.kernel is None and a.pattern is None for a in plan.attentions):
+        reasons = Counter(a.reason for a in plan.attentions)
+        what = f"attentions of this graph (attention={options.attention!r})"
+        complain_of_nothing(reasons, what, strict=options.strict, stacklevel=4)
     if not plan.decisions:
         return
     trees = [tree_of(root) for root in roots]
@@ -196,7 +201,7 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
         return
     # Of a model that was quantized at load time, `quantize_` has said it, of the whole model.
     if options.strict or not any(layer.recorded for layer in layers):
-        complain_of_nothing(plan.reasons(), "this graph", strict=options.strict, stacklevel=4)
+        complain_of_nothing(plan.reasons(), "linears of this graph", strict=options.strict, stacklevel=4)
 
 
 def _others_convert(trees: Iterable[Tree], options: Fp8Options) -> bool:

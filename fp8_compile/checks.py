@@ -182,17 +182,17 @@ def warn_of_unused_scales(options: Fp8Options, names: Collection[str], what: str
 
 
 def complain_of_nothing(reasons: Counter[str], what: str, *, strict: bool, stacklevel: int) -> None:
-    """Say that none of the linears was converted, and why.
+    """Say that nothing was converted of what was asked for, and why.
 
     Args:
-        reasons: how many linears stay for each reason.
-        what: the linears' whole, for the message: "this graph".
+        reasons: how many stay for each reason.
+        what: they are, for the message: "linears of this graph".
 
     Raises:
         NothingConvertedError: under ``strict``.
     """
     counted = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-    message = f"none of the {sum(reasons.values())} linears of {what} was quantized: {counted}"
+    message = f"none of the {sum(reasons.values())} {what} was quantized: {counted}"
     if strict:
         raise NothingConvertedError(message)
     warnings.warn(message, NothingConvertedWarning, stacklevel=stacklevel + 1)

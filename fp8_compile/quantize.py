@@ -272,7 +272,7 @@ def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: 
         others = f" that are not quantized yet ({len(prequantized)} are)" if prequantized else ""
         complain_of_nothing(
             Counter(str(choice.reason) for choice in choices for _ in choice.paths),
-            f"this model{others}",
+            f"linears of this model{others}",
             strict=options.strict and not prequantized,
             stacklevel=4,
         )

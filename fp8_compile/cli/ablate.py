@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..options import AS_WRITTEN
 from .arguments import MeasureSettings, Whole, with_options
 from .messages import check_folder, errors_as_messages, fail, tell
 
@@ -41,11 +42,12 @@ def ablate(
     if settings.steps == 1:
         fail(f"--steps 1: {ONE_STEP}")
     options = settings.options()
+    attention = options.get("attention", AS_WRITTEN) != AS_WRITTEN
     chosen = None if groups is None else read_groups(groups)
     session, call = settings.load()
     found = measure(
         Variants(session.pipe, options, whole),
-        chosen or groups_for(next(iter(session.denoisers.values()))),
+        chosen or groups_for(next(iter(session.denoisers.values())), attention),
         settings.prompts,
         settings.seeds,
         rounds,

@@ -127,6 +127,7 @@ QUANTIZING = (
     "small_m",
     "weight_block_size",
     "activation_scheme",
+    "attention",
 )
 """Options of commands that say how to quantize."""
 
@@ -188,6 +189,14 @@ class CompileSettings:
             help="Scales of activations: dynamic (default), static (calibrated), or none.", rich_help_panel=QUANTIZE
         ),
     ] = None
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="as-written (default); fp8: where a kernel of the GPU takes it; or fp8-emulated: as slow as it is "
+            "anywhere, to see what FP8 would lose.",
+            rich_help_panel=QUANTIZE,
+        ),
+    ] = None
     layers: Annotated[
         Path | None,
         typer.Option(
@@ -217,6 +226,7 @@ class CompileSettings:
             "small_m": self.small_m,
             "weight_block_size": _block_size(self.weight_block_size),
             "activation_scheme": self.activation_scheme,
+            "attention": self.attention,
             "layers": _plan(self.layers),
             "mode": self.compile_mode,
         }

@@ -57,6 +57,8 @@ def convert(
         fail(f"--output {str(output)!r} cannot be written: {error}")
     check_additions(None, text_encoder_quantization)
     options = options_at_load(settings, ignored_layers, model)
+    if settings.attention is not None:
+        fail("--attention belongs to compilation, and weights do not hold it; give it to the command that draws")
     if settings.activation_scheme == "static":
         fail("--activation-scheme static: this command takes no scales; calibrate and save in Python")
     hush_libraries()

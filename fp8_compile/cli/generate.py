@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -480,6 +481,10 @@ def _print_summary(reports: dict[str, Report], clock: StepClock, show_layers: bo
             f"{name}: {totals['quantized']} layers quantized, {totals['unquantized']} unquantized; weights read per "
             f"step {totals['bytes_before'] / 1e6:.1f} MB -> {totals['bytes_after'] / 1e6:.1f} MB{both}"
         )
+        if found.attentions:
+            computed = Counter(row.kernel for row in found.attentions if row.kernel)
+            kernels = ", ".join(f"{count} by {kernel}" for kernel, count in computed.items()) or "none"
+            typer.echo(f"{name}: of {len(found.attentions)} attentions in FP8: {kernels}")
         for pattern in found.unmatched_patterns:
             typer.secho(f"{name}: pattern {pattern!r} matched nothing", fg="yellow")
     if not reports:

@@ -281,7 +281,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         finish(model, choices, self.options)
         if self._saved_so and not any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters()):
             reasons = Counter(str(choice.reason) for choice in choices for _ in choice.paths)
-            complain_of_nothing(reasons, "this model", strict=self.options.strict, stacklevel=4)
+            complain_of_nothing(reasons, "linears of this model", strict=self.options.strict, stacklevel=4)
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator] # single files
         _mark(model)
         self._wanted, self._expected = {}, {}

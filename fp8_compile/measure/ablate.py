@@ -119,6 +119,7 @@ def ablate(
             rows[name] = replace(
                 rows[name],
                 fp8_layers=sum(t["quantized"] for t in totals),
+                fp8_attentions=sum(row.decision == "fp8" for r in reports for row in r.attentions),
                 weight_bytes=sum(t[before] for t in totals),
                 samples=samples,
                 quality=None if patterns is BF16 else compare(rows[BASELINE].samples, samples, perceptual),

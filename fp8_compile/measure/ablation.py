@@ -27,6 +27,7 @@ class AblationRow:
     Attributes:
         ignored_layers: its patterns; None for `BASELINE`.
         fp8_layers: how many linears are in FP8.
+        fp8_attentions: how many attentions are.
         weight_bytes: what compiled code reads of all linear weights of the denoisers, FP8 and others.
         step_seconds: of every timed step.
         peak_bytes: the most GPU memory that generating a picture took, above what was in use before; None on other
@@ -40,6 +41,7 @@ class AblationRow:
     name: str
     ignored_layers: tuple[str, ...] | None
     fp8_layers: int = 0
+    fp8_attentions: int = 0
     weight_bytes: int = 0
     step_seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None
@@ -81,6 +83,7 @@ class Ablation:
                     "name": row.name,
                     "ignored_layers": None if row.ignored_layers is None else list(row.ignored_layers),
                     "fp8_layers": row.fp8_layers,
+                    "fp8_attentions": row.fp8_attentions,
                     "weight_bytes": row.weight_bytes,
                     "step_seconds": dict(zip(("low", "median", "high"), quartiles(row.step_seconds), strict=True))
                     if row.step_seconds

@@ -98,7 +98,9 @@ def _table(found: Ablation) -> tuple[list[str], list[list[str]]]:
     """The header and the rows, as text."""
     baseline = found.rows[0]
     adherence, peaks = baseline.prompt_adherence is not None, baseline.peak_bytes is not None
-    header = ["#", "configuration", "kept in BF16", "FP8 layers", "weights, MB"]
+    attentions = any(row.fp8_attentions for row in found.rows)
+    header = ["#", "configuration", "kept in BF16", "FP8 layers", *(["FP8 attentions"] if attentions else [])]
+    header += ["weights, MB"]
     header += ["peak, MB"] if peaks else []
     header += ["ms per step [quartiles]", "speedup"]
     metrics = next((row.quality.metrics for row in found.rows if row.quality is not None), ())
@@ -108,7 +110,8 @@ def _table(found: Ablation) -> tuple[list[str], list[list[str]]]:
     for number, row in enumerate(found.rows, start=1):
         cells = [str(number), f"{row.name} (failed: {row.failure})" if row.failure else row.name]
         cells += ["everything" if row.ignored_layers is None else ", ".join(row.ignored_layers) or "nothing"]
-        cells += [str(row.fp8_layers), f"{row.weight_bytes / 1e6:.1f}"]
+        cells += [str(row.fp8_layers), *([str(row.fp8_attentions)] if attentions else [])]
+        cells += [f"{row.weight_bytes / 1e6:.1f}"]
         if peaks:
             cells.append("-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}")
         if row.step_seconds:

@@ -16,22 +16,25 @@ from ..errors import Fp8Error, PatternError
 from ..patterns import Pattern
 from ..pipelines.denoisers import repeated_blocks
 from ..recipes import RECIPES, Groups
+from ..weights.layers import SDPA
 
 
 class GroupsError(Fp8Error, ValueError):
     """A file of groups that cannot be read, or does not map names to lists of patterns."""
 
 
-def groups_for(denoiser: nn.Module) -> Groups:
+def groups_for(denoiser: nn.Module, attention: bool = False) -> Groups:
     """The choices to compare for a model: those of its recipe, or where it has none, one per part of its blocks.
 
     Args:
         denoiser: a diffusers transformer or UNet. Parts are the children of its repeated blocks (of the model itself,
             if it names none) that hold linears.
+        attention: compare the attention as it is written, too: the option ``attention`` asks for FP8.
     """
+    as_written: Groups = {"skip attention itself": (SDPA,)} if attention else {}
     recipe = RECIPES.get(type(denoiser).__name__)
     if recipe is not None and recipe.groups:
-        return dict(recipe.groups)
+        return {**recipe.groups, **as_written}
     blocks = [block for _, block in repeated_blocks(denoiser)] or [denoiser]
     parts = {
         name: None
@@ -39,7 +42,7 @@ def groups_for(denoiser: nn.Module) -> Groups:
         for name, child in block.named_children()
         if any(isinstance(module, nn.Linear) for module in child.modules())
     }
-    return {"all FP8": (), **{f"skip {name}": (name,) for name in parts}}
+    return {"all FP8": (), **{f"skip {name}": (name,) for name in parts}, **as_written}
 
 
 def read_groups(path: str | os.PathLike[str]) -> Groups:

@@ -30,7 +30,7 @@ from ..weights.layers import Tree
 from .bound import Bound, SearchError
 from .quality import Sample, compare, require_lpips
 from .results import check_writable, number_text, quality_to_dict
-from .search_layers import Layer, LayerNames, exact_pattern, linears_of, widest_pattern
+from .search_layers import Layer, LayerNames, exact_pattern, names_in, widest_pattern
 from .search_state import SearchState, read_state, settings_of
 from .variants import BF16, Patterns, Region, Variants
 
@@ -227,8 +227,8 @@ class Search:
             paths = inside.get((region.denoiser, region.path), [])
             if paths and len(paths) == len(self.names.paths[region.denoiser][region.path]):
                 return ("*",)
-            linears = linears_of(region.module)
-            return tuple(sorted(exact_pattern(path, linears) for path in paths))
+            names = names_in(region.module, self.names.paths[region.denoiser][region.path])
+            return tuple(sorted(exact_pattern(path, names) for path in paths))
 
         return self._generate(patterns_of)
 
@@ -237,15 +237,16 @@ class Search:
         return self.variants.generate(self.prompts, self.seeds, **self._call)
 
     def _convertible(self) -> dict[str, dict[str, list[str]]]:
-        """The layers that become FP8 if none is kept, by denoiser and block."""
+        """The layers and attentions that become FP8 if none is kept, by denoiser and block."""
         self._progress("compiling, generating pictures in FP8")
         self._in_fp8 = self._generate(lambda region: ())
         reports = self.variants.reports(())
         found: dict[str, dict[str, list[str]]] = {}
         for region in self.variants.regions:
-            prefix = f"{region.path}."
-            rows = [row for row in reports[region.denoiser].layers if row.path.startswith(prefix)]
-            paths = [row.path.removeprefix(prefix) for row in rows if row.decision == "quantized"]
+            prefix, made = f"{region.path}.", reports[region.denoiser]
+            in_fp8 = [row.path for row in made.layers if row.decision == "quantized"]
+            in_fp8 += [row.path for row in made.attentions if row.decision == "fp8"]
+            paths = [path.removeprefix(prefix) for path in in_fp8 if path.startswith(prefix)]
             found.setdefault(region.denoiser, {})[region.path] = paths
         if not any(paths for blocks in found.values() for paths in blocks.values()):
             reasons = sorted({row.reason for report in reports.values() for row in report.layers})
@@ -255,17 +256,16 @@ class Search:
     def _patterns(self, kept: frozenset[str], by: str) -> dict[str, tuple[str, ...]]:
         found = {}
         for denoiser, model in self.variants.denoisers.items():
-            linears = linears_of(model)
+            layers = [layer for layer in self.layers if layer.denoiser == denoiser]
+            names = names_in(model, [layer.full for layer in layers])
             chosen: dict[str, None] = {}
-            for layer in self.layers:
-                if layer.denoiser != denoiser:
-                    continue
+            for layer in layers:
                 if by == "layers" and self.names.kind(layer) in kept:
-                    chosen[exact_pattern(layer.path, linears, anywhere=True)] = None
+                    chosen[exact_pattern(layer.path, names, anywhere=True)] = None
                 elif self.names.block(layer) in kept:
-                    chosen[exact_pattern(layer.block, linears)] = None
+                    chosen[exact_pattern(layer.block, names)] = None
                 elif self.names.single(layer) in kept:
-                    chosen[exact_pattern(layer.full, linears)] = None
+                    chosen[exact_pattern(layer.full, names)] = None
             found[denoiser] = tuple(chosen)
         return found
 
@@ -274,8 +274,9 @@ class Search:
         options = parse_options(self.variants.options)
         found = {}
         for denoiser, model in self.variants.denoisers.items():
-            linears, tree = linears_of(model), Tree(model)
+            tree = Tree(model)
             measured = {layer.full for layer in self.layers if layer.denoiser == denoiser}
+            names = names_in(model, measured)
             blocks = [region.path for region in self.variants.regions if region.denoiser == denoiser]
             chosen: dict[str, None] = {}
             for name, module in model.named_modules():
@@ -287,6 +288,6 @@ class Search:
                 if eligible.reason(candidate, options, eligible.scheme_of(layer, options)) is not None:
                     continue  # stays in BF16 in any case
                 if not any(Pattern(pattern).matches(path) for pattern in chosen):
-                    chosen[widest_pattern(path, linears, measured, blocks)] = None
+                    chosen[widest_pattern(path, names, measured, blocks)] = None
             found[denoiser] = tuple(chosen)
         return found

@@ -13,7 +13,7 @@ from ..patterns import Pattern, layer_path
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear that can be in FP8.
+    """A linear that can be in FP8, or an attention.
 
     Attributes:
         block: the path of the compiled block that it is in.
@@ -83,35 +83,36 @@ class LayerNames:
         return [*blocks, *(self.single(layer) for layer in self.layers if layer in rest)]
 
 
-def linears_of(module: nn.Module) -> list[str]:
-    """The paths of the linears in ``module``."""
-    return [layer_path(path) for path, child in module.named_modules() if isinstance(child, nn.Linear)]
+def names_in(module: nn.Module, others: Iterable[str]) -> list[str]:
+    """The paths of the linears in ``module``, and ``others``, such as those of attentions."""
+    linears = [layer_path(path) for path, child in module.named_modules() if isinstance(child, nn.Linear)]
+    return list(dict.fromkeys([*linears, *others]))
 
 
-def exact_pattern(path: str, linears: Sequence[str], anywhere: bool = False) -> str:
-    """A pattern for the layers at ``path`` or under it: the path itself, if it names no others of ``linears``.
+def exact_pattern(path: str, names: Sequence[str], anywhere: bool = False) -> str:
+    """A pattern for the layers at ``path`` or under it: the path itself, if it names no others of ``names``.
 
     ``anywhere``: layers whose paths end in ``path`` are meant as well.
     """
 
-    def meant(linear: str) -> bool:
-        return f".{linear}".endswith(f".{path}") if anywhere else f"{linear}.".startswith(f"{path}.")
+    def meant(name: str) -> bool:
+        return f".{name}".endswith(f".{path}") if anywhere else f"{name}.".startswith(f"{path}.")
 
-    if all(Pattern(path).matches(linear) == meant(linear) for linear in linears):
+    if all(Pattern(path).matches(name) == meant(name) for name in names):
         return path
     return rf"re:(^|\.){re.escape(path)}$" if anywhere else rf"re:^{re.escape(path)}(\.|$)"
 
 
-def widest_pattern(path: str, linears: Sequence[str], measured: Collection[str], blocks: Sequence[str]) -> str:
+def widest_pattern(path: str, names: Sequence[str], measured: Collection[str], blocks: Sequence[str]) -> str:
     """A pattern for the layer at ``path`` and as many others as possible, but for none of the ``measured`` layers."""
     block = next((b for b in blocks if path.startswith(f"{b}.")), None)
     segments = path.split(".")
     if block is not None:  # in all blocks alike, if none of them is measured
         kind = path.removeprefix(f"{block}.")
         if not any(f".{other}".endswith(f".{kind}") for other in measured):
-            return exact_pattern(kind, linears, anywhere=True)
+            return exact_pattern(kind, names, anywhere=True)
     for count in range(1, len(segments)):
         prefix = ".".join(segments[:count])
         if not any(other.startswith(f"{prefix}.") for other in measured):
-            return exact_pattern(prefix, linears)
-    return exact_pattern(path, linears)
+            return exact_pattern(prefix, names)
+    return exact_pattern(path, names)

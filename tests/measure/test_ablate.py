@@ -264,17 +264,19 @@ def test_attention_is_one_more_thing_to_keep() -> None:
     """Without FP8 attention, no layer is called so."""
     from bench.tiny import build_qwen_image
 
-    groups = {"all FP8": (), "skip attention": ("sdpa",)}
+    groups = {"all FP8": (), "skip attention itself": ("sdpa",)}
     call: Any = {"height": 64, "width": 64, "num_inference_steps": 2}
     pipe: Any = build_qwen_image()
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(AblationError, match="'sdpa' matches none of the layers"):
         ablate(Variants(pipe, OPTIONS), groups, PROMPTS[:1], (0,), rounds=1, **call)
     variants = Variants(pipe, {**OPTIONS, "attention": "fp8-emulated"})
-    ablate(variants, groups, PROMPTS[:1], (0,), rounds=1, **call)
+    found = ablate(variants, groups, PROMPTS[:1], (0,), rounds=1, **call)
+    assert [(row.fp8_layers > 0, row.fp8_attentions) for row in found.rows] == [(False, 0), (True, 2), (True, 0)]
+    assert "FP8 attentions" in ablation_page.markdown(found)
     for patterns, expected in (((), "fp8"), (("sdpa",), "as-written")):
-        (found,) = variants.reports(patterns).values()
-        assert {row.decision for row in found.attentions} == {expected}
+        (report,) = variants.reports(patterns).values()
+        assert {row.decision for row in report.attentions} == {expected}
     variants.close()
 
 

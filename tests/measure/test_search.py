@@ -277,6 +277,27 @@ SMALL = ["--steps", "2", "--seed", "0", "--prompt", "a large red circle on a whi
 SMALL += ["--inner-backend", "eager"]
 
 
+@pytest.mark.slow
+def test_attention_is_one_more_thing_to_keep(tmp_path: Path) -> None:
+    from bench.tiny import build_qwen_image
+
+    pipe: Any = build_qwen_image()
+    pipe.set_progress_bar_config(disable=True)
+    variants = Variants(pipe, {**OPTIONS, "attention": "fp8-emulated"})
+    call = {"height": 64, "width": 64, "num_inference_steps": 2}
+    search = Search(variants, Bound("psnr", 90.0), ["a"], [0], tmp_path / "s.json", **call)
+    (blocks,) = {layer.block for layer in search.layers if layer.path == "attn.sdpa"} - {"transformer_blocks.1"}
+    assert blocks == "transformer_blocks.0"
+    assert search.run("layers").patterns["transformer"][-1] == "attn.sdpa"
+    assert {layer.path for layer in search.layers} >= {"attn.sdpa", "attn.to_q"}
+    # Keeping all but the attention and nothing but it are two choices, each the sum of what its names say.
+    attention = frozenset(layer for layer in search.layers if layer.path == "attn.sdpa")
+    linears = frozenset(search.layers) - attention
+    losses = [search.measure(kept)["worst"]["relative_l2"] for kept in (attention, linears, frozenset(search.layers))]
+    assert losses[0] > losses[1] > losses[2] == 0
+    search.variants.close()
+
+
 def test_the_command_searches_and_goes_on(tmp_path: Path) -> None:
     arguments = ["search", *SMALL, "--by", "blocks", "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(app, [*arguments, "--max-loss", "1.5"])
