@@ -8,7 +8,7 @@ per step of both, the first step not counted.
 
 The number of ranks must divide the tokens of the picture and those of the prompt. diffusers' ``ulysses_anything``, for
 others, cannot be compiled with torch 2.13, by no backend. ``--mode ring`` needs an attention that returns its
-log-sum-exp, such as ``--attention flash``; torch's own on a CPU does not.
+log-sum-exp, such as ``--attention-backend flash``; torch's own on a CPU does not. FP8 attention refuses it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--model", default="embedded:qwen-image")
     p.add_argument("--mode", choices=("ulysses", "ring"), default="ulysses")
-    p.add_argument("--attention", help="a name for set_attention_backend of diffusers")
+    p.add_argument("--attention-backend", help="a name for set_attention_backend of diffusers")
+    p.add_argument("--attention", default="as-written", help="the option of the backend: fp8, fp8-emulated")
     p.add_argument("--prompt", default="a large red circle on a white background")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, default=8)
@@ -65,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    options = {"strict": True, "inner_backend": given.inner_backend}
+    options = {"strict": True, "inner_backend": given.inner_backend, "attention": given.attention}
     session = Session.load(given.model, device=device, at_load=options)
     session.pipe.set_progress_bar_config(disable=rank > 0)
-    for module in session.denoisers.values() if given.attention else ():
-        module.set_attention_backend(given.attention)
+    for module in session.denoisers.values() if given.attention_backend else ():
+        module.set_attention_backend(given.attention_backend)
     session.compile(options)
     alone, seconds_alone = draw(session, given)
     torch.compiler.reset()
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "db": psnr(alone, together),
         "ranks_agree": all(torch.equal(each, same[0]) for each in same),
         "quantized": {name: r.totals["quantized"] for name, r in session.reports().items()},
+        "attentions": {name: [row.kernel or row.reason for row in r.attentions] for name, r in session.reports().items()},
         "seconds_per_step": {"1": seconds_alone, str(ranks): seconds},
     }
     if rank == 0:
