@@ -6,7 +6,8 @@ patterns keep all of them. PSNR of each picture to its BF16 twin, mean and worst
 (`fp8_compile.measure.quality.prompt_adherence`).
 
 These pipelines have two blocks of heads of 64 and no outliers in their keys, so they say little of smoothing: the
-second table rounds operands with outliers, against float64, and emulates flex_attention's template beside.
+first table rounds operands with outliers, too, against float64, and emulates flex_attention's template beside. Those
+of the pipelines are all that one picture has; shown is the worst attention.
 
 It says nothing about time.
 
@@ -23,7 +24,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fp8_compile
 from fp8_compile.attention import emulated
@@ -87,6 +89,32 @@ def operands() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     }
 
 
+class _Operands(TorchFunctionMode):
+    """Notes what attention is computed of, while a model that `watch` was called with is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            assert given.get("attn_mask") is given.get("scale") is None
+            self.seen.append((given["query"], given["key"], given["value"]))
+        return func(*args, **(kwargs or {}))
+
+    def watch(self, model: nn.Module) -> None:
+        model.register_forward_pre_hook(lambda *_: self.__enter__() and None)
+        model.register_forward_hook(lambda *_: self.__exit__(None, None, None))
+
+
+def operands_of(name: str, caption: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each attention of each step of one picture."""
+    noted = _Operands()
+    draw(name, [caption], noted.watch)
+    return noted.seen
+
+
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The attention in float64."""
     q, k, v = q.double(), k.double(), v.double()
@@ -102,6 +130,17 @@ def by_flex(o: Operands, scale: float) -> Tensor:
     return (rounded_to_e4m3(out) * o.value_scale[..., None, None]).bfloat16()
 
 
+def sqnrs(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
+    """In dB, of each kernel's arithmetic, with and without smoothed keys."""
+    scale, expected = 1 / math.sqrt(q.shape[-1]), exact(q, k, v)
+    ways = {
+        "flash3": emulated.attend(quantize(q, k, v), scale),
+        "flash3, not smoothed": emulated.attend(quantize(q, k, v, smooth=False), scale),
+        "flex": by_flex(quantize(q, k, v), scale),
+    }
+    return {way: sqnr(expected, out) for way, out in ways.items()}
+
+
 def main() -> None:
     """The command line."""
     made = parser(__doc__)
@@ -109,20 +148,17 @@ def main() -> None:
     made.add_argument("--captions", type=int, default=6, help="how many; two seeds each")
     given = made.parse_args()
     warnings.filterwarnings("ignore", category=fp8_compile.NothingConvertedWarning)
-    losses = []
-    for name, (q, k, v) in operands().items():
-        scale, expected = 1 / math.sqrt(q.shape[-1]), exact(q, k, v)
-        ways = {
-            "flash3": emulated.attend(quantize(q, k, v), scale),
-            "flash3, not smoothed": emulated.attend(quantize(q, k, v, smooth=False), scale),
-            "flex": by_flex(quantize(q, k, v), scale),
-        }
-        losses.append({"operands": name, **{way: sqnr(expected, out) for way, out in ways.items()}})
-    header = list(losses[0])
-    print(table(header, [[str(row["operands"]), *(f"{row[way]:.1f}" for way in header[1:])] for row in losses]))
     known = sorted({scene.caption for scene in scenes()})
     captions = known[:: len(known) // given.captions][: given.captions]
-    found = [row for name in given.pipeline for row in pictures(name, captions)]
+    made_of = {name: [each] for name, each in operands().items()}
+    made_of |= {name: operands_of(name, captions[0]) for name in given.pipeline}
+    losses = []
+    for name, each in made_of.items():
+        found = [sqnrs(*qkv) for qkv in each]
+        losses.append({"operands": name, **{way: min(of[way] for of in found) for way in found[0]}})
+    header = list(losses[0])
+    print(table(header, [[str(row["operands"]), *(f"{row[way]:.1f}" for way in header[1:])] for row in losses]))
+    drawn = [row for name in given.pipeline for row in pictures(name, captions)]
     rows = [
         [
             f"{row['pipeline']}: {row['way']}",
@@ -130,10 +166,10 @@ def main() -> None:
             "{} of {}".format(*row["as_captioned"]),
             str(row["attentions_in_fp8"]),
         ]
-        for row in found
+        for row in drawn
     ]
     print(table(["in FP8", "PSNR, mean / worst, dB", "as captioned", "attentions"], rows))
-    write(given.output, {"captions": captions, "pictures": found, "operands": losses})
+    write(given.output, {"captions": captions, "pictures": drawn, "operands": losses})
 
 
 if __name__ == "__main__":

@@ -78,13 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     together, seconds = draw(session, given)
     same = [torch.zeros_like(pixels(together)) for _ in range(ranks)]
     dist.all_gather(same, pixels(together))
+    reports = session.reports().items()
     results = {
         "ranks": ranks,
         "mode": given.mode,
         "db": psnr(alone, together),
         "ranks_agree": all(torch.equal(each, same[0]) for each in same),
-        "quantized": {name: r.totals["quantized"] for name, r in session.reports().items()},
-        "attentions": {name: [row.kernel or row.reason for row in r.attentions] for name, r in session.reports().items()},
+        "quantized": {name: r.totals["quantized"] for name, r in reports},
+        "attentions": {name: [row.kernel or row.reason for row in r.attentions] for name, r in reports},
         "seconds_per_step": {"1": seconds_alone, str(ranks): seconds},
     }
     if rank == 0:

@@ -56,9 +56,10 @@ class DrawingProgress:
         which = f" {number} of {self._pictures}" if self._pictures > 1 else ""
         self._bar.reset(self._task, description=f"drawing{which}")
 
-    def compiling(self, graph: int) -> None:
+    def compiling(self, graph: int, function: str) -> None:
         """See `StepClock`."""
-        self._bar.update(self._task, description=f"compiling graph {graph}")
+        name = f": {function.removesuffix('.forward')}" if function else ""
+        self._bar.update(self._task, description=f"compiling graph {graph}{name}")
 
     def step(self, done: int, steps: int) -> None:
         """See `generate`."""

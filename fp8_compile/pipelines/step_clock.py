@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
+from ..inductor.dynamo import being_compiled
+
 
 class StepClock:
     """Times the steps of a pipeline, and apart from them what torch.compile took.
 
     Args:
         device: where the pipeline runs.
-        on_compile: called with the number of a graph, from 1, when its compilation begins.
+        on_compile: called when the compilation of a graph begins, with its number, from 1, and the name of its
+            function, such as ``Block.forward``, or "".
     """
 
-    def __init__(self, device: str | torch.device, on_compile: Callable[[int], None] | None = None) -> None:
+    def __init__(self, device: str | torch.device, on_compile: Callable[[int, str], None] | None = None) -> None:
         self._device = torch.device(device)
         self._on_compile = on_compile
         self.graphs = 0
@@ -43,7 +46,7 @@ class StepClock:
         self._compile_start = time.perf_counter()
         self.graphs += 1
         if self._on_compile is not None:
-            self._on_compile(self.graphs)
+            self._on_compile(self.graphs, being_compiled())
 
     def _compile_ended(self, _: Any) -> None:
         self.compile_seconds += time.perf_counter() - self._compile_start
