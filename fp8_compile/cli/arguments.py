@@ -70,7 +70,8 @@ IgnoredLayers = Annotated[
 Cache = Annotated[
     str | None,
     typer.Option(
-        help="A step cache of diffusers', with its defaults: first-block, pyramid, sea, taylorseer or taylorseer-lite. "
+        help="A step cache of diffusers', with its defaults: first-block, pyramid, sea, taylorseer, "
+        "taylorseer-lite or text-kv. "
         "Default: none.",
         rich_help_panel=DRAW,
     ),

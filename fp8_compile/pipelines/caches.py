@@ -20,13 +20,15 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "sea": ("SeaCacheConfig", {}),
     "taylorseer": ("TaylorSeerCacheConfig", {}),
     "taylorseer-lite": ("TaylorSeerCacheConfig", {"use_lite_mode": True}),
+    "text-kv": ("TextKVCacheConfig", {}),
 }
 """The config of each in diffusers, and what it is given beside its defaults."""
 
 LEFT_OUT = {
     "mag": "it needs ratios that were measured with one checkpoint and one number of steps, and keeps torch.compile "
     "out of the blocks",
-    "faster": "it has not been tried with compiled models",
+    "faster": "it leaves out the unguided half of a batch, and which half that is differs between pipelines",
+    "cache-dit": "it has to be told whether a call guides; call cache_dit.enable_cache in Python",
 }
 """Caches of diffusers that cannot be had by name, and why."""
 
@@ -56,7 +58,8 @@ def enable_cache(name: str, pipe: Any, denoisers: Mapping[str, nn.Module]) -> No
     if name == "pyramid" and not hasattr(type(pipe), "current_timestep"):
         raise PipelineError(f"cache={name!r}: {pipeline} does not tell its current timestep")
     # Others ask for it at the first step. Whether a pipeline sets it, only its source tells.
-    if name != "pyramid" and "cache_context" not in inspect.getsource(type(pipe).__call__):
+    told = "pyramid", "text-kv"
+    if name not in told and "cache_context" not in inspect.getsource(type(pipe).__call__):
         raise PipelineError(f"cache={name!r}: {pipeline} tells its transformer nothing of the steps (no cache_context)")
     from diffusers import hooks
 
@@ -87,6 +90,6 @@ def reset_caches(denoisers: Mapping[str, nn.Module]) -> None:
 
 
 def _hooks(module: nn.Module) -> int:
-    """How many hooks of diffusers are in the parts of ``module``."""
-    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+    """How many hooks of diffusers are in the parts of ``module``, itself not counted."""
+    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules() if part is not module)
     return sum(len(registry.hooks) for registry in registries if registry is not None)
