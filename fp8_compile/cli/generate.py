@@ -406,6 +406,8 @@ def _arguments(settings: GenerateSettings, session: Session, images: Sequence[Im
             multiple = session.pixel_multiple
             width, height = (max(multiple, side // multiple * multiple) for side in images[0].size)
             given |= {"height": height, "width": width}
+    if given["height"] is not None and given["width"] is not None:
+        session.check_fits(given["width"], given["height"])
     arguments = session.arguments(**given, num_frames=settings.num_frames)
     missed = None if images else session.needs_a_picture("a", **arguments)
     if missed is not None:

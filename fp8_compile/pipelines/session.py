@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -313,6 +314,29 @@ class Session:
             except ValueError as error:
                 raise CallError(str(error)) from error
 
+    def check_fits(self, width: int, height: int) -> None:
+        """Refuse a size of which not even the decoding fits the device, before anything is compiled for it.
+
+        The last convolutions of the decoder read and write an activation of a known number of channels for each pixel.
+        What else there is in memory is not counted, so a size that passes may still be too large.
+
+        Args:
+            width, height: in pixels.
+
+        Raises:
+            CallError: the two activations take more memory than the device has.
+        """
+        vae: Any = getattr(self.pipe, "vae", None)
+        channels = None if vae is None else _last_channels(vae)
+        if channels is None or getattr(vae, "use_tiling", False):
+            return
+        needed, there = 2 * channels * width * height * vae.dtype.itemsize, _memory(self.device)
+        if needed > there:
+            raise CallError(
+                f"{width} x {height} pixels: decoding takes {needed / 1e9:.1f} GB at the least, and {self.device} has "
+                f"{there / 1e9:.1f} GB"
+            )
+
     def needs_a_picture(self, prompt: str, **arguments: Any) -> Exception | None:
         """What the pipeline raises for a text alone; None where it draws from that, or takes no picture."""
         if not self.takes("image"):
@@ -334,6 +358,20 @@ class Session:
             reasons = sorted({row.reason for r in found.values() for row in r.layers})
             raise NothingConvertedError(f"no layer of the model was quantized: {'; '.join(reasons)}")
         return found
+
+
+def _last_channels(vae: Any) -> int | None:
+    """Channels of the decoder's last stage, which has the size of the picture; None of kinds where that is unknown."""
+    if hasattr(vae.config, "base_dim"):  # Qwen-Image's and Wan's, but where they decode into patches
+        return None if getattr(vae.config, "patch_size", None) else int(vae.config.base_dim)
+    return int(vae.config.block_out_channels[0]) if type(vae).__name__ == "AutoencoderKL" else None
+
+
+def _memory(device: str) -> int:
+    """Bytes of a device, in use or not."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def pipeline_index(model: str) -> tuple[Mapping[str, Any], str]:

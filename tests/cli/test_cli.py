@@ -234,6 +234,7 @@ def test_guidance_and_a_negative_prompt_reach_the_pipeline(tmp_path: Path) -> No
         (["--ignored-layers", "img_mlp,"], "ignored_layers: '': expected a module path"),
         (["--ignored-layers", "none,img_mlp"], "--ignored-layers none excludes other patterns"),
         (["--height", "40", "--model", "embedded:z-image"], "Height must be divisible by 16 (got 40)"),
+        (["--height", "1000000", "--width", "1000000"], "decoding takes 64000.0 GB at the least, and cpu has"),
         (["--true-cfg-scale", "4", "--model", "embedded:z-image"], "ZImagePipeline takes no true_cfg_scale; it takes"),
         (["--true-cfg-scale", "4"], "true_cfg_scale=4 needs a negative_prompt"),
         (["--true-cfg-scale", "1", "--negative-prompt", "x"], "is no guidance, but negative_prompt needs some"),
