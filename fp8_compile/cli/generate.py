@@ -260,13 +260,11 @@ def generate(
                 session.reports()  # where nothing was quantized, no picture says that it was
             for (text, seed), pixels, file in zip(batch, found.pixels, files[at:], strict=False):
                 if videos:
-                    size = write_video(pixels, file, settings.fps)
+                    size = write_video(pixels, file, settings.fps, found.sounds[0])
                 else:
                     own = {**about["settings"], "prompt": text, "seed": seed}
                     size = write_picture(pixels, file, {**about, "settings": own, "device": session.device})
                 made.append({"path": str(file), "prompt": text, "seed": seed, "width": size[0], "height": size[1]})
-            if found.has_sound:
-                tell("the model made sound too, which is not written")
     reports = {} if settings.no_quantization else session.reports()
     seconds["compile"] = clock.compile_seconds
     if as_json:

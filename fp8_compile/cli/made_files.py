@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from ..version import __version__
 from .common import use_settings
 from .messages import VIDEO_SUFFIX, fail, require, tell
+
+if TYPE_CHECKING:
+    from ..pipelines.pixels import Sound
 
 KEY = "fp8_diffusion"
 """Of the text in a PNG file."""
@@ -84,13 +87,13 @@ def write_picture(pixels: Tensor, file: Path, about: Mapping[str, Any]) -> tuple
     return image.size
 
 
-def write_video(pixels: Tensor, file: Path, fps: int) -> tuple[int, int]:
+def write_video(pixels: Tensor, file: Path, fps: int, sound: Sound | None) -> tuple[int, int]:
     """As `write_picture`, of ``(frames, 3, height, width)``."""
     from ..pipelines.pixels import to_bytes
     from ..serve.pictures import encoded_video
 
     require("imageio", "imageio_ffmpeg", extra="video")
-    file.write_bytes(encoded_video(to_bytes(pixels), fps))
+    file.write_bytes(encoded_video(to_bytes(pixels), fps, sound))
     return pixels.shape[-1], pixels.shape[-2]
 
 

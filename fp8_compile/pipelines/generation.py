@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Fp8Error
+from .pixels import Sound, sounds_of
 from .session import Session
 
 OnStep = Callable[[int, int], None]
@@ -36,12 +37,12 @@ class Generation:
     Attributes:
         pixels: on the CPU, in [0, 1]: ``(batch, 3, height, width)``, of videos ``(batch, frames, 3, height, width)``.
         seconds: of "encode", "denoise" and "decode", with what was compiled meanwhile.
-        has_sound: the pipeline made sound too, which is not kept.
+        sounds: of each video, or None; of pictures empty.
     """
 
     pixels: Tensor
     seconds: dict[str, float]
-    has_sound: bool
+    sounds: Sequence[Sound | None]
 
 
 def generate(
@@ -75,10 +76,11 @@ def generate(
     pixels: Tensor = shown.float().cpu()  # waits for the device
     end = time.perf_counter()
     watch.check(pixels, getattr(made, "nsfw_content_detected", None))
+    sounds = sounds_of(made, session.pipe) if session.rules.makes_videos else ()
     encoded = watch.encode_end or start
     denoised = max(watch.denoise_end or encoded, encoded)
     seconds = {"encode": encoded - start, "denoise": denoised - encoded, "decode": end - denoised}
-    return Generation(pixels, seconds, getattr(made, "audio", None) is not None)
+    return Generation(pixels, seconds, sounds)
 
 
 class _Watch:

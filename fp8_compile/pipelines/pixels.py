@@ -1,8 +1,9 @@
-"""Decoded pixels as pictures."""
+"""What pipelines decode: pixels as pictures, and the sound of videos."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -10,6 +11,32 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Of a video.
+
+    Attributes:
+        samples: ``(samples, channels)``, int16.
+        rate: samples per second.
+    """
+
+    samples: NDArray[np.int16]
+    rate: int
+
+
+def sounds_of(made: Any, pipe: Any) -> list[Sound | None]:
+    """The sound of each video that a call of ``pipe`` made (LTX-2); None where there is none.
+
+    Args:
+        made: what the call returned. Its ``audio`` is ``(batch, channels, samples)``, in [-1, 1].
+    """
+    waves: Tensor | None = getattr(made, "audio", None)
+    if waves is None:
+        return [None] * len(made.frames)
+    samples = (waves.float().cpu().clamp(-1, 1).mT * 32767).round().short().numpy()
+    return [Sound(each, int(pipe.vocoder.config.output_sampling_rate)) for each in samples]
 
 
 def to_image(pixels: Tensor) -> Image:

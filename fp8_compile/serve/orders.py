@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from ..pipelines.pixels import Sound
+
 
 class EngineError(Fp8Error):
     """The engine cannot draw what is asked."""
@@ -114,11 +116,13 @@ class Video:
 
     Attributes:
         frames: ``(frames, height, width, 3)``, uint8.
+        sound: None of models that make none.
     """
 
     index: int
     seed: int
     frames: NDArray[np.uint8]
+    sound: Sound | None
     tokens: int
     seconds: float
 

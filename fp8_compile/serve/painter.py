@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import NothingConvertedError
 from ..pipelines.call_rules import CallError
 from ..pipelines.denoisers import PipelineError
-from ..pipelines.pixels import to_bytes, to_image
+from ..pipelines.pixels import sounds_of, to_bytes, to_image
 from ..pipelines.previews import PreviewError, Previews
 from ..pipelines.session import Session
 from ..pipelines.step_clock import StepClock
@@ -327,7 +327,8 @@ class Painter:
             if finite[position] and bool(torch.isfinite(image).all()):
                 tokens, seed = session.tokens(latents), order.seeds[0]
                 if makes_videos:
-                    events.append(Video(0, seed, to_bytes(image), tokens, end - start))
+                    sound = sounds_of(made, session.pipe)[position]
+                    events.append(Video(0, seed, to_bytes(image), sound, tokens, end - start))
                 else:
                     events.append(Picture(0, seed, to_image(image), tokens, end - start))
             else:

@@ -8,13 +8,16 @@ import secrets
 import tempfile
 import threading
 import time
+import wave
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL.Image import Image
+
+    from ..pipelines.pixels import Sound
 
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg", "mp4": "video/mp4"}
 """Of the formats that pictures and videos are sent in."""
@@ -33,19 +36,29 @@ def encoded(image: Image, output_format: str, compression: int | None) -> bytes:
     return stream.getvalue()
 
 
-def encoded_video(frames: NDArray[np.uint8], fps: int) -> bytes:
-    """An MP4 file, H.264.
+def encoded_video(frames: NDArray[np.uint8], fps: int, sound: Sound | None) -> bytes:
+    """An MP4 file, H.264 and AAC.
 
     Args:
         frames: ``(frames, height, width, 3)``.
     """
-    from diffusers.utils.export_utils import export_to_video
-    from PIL import Image
+    import imageio.v2 as imageio
 
+    # Of any size: by default it would be scaled to multiples of 16.
+    how: dict[str, Any] = {"fps": fps, "macro_block_size": 1}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "video.mp4"
-        # Of any size: by default it would be scaled to multiples of 16.
-        export_to_video([Image.fromarray(frame) for frame in frames], str(path), fps, macro_block_size=1)
+        path, waves = Path(folder) / "video.mp4", Path(folder) / "sound.wav"
+        if sound is not None:
+            with wave.open(str(waves), "wb") as file:
+                file.setnchannels(sound.samples.shape[1])
+                file.setsampwidth(sound.samples.itemsize)
+                file.setframerate(sound.rate)
+                file.writeframes(sound.samples.tobytes())
+            how |= {"audio_path": str(waves), "audio_codec": "aac"}
+        writer: Any  # whose type has no append_data
+        with imageio.get_writer(path, **how) as writer:
+            for frame in frames:
+                writer.append_data(frame)
         return path.read_bytes()
 
 

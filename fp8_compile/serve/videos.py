@@ -176,7 +176,7 @@ class Videos:
                 if isinstance(event, Progress):
                     job.status = "in_progress"
                     job.progress = min(99, 100 * event.done // event.steps)
-            content = await run_in_threadpool(encoded_video, event.frames, job.fps)
+            content = await run_in_threadpool(encoded_video, event.frames, job.fps, event.sound)
             job.file = await run_in_threadpool(self._store.put, content, "mp4")
         except ApiError as error:
             job.fail(error)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -14,7 +15,7 @@ from typer.testing import CliRunner, Result
 from fp8_compile.cli.main import app
 from fp8_compile.pipelines.session import Session
 from tests.support.lora_files import TARGETS, write_lora
-from tests.support.pipelines import build_ltx
+from tests.support.pipelines import build_ltx, build_ltx2, sound_in
 
 pytestmark = pytest.mark.pipeline
 
@@ -138,6 +139,26 @@ def test_a_video_is_written_as_mp4(tmp_path: Path) -> None:
     assert "the model makes videos, which are written as .mp4" in run(*video, "--output", "a.png", status=2).output
     assert "wrote out.mp4" in run(*video, "--num-frames", 9).stdout
     assert iio.imread("out.mp4").shape[:3] == (9, 64, 64)
+
+
+def test_a_video_has_its_sound(tmp_path: Path) -> None:
+    from fp8_compile.pipelines.pixels import Sound
+    from fp8_compile.serve.pictures import encoded_video
+
+    build_ltx2().save_pretrained(tmp_path / "ltx2")
+    size = ["--height", 64, "--width", 64, "--num-frames", 9]
+    run("a wave", "--model", tmp_path / "ltx2", *size, "--no-quantization", *QUICK)
+    assert sound_in(Path("out.mp4")).any()
+
+    second = np.sin(np.arange(16000) * (2 * np.pi * 440 / 16000))
+    wave = (np.stack([second, 0.5 * second], axis=1) * 20000).astype(np.int16)
+    file = tmp_path / "tone.mp4"
+    file.write_bytes(encoded_video(np.zeros((16, 64, 64, 3), np.uint8), 16, Sound(wave, 16000)))
+    heard = sound_in(file)
+    assert abs(len(heard) - 16000) < 2048  # whole frames of AAC
+    assert [np.abs(np.fft.rfft(channel[:16000])).argmax() for channel in heard.T] == [440, 440]
+    left, right = heard.astype(float).std(axis=0)
+    assert left / right == pytest.approx(2, rel=0.05)
 
 
 def test_a_picture_that_is_none_names_the_phase(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_what_a_lost_worker_has_not_drawn_another_does(lost: Exception) -> None:
 
 
 def test_a_video_whose_worker_is_lost_is_made_by_another() -> None:
-    made = Video(0, 5, np.zeros((5, 16, 16, 3), np.uint8), tokens=1, seconds=0.1)
+    made = Video(0, 5, np.zeros((5, 16, 16, 3), np.uint8), None, tokens=1, seconds=0.1)
     begun, half = Progress(0, 2), Progress(1, 2)
     *progress, last = drawn(Workers([None, begun, half, ActorDiedError()], [None, begun, made]))
     assert progress == [begun, half, begun]

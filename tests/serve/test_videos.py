@@ -23,7 +23,7 @@ from fp8_compile.pipelines.session import Session
 from fp8_compile.serve.engine import Engine
 from fp8_compile.serve.orders import Event, Order, Progress, Video
 from fp8_compile.serve.protocol import VideoDeleted, VideoJob, VideoRequest
-from tests.support.pipelines import build_ltx, build_wan
+from tests.support.pipelines import build_ltx, build_ltx2, build_wan, sound_in
 from tests.support.serving import MODEL, PROMPT, Served, WatchedSession, serving, wait_for
 
 # OpenAI has shut its own service down; others speak its API.
@@ -254,6 +254,18 @@ def test_another_family_has_other_sizes_lengths_and_rates(tmp_path: Path) -> Non
             client.videos.create(prompt=PROMPT, size="80x64")  # type: ignore[arg-type]
         with pytest.raises(openai.BadRequestError, match="expected a multiple of 8 and one more, such as 17"):
             client.videos.create(prompt=PROMPT, extra_body={"num_frames": 16})
+
+
+def test_a_video_has_its_sound(tmp_path: Path) -> None:
+    pipe = build_ltx2()
+    session = watched(Session("DIR", pipe, "cpu", {"transformer": pipe.transformer}))
+    with serving(session, tmp_path, warmup=[(64, 64)]) as made:
+        client = made.openai()
+        few = {"num_frames": 9, "num_inference_steps": 2}
+        job: Any = client.videos.create_and_poll(prompt=PROMPT, size="64x64", poll_interval_ms=50, extra_body=few)  # type: ignore[arg-type]
+        assert job.status == "completed", job.error
+        client.videos.download_content(job.id).write_to_file(tmp_path / "video.mp4")
+    assert sound_in(tmp_path / "video.mp4").any()
 
 
 def test_a_video_that_fails_says_why_in_its_job(

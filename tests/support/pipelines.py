@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -158,3 +162,85 @@ def build_ltx() -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def build_ltx2() -> Any:
+    """A random `LTX2Pipeline`, whose videos have sound: 16,000 samples a second, two channels."""
+    import diffusers
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    from bench.tiny import _tokenizer
+
+    width, heads = 64, {"num_attention_heads": 2, "attention_head_dim": 32}
+
+    def of_both(settings: dict[str, Any], video: str, audio: str) -> dict[str, Any]:
+        return {f"{kind}{name}": value for kind in (video, audio) for name, value in settings.items()}
+
+    torch.manual_seed(0)
+    text = {"vocab_size": 4096, "hidden_size": width, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    encoder: Any = Gemma3Config(
+        text_config={**text, "num_attention_heads": 2, "num_key_value_heads": 1},
+        vision_config={**vision, "num_attention_heads": 2},
+        mm_tokens_per_image=4,
+    )
+    connector = {f"connector_{name}": value for name, value in {**heads, "num_layers": 1}.items()}
+    parts = {
+        "text_encoder": Gemma3ForConditionalGeneration(encoder),
+        "transformer": diffusers.LTX2VideoTransformer3DModel(
+            **of_both({"in_channels": 4, "out_channels": 4, "cross_attention_dim": width, **heads}, "", "audio_"),
+            num_layers=2,
+            caption_channels=width,
+            rope_double_precision=False,
+        ),
+        "connectors": LTX2TextConnectors(
+            **of_both({**connector, "connector_num_learnable_registers": None}, "video_", "audio_"),
+            caption_channels=width,
+            text_proj_in_factor=3,
+            rope_double_precision=False,
+        ),
+        "vae": diffusers.AutoencoderKLLTX2Video(
+            latent_channels=4,
+            block_out_channels=(8,),
+            decoder_block_out_channels=(8,),
+            layers_per_block=(1,),
+            decoder_layers_per_block=(1, 1),
+            spatio_temporal_scaling=(True,),
+            decoder_spatio_temporal_scaling=(True,),
+            decoder_inject_noise=(False, False),
+            downsample_type=("spatial",),
+            upsample_residual=(False,),
+            upsample_factor=(1,),
+            patch_size=1,
+        ),
+        "audio_vae": diffusers.AutoencoderKLLTX2Audio(
+            base_channels=4, ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=8, resolution=32
+        ),
+        "vocoder": LTX2Vocoder(
+            in_channels=16,
+            hidden_channels=32,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3, 5]],
+            output_sampling_rate=16000,
+        ),
+    }
+    pipe: Any = diffusers.LTX2Pipeline(
+        **{name: part.bfloat16().eval() for name, part in parts.items()},
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        tokenizer=_tokenizer(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sound_in(video: Path) -> NDArray[np.int16]:
+    """The sound of an MP4 file, ``(samples, 2)``, at 16,000 samples a second."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(video), "-f", "s16le", "-ac", "2"]
+    done = subprocess.run([*command, "-ar", "16000", "-"], check=True, capture_output=True)
+    return np.frombuffer(done.stdout, np.int16).reshape(-1, 2)
