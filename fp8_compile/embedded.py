@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError
+from .errors import OptionError
 
 PREFIX = "embedded:"
 """Before the name of an embedded pipeline, where a directory or a hub name could stand as well."""
