@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 # Lossless up to this many pixels on the longer side; larger pictures would make pages of hundreds of MB.
 LOSSLESS_SIDE = 256
 
-HEAT = dict(
-    zip(
-        (2**i - 1 for i in range(9)),
-        ("#000004", "#1f0c48", "#550f6d", "#88226a", "#ba3655", "#e35933", "#f98e09", "#f9cb35", "#fcffa4"),
-        strict=True,
-    )
-)
+HEAT = {
+    0: "#000004",
+    1: "#1f0c48",
+    3: "#550f6d",
+    7: "#88226a",
+    15: "#ba3655",
+    31: "#e35933",
+    63: "#f98e09",
+    127: "#f9cb35",
+    255: "#fcffa4",
+}
 """Colours of `heatmap` by the difference, 0 to 255: matplotlib's inferno, which is told apart by lightness alone."""
 
 

@@ -23,12 +23,12 @@ def html(search: Search, result: Result, pictures: int | None = None) -> str:
     """
     if pictures is not None and pictures < 1:
         raise SearchError(f"pictures: expected a number of at least 1, got {pictures!r}")
-    bound, measured = search.bound, list(search.state.measurements.items())
+    bound, measured = search.bound, search.state.measurements
     samples = [(prompt, seed) for prompt in search.prompts for seed in search.seeds]
-    chosen = 1 + [kept for kept, _ in measured].index(result.kept)
+    chosen = 1 + list(measured).index(result.kept)
     pictured = _pictured(search, len(samples))
     rows, points = [], []
-    for number, (kept, quality) in enumerate(measured, start=1):
+    for number, (kept, quality) in enumerate(measured.items(), start=1):
         value = bound.of(quality)
         met, names = bound.met(value), ", ".join(search.names.shortest(kept)) or "nothing"
         rows.append([str(number), str(len(kept)), number_text(value, 4), "yes" if met else "no", names])
@@ -37,9 +37,9 @@ def html(search: Search, result: Result, pictures: int | None = None) -> str:
             name = f"the result: {label}" if number == chosen else label
             points.append(Point(number, value, label, title, met, name, number if number in pictured else None))
     e = environment(search.variants.pipeline)
-    label = f"{bound.metric}{', dB' if bound.metric == 'psnr' else ''} ({bound.statistic} of {len(samples)})"
+    axis = f"{bound.metric}{', dB' if bound.metric == 'psnr' else ''} ({bound.statistic} of {len(samples)})"
     # Without a finite value (all pictures equal, or NaN) there is no scale to plot on.
-    plot = Plot.of(points, "measurement", label, [(bound.value, str(bound))], path=True) if points else None
+    plot = Plot.of(points, "measurement", axis, [(bound.value, str(bound))], path=True) if points else None
     return render(
         "search.html.j2",
         model=search.state.settings["pipeline"],
@@ -76,8 +76,7 @@ def html(search: Search, result: Result, pictures: int | None = None) -> str:
 
 def _pictured(search: Search, samples: int) -> list[int]:
     """The measurements whose pictures are there, 0 for BF16; none without that, which the others are compared with."""
-    numbers = range(len(search.state.measurements) + 1)
-    found = [n for n in numbers if all(search.pictures.file(n, i).exists() for i in range(samples))]
+    found = [n for n in range(len(search.state.measurements) + 1) if search.pictures.complete(n, samples)]
     return found if 0 in found else []
 
 

@@ -34,6 +34,11 @@ class SearchPictures:
             if references:
                 self._write(self.file(number, index, "-heat"), heatmap(references[index].image, sample.image))
 
+    def complete(self, number: int, samples: int) -> bool:
+        """Whether all pictures of a measurement of so many samples are there, and the heatmaps."""
+        kinds = ("", "-heat") if number else ("",)
+        return all(self.file(number, index, kind).exists() for index in range(samples) for kind in kinds)
+
     def size(self) -> int:
         """Pixels on the longer side of the first picture in BF16."""
         from PIL import Image

@@ -272,7 +272,7 @@ def test_pictures_of_an_earlier_run_are_on_the_page_and_missing_ones_are_told(tm
     again = searched(with_outlier(Pipeline(), block=1), tmp_path / "s.json", bound)
     result = again.run("blocks")
     assert Page(search_page.html(again, result)).loads == Page(made).loads
-    again.pictures.file(2, 0).unlink()
+    again.pictures.file(2, 0, "-heat").unlink()
     page = Page(search_page.html(again, result))
     assert f"1 of {result.measurements + 1} have no pictures in {tmp_path / 's-pictures'}" in " ".join(page.texts)
     assert "#pictures-2" not in page.links
