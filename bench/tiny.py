@@ -1,7 +1,7 @@
 """Small, real Qwen-Image and Z-Image pipelines that need no download.
 
 They have the classes and the wiring of their models (text encoder, tokenizer, transformer, VAE, scheduler) at about 10
-million parameters in total. The package carries trained weights of both (`fp8_compile.embedded`), which draw simple
+million parameters in total. ``embedded/`` carries trained weights of both (`fp8_compile.embedded`), which draw simple
 scenes. `build_qwen_image` and `build_z_image` make random ones: a picture they draw is coloured noise that
 depends on the prompt, the seed and the number of steps.
 """

@@ -1,4 +1,4 @@
-"""Train the pipelines that the package carries: a small Qwen-Image and a small Z-Image that draw what captions say.
+"""Train the embedded pipelines: a small Qwen-Image and a small Z-Image that draw what captions say.
 
 Everything is made here: the scenes and their captions (`fp8_compile.measure.scenes`), the tokenizer's vocabulary, the
 weights.
@@ -12,7 +12,7 @@ Stages, each resumed from its last checkpoint (what differs between the two mode
   Which of four places two shapes take is decided place by place otherwise, and some pictures end with three. Z-Image,
   whose steps take three times as long, has this stage only;
 * ``evaluate``: how often a picture shows what a caption says that no training step has seen;
-* ``pack``: into the package, in BF16.
+* ``pack``: into ``embedded/``, the package that carries them, in BF16.
 
 One caption in ten is held out, chosen by its text alone. Takes three quarters of an hour for each pipeline on two CPU
 cores; the numbers depend only on ``--seed``, the number of threads and the versions of the libraries. All is float32
@@ -60,6 +60,7 @@ POOL = {"vae": 8192, "transformer": 16384}
 SAVE_EVERY = 100
 EMA = 0.99
 WITHOUT_CAPTION = 0.1
+EMBEDDED = Path(__file__).parent.parent / "embedded" / "fp8_compile_embedded"
 
 
 def choose(rng: random.Random) -> scenes.Scene:
@@ -460,7 +461,7 @@ def main() -> None:
         results |= evaluate(pipeline, folder, seed, arguments.captions, arguments.inference_steps, guidance)
         results["seconds"]["evaluate"] = round(time.perf_counter() - started)
     if "pack" in arguments.stages:
-        pack(assemble(recipe, folder, seed), tiny.EMBEDDED / recipe.name)
+        pack(assemble(recipe, folder, seed), EMBEDDED / recipe.name)
     plot(folder)
     common.write(arguments.output, results)
 

@@ -17,6 +17,10 @@ class OptionError(Fp8Error, ValueError):
     """An option is unknown, or has a value that it cannot have."""
 
 
+class NotInstalledError(OptionError):
+    """What was asked for is in a package that is not installed; the message says how to get it."""
+
+
 class UnknownMethodError(OptionError):
     """A weight, a file or the user names a method that is not registered."""
 

@@ -1,4 +1,4 @@
-"""What is built from a checkout without symbolic links holds the whole package, once, and works."""
+"""What is built from a checkout without symbolic links holds the whole of its package, once, and works."""
 
 from __future__ import annotations
 
@@ -78,7 +78,29 @@ def test_a_wheel(source: str, request: pytest.FixtureRequest, tmp_path: Path) ->
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"fp8_compile"}
     assert "fp8_compile/py.typed" in names
     assert "fp8_compile/measure/templates/page.html.j2" in names
+    assert wheel.stat().st_size < 5_000_000
     imports_all_passes(tmp_path / "unpacked", tmp_path)
+
+
+def test_the_wheel_of_the_embedded_pipelines(clone: Path, tmp_path: Path) -> None:
+    """It has the tracked files and no others, and the backend's finds them where there is no checkout."""
+    source, installed = clone / "embedded", tmp_path / "installed"
+    tracked = run("git", "ls-files", "fp8_compile_embedded", cwd=source).split()
+    with zipfile.ZipFile(build(source, tmp_path / "wheel", "wheel")) as opened:
+        assert sorted(name for name in opened.namelist() if ".dist-info/" not in name) == sorted(tracked)
+        opened.extractall(installed)
+    for name in tracked:
+        assert (installed / name).read_bytes() == (source / name).read_bytes(), name
+    with zipfile.ZipFile(build(clone, tmp_path / "backend", "wheel")) as opened:
+        opened.extractall(installed)
+    code = """
+import fp8_compile, fp8_compile_embedded
+assert fp8_compile_embedded.__version__ == fp8_compile.__version__
+for name in fp8_compile.embedded.EMBEDDED_CALLS:
+    print(fp8_compile.embedded.default_pipeline_dir(name))
+"""
+    found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).split()
+    assert found == [f"{installed}/fp8_compile_embedded/{name}" for name in ("qwen-image", "z-image")]
 
 
 def test_the_sdist_holds_everything_once_and_its_tests_run(sdist: Path) -> None:

@@ -145,7 +145,7 @@ def check_no_quantization(context: typer.Context, names: Sequence[str]) -> None:
 
 
 MODEL_HELP = (
-    "Directory or hub name of a diffusers pipeline, or a small one of the package: embedded:qwen-image, "
+    "Directory or hub name of a diffusers pipeline, or a small one of fp8-compile-embedded: embedded:qwen-image, "
     "embedded:z-image."
 )
 ModelOption = Annotated[str, typer.Option(help=MODEL_HELP, rich_help_panel=LOAD)]

@@ -38,8 +38,12 @@ def search(
         ),
     ] = "layers",
     output: Annotated[
-        Path, typer.Option(help="Folder for search.json and search.html. A search that is there goes on.")
+        Path, typer.Option(help="Folder for search.json, its pictures and its page. A search that is there goes on.")
     ] = Path("search"),
+    pictures: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pictures of each measurement on the page. Default: all that are measured."),
+    ] = None,
 ) -> None:
     """Find a small set of layers to keep in BF16 that meets a bound on quality, by measuring pictures."""
     from ..measure import search_page
@@ -62,6 +66,9 @@ def search(
         progress=tell,
         **call,
     )
+    # Those of another bound; this one may not be met.
+    for name in ("search.html", "layers.json"):
+        (output / name).unlink(missing_ok=True)
     result = made.run(by)
     # The list first: it is what was asked for, and the page may still fail.
     typer.echo(
@@ -70,7 +77,7 @@ def search(
     )
     typer.echo(search_page.paste(result))
     typer.echo(search_page.how_to_use(result))
-    (output / "search.html").write_text(search_page.html(made, result), encoding="utf-8")
+    (output / "search.html").write_text(search_page.html(made, result, pictures), encoding="utf-8")
     plan = {pattern: KEEP for patterns in result.patterns.values() for pattern in patterns}
     (output / "layers.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     typer.echo(f"wrote {output / 'search'}.{{json,html}}, and {output / 'layers.json'} for --layers")

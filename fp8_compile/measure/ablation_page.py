@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from .ablation import Ablation, AblationError, AblationRow
-from .html import LOSSLESS_SIDE, Plot, Point, amplification, data_uri, difference, render
+from .html import HEAT, LOSSLESS_SIDE, Plot, Point, data_uri, encode, heatmap, render
 from .results import number_text, quartiles
 
 # Table heading and digits after the point, by metric.
@@ -39,18 +39,14 @@ def html(found: Ablation, pictures: int = 2) -> str:
         raise AblationError(f"pictures: expected a number of at least 1, got {pictures!r}")
     header, rows = _table(found)
     references = [sample.image for sample in found.rows[0].samples[:pictures]]
-    differences = [
-        difference(reference, sample.image)
-        for row in found.rows[1:]
-        for reference, sample in zip(references, row.samples, strict=False)
-    ]
-    factor = amplification(max(map(_bright, differences), default=0))
     points = [
         Point(
             found.speedup(row),
             row.quality.mean["psnr"],
             str(number),
             f"{row.name}: keeps {', '.join(row.ignored_layers or ()) or 'nothing'}",
+            name=f"{number} {row.name}",
+            shows=number,
         )
         for number, row in enumerate(found.rows, start=1)
         if row.quality is not None and row.step_seconds and math.isfinite(row.quality.mean["psnr"])
@@ -64,7 +60,10 @@ def html(found: Ablation, pictures: int = 2) -> str:
         header=header,
         rows=rows,
         plot=Plot.of(points, speedup, "mean PSNR, dB") if points else None,
-        amplification=factor,
+        heat=HEAT,
+        pictured=[number for number, row in enumerate(found.rows, start=1) if row.samples],
+        left=1,
+        right=next((number for number, row in enumerate(found.rows[1:], start=2) if row.samples), 1),
         hidden=len(found.rows[0].samples) - len(references),
         small=max(max(image.size) for image in references) <= LOSSLESS_SIDE,
         samples=[
@@ -72,7 +71,7 @@ def html(found: Ablation, pictures: int = 2) -> str:
                 "prompt": sample.prompt,
                 "seed": sample.seed,
                 "shown": [
-                    _shown(number, row, i, factor, sample.image)
+                    _shown(number, row, i, sample.image)
                     for number, row in enumerate(found.rows, start=1)
                     if row.samples
                 ],
@@ -82,14 +81,14 @@ def html(found: Ablation, pictures: int = 2) -> str:
     )
 
 
-def _shown(number: int, row: AblationRow, index: int, factor: float, reference: Any) -> dict[str, Any]:
+def _shown(number: int, row: AblationRow, index: int, reference: Any) -> dict[str, Any]:
     """One picture of a row as the template shows it."""
     image, quality = row.samples[index].image, row.quality
     return {
         "number": number,
         "name": row.name,
-        "image": data_uri(image),
-        "difference": None if quality is None else data_uri(difference(reference, image, factor)),
+        "image": data_uri(encode(image)),
+        "heat": None if quality is None else data_uri(encode(heatmap(reference, image))),
         "quality": "" if quality is None else f"PSNR {number_text(quality.rows[index].psnr, 1)} dB",
     }
 
@@ -148,13 +147,6 @@ def _notes(found: Ablation) -> list[str]:
         f"Times: {len(found.rows[0].step_seconds)} denoising steps per row, of all rows in turn; the speedup is "
         "median over median. Weights: of all linear layers, as compiled code reads them.",
     ]
-
-
-def _bright(image: Any) -> int:
-    """The 99th percentile of the values of ``image``: the few sharpest edges would make all others dark."""
-    import numpy as np
-
-    return math.ceil(float(np.quantile(np.asarray(image), 0.99)))
 
 
 def _text(line: str) -> str:

@@ -119,7 +119,7 @@ def _plot(summary: Summary, steps: tuple[Step, ...], clips: dict[str, float]) ->
     rules += [(math.log2(clip), f"{name}: {clip:.4g}") for name, clip in clips.items() if 0 < clip < summary.layer.amax]
     heights = [*(point.y for point in points), *(y for y, _ in rules), top - _SPAN]
     return Plot(
-        Axis.over("call of the model", [point.x for point in points], 64, 624),
+        Axis.over("call of the model", [point.x for point in points], 84, 624),
         Axis.over("log2 of the largest magnitude", heights, 344, 16),
         tuple(points),
         _apart(rules, (max(heights) - min(heights)) / 20),

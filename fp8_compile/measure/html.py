@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 # Lossless up to this many pixels on the longer side; larger pictures would make pages of hundreds of MB.
 LOSSLESS_SIDE = 256
 
+HEAT = {
+    0: "#000004",
+    1: "#1f0c48",
+    3: "#550f6d",
+    7: "#88226a",
+    15: "#ba3655",
+    31: "#e35933",
+    63: "#f98e09",
+    127: "#f9cb35",
+    255: "#fcffa4",
+}
+"""Colours of `heatmap` by the difference, 0 to 255: matplotlib's inferno, which is told apart by lightness alone."""
+
 
 def render(template: str, **values: Any) -> str:
     """The page that ``templates/<template>`` makes of ``values``; everything in them is escaped."""
@@ -30,25 +43,40 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def data_uri(image: Image) -> str:
-    """``image`` as PNG, or as WebP of quality 90 where it is longer than `LOSSLESS_SIDE`."""
-    kind = "png" if max(image.size) <= LOSSLESS_SIDE else "webp"
+def encode(image: Image) -> bytes:
+    """``image`` as WebP, lossless, or of quality 90 where it is longer than `LOSSLESS_SIDE`."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, quality=90)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "webp", lossless=max(image.size) <= LOSSLESS_SIDE, quality=90)
+    return buffer.getvalue()
 
 
-def difference(reference: Image, image: Image, amplification: float = 1) -> Image:
-    """``|image - reference| * amplification`` per pixel and channel, clipped at 255; RGB."""
+def data_uri(webp: bytes) -> str:
+    """What `encode` gave, as the source of a picture."""
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+
+
+def heatmap(reference: Image, image: Image) -> Image:
+    """Where ``image`` differs from ``reference``: of each pixel, the channel that differs most, in colours of `HEAT`.
+
+    The scale is logarithmic, and the same for all pictures, so that they compare with one another.
+    """
     from PIL import ImageChops
 
-    found = ImageChops.difference(reference.convert("RGB"), image.convert("RGB"))
-    return found.point(lambda level: min(255, level * amplification))
+    red, green, blue = ImageChops.difference(reference.convert("RGB"), image.convert("RGB")).split()
+    levels = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    levels.putpalette(_palette())
+    return levels.convert("RGB")
 
 
-def amplification(largest: int) -> int:
-    """The power of two that makes a difference of ``largest`` (0 to 255) as bright as it can be without clipping."""
-    return 1 if largest == 0 else 2 ** max(0, math.floor(math.log2(255 / largest)))
+def _palette() -> list[int]:
+    """Red, green and blue of every difference from 0 to 255: `HEAT`, linear in the logarithm between its colours."""
+    colours = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in HEAT.values()]
+    found = []
+    for level in range(256):
+        place = math.log2(1 + level)
+        below = min(int(place), len(colours) - 2)
+        found += [round(a + (b - a) * (place - below)) for a, b in zip(colours[below], colours[below + 1], strict=True)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -56,9 +84,11 @@ class Point:
     """A mark in a `Plot`.
 
     Attributes:
-        label: a few characters, written into the mark.
+        label: a few characters, written beside the mark where there is room.
         title: what a pointer over the mark tells.
         good: drawn full, else hollow.
+        name: a longer label, for which there may be room as well.
+        shows: the number of the pictures that a click on the mark shows.
     """
 
     x: float
@@ -66,6 +96,8 @@ class Point:
     label: str
     title: str
     good: bool = True
+    name: str = ""
+    shows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +153,8 @@ class Plot:
 
     @property
     def radius(self) -> float:
-        """Of the marks; below 8 they are too many to be written into."""
-        return max(4.0, min(10.0, 300 / len(self.points)))
+        """Of the marks; less where they are many."""
+        return max(4.0, min(6.0, 300 / len(self.points)))
 
     @classmethod
     def of(
@@ -135,7 +167,7 @@ class Plot:
     ) -> Plot:
         """A plot with axes that hold all of ``points``, of which there must be one, and ``rules``."""
         return cls(
-            Axis.over(x_label, [p.x for p in points], 64, 624),
+            Axis.over(x_label, [p.x for p in points], 84, 624),
             Axis.over(y_label, [*(p.y for p in points), *(y for y, _ in rules)], 344, 16),
             tuple(points),
             tuple(rules),

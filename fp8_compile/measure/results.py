@@ -76,11 +76,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Replace ``file`` in one step, so that a reader sees the old text or the new one; makes the folder."""
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Replace ``file`` in one step, so that a reader sees the old content or the new one; makes the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
     unfinished.replace(file)
 
 

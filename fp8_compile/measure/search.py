@@ -31,6 +31,7 @@ from .bound import Bound, SearchError
 from .quality import Sample, compare, require_lpips
 from .results import check_writable, number_text, quality_to_dict
 from .search_layers import Layer, LayerNames, exact_pattern, names_in, widest_pattern
+from .search_pictures import SearchPictures
 from .search_state import SearchState, read_state, settings_of
 from .variants import BF16, Patterns, Region, Variants
 
@@ -116,13 +117,14 @@ class Search:
             metrics, except LPIPS, which is measured only where the bound is for it.
         prompts: a picture of each for every seed.
         seeds: of the initial noise.
-        state: a file that every measurement is written to, and read from if it is there.
+        state: a file that every measurement is written to, and read from if it is there. Its pictures go to a folder
+            beside it; see `SearchPictures`.
         progress: is called with a line for every measurement.
         **call: for the pipeline's call.
 
     Raises:
         SearchError: the pipeline's model names no repeated blocks, there is no prompt or seed, or the state
-            cannot be written or belongs to other settings.
+            cannot be written or belongs to other settings, or its folder of pictures is another search's.
         NothingConvertedError: no layer of the model becomes FP8.
         QualityError: the bound is for LPIPS, which cannot be measured, or ``call`` holds what differs by picture.
     """
@@ -162,8 +164,17 @@ class Search:
         blocks: dict[str, set[str]] = {}
         for region in variants.regions:
             blocks.setdefault(region.denoiser, set()).add(region.path)
-        self.state = read_state(file, settings, blocks) or SearchState(file, settings, LayerNames(self._convertible()))
-        self.names = self.state.names
+        self.pictures = SearchPictures(file)
+        known = read_state(file, settings, blocks)
+        if known is None:
+            if self.pictures.folder.exists():
+                raise SearchError(
+                    f"{str(self.pictures.folder)!r} has pictures of a search whose state {str(file)!r} is not there; "
+                    "remove them, or begin a new search elsewhere"
+                )
+            known = SearchState(file, settings, LayerNames(self._convertible()))
+            known.write()  # from now on the pictures are this search's
+        self.state, self.names = known, known.names
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -207,7 +218,10 @@ class Search:
             if self._reference is None:
                 self._progress("compiling, generating pictures in BF16")
                 self._reference = self._generate(lambda region: BF16)
-            compared = compare(self._reference, self._with_kept(kept), self.state.settings["lpips"])
+                self.pictures.write(0, self._reference)
+            samples = self._with_kept(kept)
+            compared = compare(self._reference, samples, self.state.settings["lpips"])
+            self.pictures.write(len(known) + 1, samples, self._reference)
             self.state.add(kept, quality_to_dict(compared))
             value = self.bound.of(known[kept])
             self._progress(

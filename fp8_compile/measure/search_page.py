@@ -6,26 +6,40 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .html import Plot, Point, render
+from .html import HEAT, LOSSLESS_SIDE, Plot, Point, data_uri, render
 from .results import environment, number_text, to_jsonable
-from .search import Result, Search
+from .search import Result, Search, SearchError
+from .search_pictures import LONGEST
 
 
-def html(search: Search, result: Result) -> str:
-    """One page with the result and the measurements that led to it; it needs no other file."""
-    bound, pictures = search.bound, len(search.prompts) * len(search.seeds)
+def html(search: Search, result: Result, pictures: int | None = None) -> str:
+    """One page with the result, the measurements that led to it, and their pictures; it needs no other file.
+
+    Args:
+        pictures: so many of every measurement. None: all that were measured.
+
+    Raises:
+        SearchError: ``pictures`` is below 1.
+    """
+    if pictures is not None and pictures < 1:
+        raise SearchError(f"pictures: expected a number of at least 1, got {pictures!r}")
+    bound, measured = search.bound, search.state.measurements
+    samples = [(prompt, seed) for prompt in search.prompts for seed in search.seeds]
+    chosen = 1 + list(measured).index(result.kept)
+    pictured = _pictured(search, len(samples))
     rows, points = [], []
-    for number, (kept, quality) in enumerate(search.state.measurements.items(), start=1):
+    for number, (kept, quality) in enumerate(measured.items(), start=1):
         value = bound.of(quality)
-        met = bound.met(value)
-        names = ", ".join(search.names.shortest(kept)) or "nothing"
+        met, names = bound.met(value), ", ".join(search.names.shortest(kept)) or "nothing"
         rows.append([str(number), str(len(kept)), number_text(value, 4), "yes" if met else "no", names])
         if math.isfinite(value):
-            points.append(Point(number, value, str(len(kept)), f"{number}: {len(kept)} kept: {names}", met))
+            label, title = str(len(kept)), f"{number}: {len(kept)} kept: {names}"
+            name = f"the result: {label}" if number == chosen else label
+            points.append(Point(number, value, label, title, met, name, number if number in pictured else None))
     e = environment(search.variants.pipeline)
-    label = f"{bound.metric}{', dB' if bound.metric == 'psnr' else ''} ({bound.statistic} of {pictures})"
+    axis = f"{bound.metric}{', dB' if bound.metric == 'psnr' else ''} ({bound.statistic} of {len(samples)})"
     # Without a finite value (all pictures equal, or NaN) there is no scale to plot on.
-    plot = Plot.of(points, "measurement", label, [(bound.value, str(bound))], path=True) if points else None
+    plot = Plot.of(points, "measurement", axis, [(bound.value, str(bound))], path=True) if points else None
     return render(
         "search.html.j2",
         model=search.state.settings["pipeline"],
@@ -42,8 +56,43 @@ def html(search: Search, result: Result) -> str:
         result=paste(result),
         header=["#", "layers kept", bound.metric, "met", "kept"],
         rows=rows,
+        chosen=chosen,
         plot=plot,
+        pictured=pictured,
+        without=len(measured) + 1 - len(pictured),
+        folder=str(search.pictures.folder),
+        longest=LONGEST,
+        small=bool(pictured) and search.pictures.size() <= LOSSLESS_SIDE,
+        heat=HEAT,
+        hidden=len(samples) - len(samples[:pictures]),
+        left=0,
+        right=chosen if chosen in pictured else 0,
+        samples=[
+            {"prompt": prompt, "seed": seed, "shown": [_shown(search, number, i, chosen) for number in pictured]}
+            for i, (prompt, seed) in enumerate(samples[:pictures])
+        ],
     )
+
+
+def _pictured(search: Search, samples: int) -> list[int]:
+    """The measurements whose pictures are there, 0 for BF16; none without that, which the others are compared with."""
+    found = [n for n in range(len(search.state.measurements) + 1) if search.pictures.complete(n, samples)]
+    return found if 0 in found else []
+
+
+def _shown(search: Search, number: int, index: int, chosen: int) -> dict[str, Any]:
+    """One picture of a measurement as the template shows it."""
+    shown: dict[str, Any] = {"number": number, "image": data_uri(search.pictures.file(number, index).read_bytes())}
+    if number == 0:
+        return {**shown, "name": "compiled BF16", "heat": None, "quality": ""}
+    kept, quality = list(search.state.measurements.items())[number - 1]
+    psnr = quality["pictures"][index]["psnr"]
+    return {
+        **shown,
+        "name": f"{len(kept)} kept" + (" (the result)" if number == chosen else ""),
+        "heat": data_uri(search.pictures.file(number, index, "-heat").read_bytes()),
+        "quality": f"PSNR {number_text(math.inf if psnr is None else float(psnr), 1)} dB",
+    }
 
 
 def paste(result: Result) -> str:

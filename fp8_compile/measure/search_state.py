@@ -39,6 +39,10 @@ class SearchState:
     def add(self, kept: frozenset[Layer], quality: dict[str, Any]) -> None:
         """Add a measurement, and write the file."""
         self.measurements[kept] = quality
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
         state = {
             "settings": self.settings,
             "layers": self.names.paths,

@@ -88,7 +88,8 @@ class Session:
             offloading: one of `OFFLOADING`: weights wait on the CPU, and come to the device for their use.
 
         Raises:
-            OptionError: ``dtype`` or an option is not valid, or there is no embedded pipeline of that name.
+            OptionError: ``dtype`` or an option is not valid, or there is no embedded pipeline of that name, or it is
+                not installed.
             PipelineError: the pipeline cannot be loaded, has nothing to compile, or cannot have the cache or the
                 offloading, or no text encoder of it can be quantized.
         """
@@ -378,7 +379,7 @@ def pipeline_index(model: str) -> tuple[Mapping[str, Any], str]:
     """The parts of the pipeline that `Session.load` would make, by library and class; and where diffusers finds them.
 
     Raises:
-        OptionError: there is no embedded pipeline of that name.
+        OptionError: there is no embedded pipeline of that name, or it is not installed.
         PipelineError: there is no pipeline.
     """
     import diffusers
@@ -396,7 +397,7 @@ def pipeline_class(model: str) -> type | None:
     """The class that `Session.load` will make; None: the model brings one of its own.
 
     Raises:
-        OptionError: there is no embedded pipeline of that name.
+        OptionError: there is no embedded pipeline of that name, or it is not installed.
         PipelineError: there is no pipeline.
     """
     import diffusers

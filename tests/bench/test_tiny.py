@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from bench.outliers import load
 from bench.tiny import build_qwen_image, build_z_image
 from fp8_compile.embedded import EMBEDDED_CALLS, default_pipeline_dir
-from fp8_compile.errors import OptionError
+from fp8_compile.errors import NotInstalledError, OptionError
 from fp8_compile.measure.quality import generate, prompt_adherence
 from fp8_compile.measure.scenes import scenes
 
@@ -71,6 +72,14 @@ def test_files_of_an_embedded_pipeline_are_small(name: str) -> None:
 def test_a_pipeline_that_is_not_embedded_is_refused_with_those_that_are() -> None:
     with pytest.raises(OptionError, match="'flux'; there are qwen-image, z-image"):
         default_pipeline_dir("flux")
+
+
+def test_an_embedded_pipeline_that_is_not_installed_is_refused_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "fp8_compile_embedded", None)
+    with pytest.raises(NotInstalledError, match="pip install fp8-compile-embedded, or in a checkout: pip install -e"):
+        default_pipeline_dir("z-image")
 
 
 @pytest.mark.parametrize(("name", "least"), [("qwen-image", 23), ("z-image", 23)])

@@ -281,6 +281,24 @@ def test_what_to_install_is_said_where_typer_is_not() -> None:
     assert done.stderr == "typer is not installed; the command line needs: pip install 'fp8-compile[cli]'\n"
 
 
+@pytest.mark.parametrize("arguments", [["generate", PROMPT], ["inspect"], ["inspect", "embedded:z-image"]])
+def test_what_to_install_is_said_where_the_embedded_pipelines_are_not(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from fp8_compile.cli.main import app
+
+    monkeypatch.setitem(sys.modules, "fp8_compile_embedded", None)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert (
+        "in the package fp8-compile-embedded, which is not installed: pip install fp8-compile-embedded" in done.output
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_line_of_diffusers_needs_nothing_but_the_entry_point(tmp_path: Path) -> None:
     from bench.tiny import build_qwen_image
 

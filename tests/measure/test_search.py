@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import fp8_compile
 from fp8_compile.cli.main import app
 from fp8_compile.measure import search_page
-from fp8_compile.measure.quality import generate
+from fp8_compile.measure.quality import Sample, generate
 from fp8_compile.measure.results import to_jsonable
 from fp8_compile.measure.search import Bound, Search, SearchError, smallest
 from fp8_compile.measure.search_page import how_to_use, paste
+from fp8_compile.measure.search_pictures import SearchPictures
 from fp8_compile.measure.variants import Variants
 from tests.support.pages import Page
 from tests.support.pipelines import OPTIONS, Pipeline, qwen_image_with_outliers, with_outlier
@@ -251,10 +253,53 @@ def test_the_page_shows_the_path_and_needs_nothing_else(tmp_path: Path) -> None:
     search = searched(with_outlier(Pipeline(), block=1), tmp_path / "s.json", Bound("relative_l2", 0.08))
     result = search.run("blocks")
     page = Page(search_page.html(search, result))
-    assert page.loads == []
+    assert len(page.loads) == 2 * (1 + 2 * result.measurements)  # pictures, and but for BF16 their heatmaps
+    assert all(load.startswith("data:image/webp;base64,") for load in page.loads)
     assert page.tags.count("circle") == result.measurements
+    assert len(page.links) == 2 * result.measurements  # of marks, and of rows
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert len(Page(search_page.html(search, result, pictures=1)).loads) == 1 + 2 * result.measurements
+    with pytest.raises(SearchError, match="pictures: expected a number of at least 1, got 0"):
+        search_page.html(search, result, pictures=0)
     assert paste(result) in page.texts
     assert "relative_l2 of the worst picture at most 0.08" in page.texts  # the line of the bound
+
+
+def test_pictures_of_an_earlier_run_are_on_the_page_and_missing_ones_are_told(tmp_path: Path) -> None:
+    bound = Bound("relative_l2", 0.08)
+    first = searched(with_outlier(Pipeline(), block=1), tmp_path / "s.json", bound)
+    made = search_page.html(first, first.run("blocks"))
+    again = searched(with_outlier(Pipeline(), block=1), tmp_path / "s.json", bound)
+    result = again.run("blocks")
+    assert Page(search_page.html(again, result)).loads == Page(made).loads
+    again.pictures.file(2, 0, "-heat").unlink()
+    page = Page(search_page.html(again, result))
+    assert f"1 of {result.measurements + 1} have no pictures in {tmp_path / 's-pictures'}" in " ".join(page.texts)
+    assert "#pictures-2" not in page.links
+    assert "#pictures-3" in page.links
+    again.pictures.file(0, 0).unlink()
+    page = Page(search_page.html(again, result))
+    assert page.loads == page.links == []
+
+
+def test_pictures_of_another_search_are_not_taken(tmp_path: Path) -> None:
+    state, bound = tmp_path / "s.json", Bound("relative_l2", 10.0)
+    searched(Pipeline(), state, bound)
+    assert json.loads(state.read_text())["measurements"] == []  # the folder belongs to the search before it measures
+    searched(Pipeline(), state, bound).run("blocks")
+    state.unlink()
+    with pytest.raises(SearchError, match=r"s-pictures' has pictures of a search whose state .*s\.json' is not there"):
+        searched(Pipeline(), state, bound)
+
+
+def test_large_pictures_are_kept_smaller(tmp_path: Path) -> None:
+    pictures = SearchPictures(tmp_path / "s.json")
+    samples = [Sample("a", 0, Image.new("RGB", (1024, 768), name), torch.zeros(1, 1)) for name in ("black", "white")]
+    pictures.write(0, samples[:1])
+    pictures.write(1, samples[1:], samples[:1])
+    assert pictures.size() == 512
+    with Image.open(pictures.file(1, 0, "-heat")) as heat:
+        assert heat.size == (512, 384)
 
 
 def test_outliers_of_a_real_model_are_found_by_block_and_by_layer(tmp_path: Path) -> None:
@@ -298,7 +343,7 @@ def test_attention_is_one_more_thing_to_keep(tmp_path: Path) -> None:
     search.variants.close()
 
 
-def test_the_command_searches_and_goes_on(tmp_path: Path) -> None:
+def test_the_command_searches_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["search", *SMALL, "--by", "blocks", "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(app, [*arguments, "--max-loss", "1.5"])
     assert done.exit_code == 0, done.output
@@ -315,6 +360,17 @@ def test_the_command_searches_and_goes_on(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*arguments, "--max-loss", "1.5", "--granularity", "tensor"])
     assert done.exit_code == 2
     assert "belongs to a search with other settings" in done.output
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"search.json", "search-pictures", "search.html", "layers.json"}  # as they were
+
+    def stopped(self: Search, by: str) -> None:
+        raise SearchError("stopped")
+
+    monkeypatch.setattr(Search, "run", stopped)
+    done = CliRunner().invoke(app, [*arguments, "--max-loss", "0.1"])
+    assert done.exit_code == 2, done.output
+    # The results of the other bound would be taken for those of this one.
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"search.json", "search-pictures"}
 
 
 @pytest.mark.parametrize(
