@@ -234,7 +234,13 @@ FLOORS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "choice"), FLOORS)
+EVERYDAY = ("row", "int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [pytest.param(*key, marks=[] if key[1] in EVERYDAY else [pytest.mark.slow]) for key in FLOORS],
+)
 def test_gate_the_compiled_pipeline_draws_what_bf16_draws(name: str, choice: str) -> None:
     plain = _plain(name)
     quantized = generate(load(name, choice=choice), HELD_OUT, SEEDS, **EMBEDDED_CALLS[name])

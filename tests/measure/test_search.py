@@ -302,6 +302,7 @@ def test_large_pictures_are_kept_smaller(tmp_path: Path) -> None:
         assert heat.size == (512, 384)
 
 
+@pytest.mark.slow
 def test_outliers_of_a_real_model_are_found_by_block_and_by_layer(tmp_path: Path) -> None:
     pipe = qwen_image_with_outliers(blocks=3, hard=1, factor=2.0**18)
     # "eager" compiles fastest, and rewrites and quantizes as the others do.
