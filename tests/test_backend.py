@@ -364,7 +364,7 @@ def test_report_tells_of_experts(at_load: bool) -> None:
         "unquantized",
         "experts: a parameter of three dimensions",
     )
-    assert (experts.in_features, experts.out_features) == (2 * WIDTH, WIDTH)
+    assert (experts.in_features, experts.out_features) == (WIDTH, 2 * WIDTH)
     assert experts.bytes_before == experts.bytes_after == 4 * WIDTH * 2 * WIDTH * 2
     assert (proj.path, proj.decision) == ("0.proj", "quantized")
     assert report.totals["bytes_before"] == experts.bytes_before + proj.bytes_before

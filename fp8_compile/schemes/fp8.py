@@ -213,6 +213,20 @@ class Fp8(Scheme):
             enough = (ROWWISE, ROWWISE_UNFUSED_SCALES) if self.granularity == "row" else (TENSORWISE,)
         return few_rows(m, self.min_m, self.small_m, weight_only) or enough
 
+    @property
+    def no_experts(self) -> str | None:
+        if self.static or self.granularity != "row" or self.weight_block_size is not None:
+            return f"experts: with a scale per row and dynamic activations only, not {self.label}"
+        return None
+
+    def for_experts(self, m: float, device: torch.device) -> tuple[Call, ...]:
+        # Whatever min_m: a token more or less for one expert shall not decide how all run.
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            return (EXPERTS_DECODED,)
+        if self.activation_scheme == "none":
+            return (EXPERTS_DEQUANTIZED,)
+        return (high_precision("number of rows is known only at run time"),) if m == math.inf else (EXPERTS,)
+
     def check_at_load(self) -> None:
         check_few_rows_at_load(self.small_m)
 
@@ -330,5 +344,9 @@ _NO_CORES = "weight-only: no FP8 cores; method='int8' is the fast one on this GP
 DECODED = Call("fp8-weight-only", numerics.decoded_linear, operands=("qdata", "scale"), reason=_NO_CORES)
 DECODED_BLOCKS = Call("fp8-weight-only", block_scales.decoded_linear, reason=_NO_CORES)
 WEIGHT_ONLY_BLOCKS = Call("fp8-weight-only", block_scales.blockwise_weight_only_linear)
+# The matrices of experts. The kernel is one of Hopper's, and young, so it is checked.
+EXPERTS = Call("fp8-row", numerics.grouped_linear, numerics.quantize_rowwise, reference=numerics.grouped_then_scale)
+EXPERTS_DEQUANTIZED = Call("fp8-weight-only", numerics.grouped_dequantized)
+EXPERTS_DECODED = Call("fp8-weight-only", numerics.grouped_decoded, reason=_NO_CORES)
 # For devices without a kernel for blocks: all but Hopper.
 DEQUANTIZED_BLOCKS = Call("fp8-weight-only", block_scales.dequantized_linear)
