@@ -215,7 +215,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         default=Fp8Options.min_features,
     )
     for i, row in reversed(of_experts):
-        if min(row.in_features, row.out_features) >= least:
+        if row.reason != eligible.EXPERTS or min(row.in_features, row.out_features) >= least:
             rows.insert(i, row)
     for row in _without_parameter(ordered):
         _put(rows, row)

@@ -24,6 +24,7 @@ from ..patterns import join as join_path
 from ..quantize import choose, remember
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
 from ..schemes.fp8 import INPUT_SCALE
+from ..weights.eligible import multiplied_otherwise
 from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .files import write_tensors
 from .formats import COMFY_FORMAT, FORMATS, tensors_of
@@ -674,9 +675,9 @@ def _fill(model: nn.Module, found: Mapping[str, Tensor]) -> None:
 
 
 def parameter_of(value: Tensor, module: nn.Module, dtype: torch.dtype) -> nn.Parameter:
-    """The parameter of ``module`` that ``value`` becomes: a quantized weight only in a linear."""
+    """The parameter of ``module`` that ``value`` becomes: a quantized weight only where one is multiplied as such."""
     if isinstance(value, QuantizedWeight):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or (value.dim() == 3 and multiplied_otherwise(module) is None):
             return QuantizedWeight(value)  # type: ignore[return-value]
         value = value.dequantize()
     return nn.Parameter(value.to(dtype), requires_grad=False)

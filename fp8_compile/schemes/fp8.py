@@ -245,6 +245,15 @@ class Fp8(Scheme):
 
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[Scheme, tuple[Tensor, ...]]:
         qdata, scale = tensors[""], tensors["_scale"]
+        if qdata.dim() == 3 and self.no_experts is None:
+            if scale.shape != (*qdata.shape[:2], 1):
+                raise QuantizedWeightError(
+                    f"has shape {list(scale.shape)}; the scale of experts of shape {list(qdata.shape)} has one of "
+                    f"{[*qdata.shape[:2], 1]}",
+                    "_scale",
+                )
+            scheme, constants = self.read({"": qdata.flatten(0, 1), "_scale": scale.flatten(0, 1)})
+            return scheme, tuple(constant.view(*qdata.shape[:2], -1) for constant in constants)
         if qdata.dim() != 2:
             raise QuantizedWeightError(f"has FP8 values of shape {list(qdata.shape)}, which are no matrix")
         n, k = qdata.shape
