@@ -451,7 +451,9 @@ def load_fp8_checkpoint(
     tie(model, [[new for name in names if (new := rename(name)) is not None] for names in tied_in(files)])
     choices = choose(model, Fp8Options(min_features=1))
     for choice in choices:
-        choice.reason = "not in FP8 in the checkpoint"
+        # Experts that nothing multiplies in FP8 are in the files, and not so in the model.
+        if not any(isinstance(found.get(name), QuantizedWeight) for name in choice.parameters):
+            choice.reason = "not in FP8 in the checkpoint"
     if any(isinstance(value, QuantizedWeight) for value in found.values()):
         for hook in quantize.on_converted:
             hook(model, Fp8Options())
