@@ -195,9 +195,9 @@ def _written(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str |
 
 def _transposed(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
     """The scales of a quantized weight belong to what are input features here."""
-    quantized = isinstance(candidate.weight, QuantizedWeight)
-    exchanged = candidate.transposed != (candidate.weight.dim() == 3)
-    return "used with its features exchanged" if quantized and exchanged else None
+    if not isinstance(candidate.weight, QuantizedWeight):
+        return None
+    return "used with its features exchanged" if candidate.transposed != (candidate.weight.dim() == 3) else None
 
 
 def _subclass(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:

@@ -78,7 +78,7 @@ return (grouped_linear_1,)""",
 
 def test_each_token_is_multiplied_by_the_matrix_of_its_expert() -> None:
     """The same as a linear for each expert, to a rounding."""
-    module = Call(lambda m, x, offs: F.grouped_mm(x, m.w, offs=offs), w=(EXPERTS, K, N))
+    module = Call(grouped, w=(EXPERTS, K, N))
     captured = capture(module, x := rand(24, K), OFFS)
     gm, constants = rewritten(captured)
     (out,) = run(captured, gm, constants)
@@ -120,6 +120,10 @@ def test_other_dimensions_exchanged_are_no_weight() -> None:
     assert decision.reason == "weight is computed at each call, so it cannot be quantized once"
 
 
+def grouped(m: nn.Module, x: Tensor, offs: Tensor) -> Tensor:
+    return F.grouped_mm(x, m.w, offs=offs)
+
+
 REFUSED: dict[str, tuple[Any, tuple[int, ...], dict[str, Any], str]] = {
     "3-D by 3-D, without offsets": (
         lambda m, x, offs: F.grouped_mm(x.view(EXPERTS, 8, K), m.w),
@@ -140,37 +144,37 @@ REFUSED: dict[str, tuple[Any, tuple[int, ...], dict[str, Any], str]] = {
         "weight is computed at each call, so it cannot be quantized once",
     ),
     "tensor": (
-        lambda m, x, offs: F.grouped_mm(x, m.w, offs=offs),
+        grouped,
         (EXPERTS, K, N),
         {"granularity": "tensor"},
         "experts: with a scale per row and dynamic activations only, not fp8-tensor",
     ),
     "blocks": (
-        lambda m, x, offs: F.grouped_mm(x, m.w, offs=offs),
+        grouped,
         (EXPERTS, K, N),
         {"weight_block_size": [128, 128]},
         "experts: with a scale per row and dynamic activations only, not fp8-128x128",
     ),
     "static": (
-        lambda m, x, offs: F.grouped_mm(x, m.w, offs=offs),
+        grouped,
         (EXPERTS, K, N),
         {"activation_scheme": "static"},
         "experts: with a scale per row and dynamic activations only, not fp8-row-static",
     ),
     "int8": (
-        lambda m, x, offs: F.grouped_mm(x, m.w, offs=offs),
+        grouped,
         (EXPERTS, K, N),
         {"method": "int8"},
         "experts: not with method 'int8'",
     ),
     "features": (
-        lambda m, x, offs: F.grouped_mm(x, m.w, offs=offs),
+        grouped,
         (EXPERTS, K, 24),
         {},
         "out_features 24 is not a multiple of 16",
     ),
     "narrow": (
-        lambda m, x, offs: F.grouped_mm(x, m.w, offs=offs),
+        grouped,
         (EXPERTS, K, N),
         {"min_features": 64},
         "narrower than min_features 64",
@@ -228,3 +232,35 @@ def test_the_device_is_asked_with_the_number_of_experts() -> None:
         (cpu, 24, (K, 2 * N), torch.bfloat16, False, EXPERTS),
         (cpu, 24, (N, K), torch.bfloat16, False, EXPERTS),
     ]
+
+
+def sum_of_constants(m: nn.Module, x: Tensor) -> Tensor:
+    return F.grouped_mm(x, m.w, offs=torch.full((EXPERTS,), 8, dtype=torch.long).cumsum(0, dtype=torch.int32))
+
+
+def test_the_dtype_of_offsets_that_are_a_sum_of_constants() -> None:
+    """Inductor forgets it: https://github.com/pytorch/pytorch/issues/189518."""
+    gm, _ = rewritten(capture(Call(sum_of_constants, w=(EXPERTS, K, N)), rand(24, K)))
+    assert_expected_inline(
+        show(gm.graph),
+        """\
+x: bfloat16[24, 64]
+w: float8_e4m3fn[3, 32, 64]
+w_scale: float32[3, 32, 1]
+full = full((3,), 8, dtype=torch.int64)
+cumsum = .cumsum(full, 0)
+to = .to(cumsum, torch.int32)
+quantize_rowwise = quantize_rowwise(x)
+grouped_linear = grouped_linear(quantize_rowwise, w, w_scale, to, torch.bfloat16)
+return (grouped_linear,)""",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_inductor_takes_such_offsets() -> None:
+    m = Call(sum_of_constants, w=(EXPERTS, K, N))
+    expected = sum_of_constants(m, x := rand(24, K))
+    m.compile(backend="fp8_diffusion", fullgraph=True, options={"min_features": 1})
+    with torch.no_grad():
+        assert sqnr(expected, m(x)) > 26
