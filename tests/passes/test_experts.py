@@ -248,8 +248,8 @@ x: bfloat16[24, 64]
 w: float8_e4m3fn[3, 32, 64]
 w_scale: float32[3, 32, 1]
 full = full((3,), 8, dtype=torch.int64)
-cumsum = .cumsum(full, 0)
-to = .to(cumsum, torch.int32)
+cumsum_1 = .cumsum(full, 0)
+to = .to(cumsum_1, torch.int32)
 quantize_rowwise = quantize_rowwise(x)
 grouped_linear = grouped_linear(quantize_rowwise, w, w_scale, to, torch.bfloat16)
 return (grouped_linear,)""",
