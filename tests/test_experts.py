@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import fp8_compile
 from fp8_compile import Fp8DiffusionConfig, QuantizedWeight
 from fp8_compile.errors import PatternError
+from fp8_compile.pipelines.inspection import inspect_pipeline
 from fp8_compile.weights.eligible import EXPERTS, LOOP
 from tests.support.sqnr import sqnr
 from tests.support.zoo_more import SAMPLES
@@ -313,3 +315,44 @@ def test_loading_in_fp8(tmp_path: Path) -> None:
     assert same(constants_of_parameters(m), constants_of_parameters(read))
     assert torch.equal(draw(m), draw(read))
     assert {row.decision for row in rows(read).values()} == {"quantized"}
+
+
+def test_one_graph_for_experts_that_stay_and_one_for_the_others() -> None:
+    m = model()
+    compiled(m, by_blocks=True, ignored_layers=["transformer_blocks.0.*"])
+    assert [(path, row.decision) for path, row in rows(m).items()] == [
+        (path, "unquantized" if path in STACKS[:2] else "quantized") for path in STACKS
+    ]
+    assert len(fp8_compile.report(m).graphs) == 2
+
+
+def test_numbers_of_tokens_that_change() -> None:
+    class Share(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = model().transformer_blocks[0].experts
+
+        def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+            return self.experts(x, counts)
+
+    m = Share()
+    expected = []
+    given = [(torch.randn(n, 64).bfloat16(), torch.tensor([n - 9, 0, 9, 0])) for n in (24, 57, 130)]
+    expected = [m(*one) for one in given]
+    m.compile(backend="fp8_diffusion", fullgraph=True, dynamic=True, options=OPTIONS)
+    for one, out in zip(given, expected, strict=True):
+        assert sqnr(out, m(*one)) > 24
+    assert len(fp8_compile.report(m).graphs) == 1
+
+
+def test_inspected(tmp_path: Path) -> None:
+    m = nucleus()
+    index = {"_class_name": "NucleusMoEImagePipeline", "transformer": ["diffusers", type(m).__name__]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    m.save_pretrained(tmp_path / "transformer")
+    fp8_compile.quantize_(m, LOAD)
+    for in_files in (0, fp8_compile.report(m).totals["quantized"]):
+        (plan,) = inspect_pipeline(str(tmp_path), LOAD).denoisers
+        assert [row for row in plan.layers if ".experts." in row.path] == list(rows(m).values())
+        assert (plan.in_files, plan.bytes_after) == (in_files, sum(p.nbytes for p in m.parameters()))
+        m.save_pretrained(tmp_path / "transformer")
