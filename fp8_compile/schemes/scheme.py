@@ -164,7 +164,7 @@ class Scheme(abc.ABC):
         experts, n, k = weights.shape
         specs = self.specs_of(n, k, experts)
         made = tuple(weights.new_empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs.values())
-        for i, weight in enumerate(weights.unbind()):
+        for i, weight in enumerate(() if weights.is_meta else weights.unbind()):
             for stack, one in zip(made, self.quantize_weight(weight.to(device).contiguous()), strict=True):
                 stack[i].copy_(one)
         return made
