@@ -19,6 +19,9 @@ import fp8_compile
 from fp8_compile import Fp8DiffusionConfig, QuantizedWeight
 from fp8_compile.errors import PatternError
 from fp8_compile.pipelines.inspection import inspect_pipeline
+from fp8_compile.schemes import Call, high_precision
+from fp8_compile.schemes.fp8 import EXPERTS as EXPERTS_IN_FP8
+from fp8_compile.schemes.fp8 import EXPERTS_DECODED, EXPERTS_DEQUANTIZED, Fp8
 from fp8_compile.weights.eligible import EXPERTS, LOOP
 from tests.support.sqnr import sqnr
 from tests.support.zoo_more import SAMPLES
@@ -213,6 +216,37 @@ def test_patterns(pattern: str, kept: list[str]) -> None:
         assert all(row.bytes_after == row.bytes_before for path, row in found.items() if path in kept)
 
 
+@pytest.mark.parametrize(
+    ("calls", "scheme", "reason"),
+    [
+        ((high_precision("no kernel"),), "", "no kernel; its quantized weight is dequantized"),
+        ((EXPERTS_DECODED,), "fp8-weight-only", EXPERTS_DECODED.reason),
+        ((EXPERTS_DEQUANTIZED,), "fp8-weight-only", ""),
+    ],
+    ids=["none", "Ampere", "activations as they are"],
+)
+def test_without_a_kernel(calls: tuple[Call, ...], scheme: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in FP8 save memory all the same; beside those in BF16 they would only cost some."""
+    monkeypatch.setattr(Fp8, "for_experts", lambda self, m, device: calls)
+    m, loaded = model(), model()
+    out = compiled(m)
+    found = {(row.decision, row.reason) for row in rows(m).values()}
+    assert found == {("unquantized", calls[0].reason) if calls[0].reason else ("quantized", "")}
+    fp8_compile.quantize_(loaded, LOAD)
+    expected = draw(loaded)
+    assert sqnr(expected, compiled(loaded)) > 25  # of linears with activations in FP8
+    assert {(row.scheme, row.reason) for row in rows(loaded).values()} == {(scheme, reason)}
+    assert all(row.bytes_after < 0.6 * row.bytes_before for row in rows(loaded).values())
+    assert sqnr(out, expected) > 25
+
+
+def test_ampere_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    for capability, call in (((8, 6), EXPERTS_DECODED), ((8, 9), EXPERTS_IN_FP8), ((9, 0), EXPERTS_IN_FP8)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert Fp8().for_experts(64, cuda) == (call,)
+
+
 def test_a_misspelt_name_of_experts() -> None:
     for name, meant in (("expert", "experts"), ("gate_upproj", "gate_up_proj")):
         with pytest.raises(PatternError, match=f"did you mean '{meant}'"):
@@ -306,11 +340,11 @@ def test_files_whose_scales_are_not_of_experts(tmp_path: Path) -> None:
 
 
 def test_loading_in_fp8(tmp_path: Path) -> None:
-    m = nucleus()
-    m.save_pretrained(tmp_path)
+    nucleus(use_grouped_mm=False).save_pretrained(tmp_path)
     read = diffusers.NucleusMoEImageTransformer2DModel.from_pretrained(
-        tmp_path, quantization_config=Fp8DiffusionConfig(**LOAD), torch_dtype=torch.bfloat16
+        tmp_path, use_grouped_mm=True, quantization_config=Fp8DiffusionConfig(**LOAD), torch_dtype=torch.bfloat16
     )
+    m = nucleus()
     fp8_compile.quantize_(m, LOAD)
     assert same(constants_of_parameters(m), constants_of_parameters(read))
     assert torch.equal(draw(m), draw(read))
