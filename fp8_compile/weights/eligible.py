@@ -176,7 +176,7 @@ LOOP = f"{EXPERTS}, multiplied one by one; use_grouped_mm=True in the model's co
 
 
 def multiplied_otherwise(module: nn.Module) -> str | None:
-    """Why nothing multiplies by the stacks of experts' matrices in ``module`` by a `grouped_mm`; None if that does.
+    """Why the stacks of experts' matrices in ``module`` are not multiplied by `grouped_mm`, or None if they are.
 
     Told by the attribute that diffusers' modules of experts have, so that load time leaves what a graph would. Such
     modules hold their matrices as ``[E, K, N]``.
