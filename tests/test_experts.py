@@ -128,7 +128,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     [
         pytest.param(model, False, 25, id="whole"),
         pytest.param(model, True, 25, id="blocks"),
-        pytest.param(nucleus, True, 18, id="NucleusMoE-blocks"),
+        pytest.param(nucleus, True, 18, id="NucleusMoE-blocks", marks=pytest.mark.slow),
         pytest.param(nucleus, False, 18, id="NucleusMoE", marks=pytest.mark.slow),
     ],
 )

@@ -160,12 +160,16 @@ class Scheme(abc.ABC):
         Args:
             weights: ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``, as diffusers has them.
         """
+        from torch._subclasses.fake_tensor import FakeTensor
+
         weights = weights.mT if transposed else weights
         experts, n, k = weights.shape
         specs = self.specs_of(n, k, experts)
         made = tuple(weights.new_empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs.values())
-        for i, weight in enumerate(() if weights.is_meta else weights.unbind()):
-            for stack, one in zip(made, self.quantize_weight(weight.to(device).contiguous()), strict=True):
+        if weights.is_meta or isinstance(weights, FakeTensor):  # nothing to compute of hundreds of experts
+            return made
+        for i, weight in enumerate(weights):
+            for stack, one in zip(made, self.quantize_in_chunks(weight, device), strict=True):
                 stack[i].copy_(one)
         return made
 
