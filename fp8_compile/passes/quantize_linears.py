@@ -44,7 +44,7 @@ from torch.fx import Graph, Node
 from ..schemes import MOST_ROWS, ONES, Call, Scheme
 from ..weights.quantized_weight import QuantizedWeight
 from .context import Constants, Context, Decision
-from .graphs import call, example, is_call, storages, substitute, written_storages
+from .graphs import call, example, storages, substitute, written_storages
 from .linears import Linear, as_linear, is_relayout
 
 
@@ -105,7 +105,7 @@ class _Rewriter:
         named = dict(zip(scheme.specs(1, 1), operands, strict=True))
         with self._graph.inserting_before(node):
             x = self._quantize(linear, how, scheme.constants_key() if how.takes else None, named)
-        added = linear.bias if linear.offs is None else _cast_after_sum(linear.offs)
+        added = linear.bias if linear.offs is None else linear.offs
         substitute(node, how.linear, x, *how.operands_of(named), added, example(node).dtype)
 
     def _quantize(self, linear: Linear, how: Call, same: Any, constants: Mapping[str, Node]) -> Node:
@@ -157,21 +157,6 @@ class _Rewriter:
             self._last[prequantized] = new
         names = tuple(node.name for node in nodes)
         return Constants(linear.weight.name, scheme, linear.transposed, names, prequantized), nodes
-
-
-def _cast_after_sum(offs: Node) -> Node:
-    """Where experts' tokens end, a sum with its dtype as a cast of its own.
-
-    Inductor forgets the dtype of a cumsum of a constant, which NucleusMoE's numbers of tokens are; the matmul then
-    refuses int64 (torch 2.13; https://github.com/pytorch/pytorch/issues/189518).
-    """
-    dtype = offs.kwargs.get("dtype")
-    if not is_call(offs, torch.cumsum, "cumsum") or dtype is None:
-        return offs
-    with offs.graph.inserting_before(offs):
-        total = call(offs, offs.target, *offs.args, **{k: v for k, v in offs.kwargs.items() if k != "dtype"})
-    substitute(offs, "to", total, dtype)
-    return next(iter(total.users))
 
 
 def _erase_unused(node: Node) -> None:

@@ -232,35 +232,3 @@ def test_the_device_is_asked_with_the_number_of_experts() -> None:
         (cpu, 24, (K, 2 * N), torch.bfloat16, False, EXPERTS),
         (cpu, 24, (N, K), torch.bfloat16, False, EXPERTS),
     ]
-
-
-def sum_of_constants(m: nn.Module, x: Tensor) -> Tensor:
-    return F.grouped_mm(x, m.w, offs=torch.full((EXPERTS,), 8, dtype=torch.long).cumsum(0, dtype=torch.int32))
-
-
-def test_the_dtype_of_offsets_that_are_a_sum_of_constants() -> None:
-    """Inductor forgets it: https://github.com/pytorch/pytorch/issues/189518."""
-    gm, _ = rewritten(capture(Call(sum_of_constants, w=(EXPERTS, K, N)), rand(24, K)))
-    assert_expected_inline(
-        show(gm.graph),
-        """\
-x: bfloat16[24, 64]
-w: float8_e4m3fn[3, 32, 64]
-w_scale: float32[3, 32, 1]
-full = full((3,), 8, dtype=torch.int64)
-cumsum_1 = .cumsum(full, 0)
-to = .to(cumsum_1, torch.int32)
-quantize_rowwise = quantize_rowwise(x)
-grouped_linear = grouped_linear(quantize_rowwise, w, w_scale, to, torch.bfloat16)
-return (grouped_linear,)""",
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.inductor
-def test_inductor_takes_such_offsets() -> None:
-    m = Call(sum_of_constants, w=(EXPERTS, K, N))
-    expected = sum_of_constants(m, x := rand(24, K))
-    m.compile(backend="fp8_diffusion", fullgraph=True, options={"min_features": 1})
-    with torch.no_grad():
-        assert sqnr(expected, m(x)) > 26
