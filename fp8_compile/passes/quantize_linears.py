@@ -105,7 +105,7 @@ class _Rewriter:
         named = dict(zip(scheme.specs(1, 1), operands, strict=True))
         with self._graph.inserting_before(node):
             x = self._quantize(linear, how, scheme.constants_key() if how.takes else None, named)
-        added = linear.bias if linear.offs is None else linear.offs
+        added = linear.bias if linear.experts is None else linear.offs
         substitute(node, how.linear, x, *how.operands_of(named), added, example(node).dtype)
 
     def _quantize(self, linear: Linear, how: Call, same: Any, constants: Mapping[str, Node]) -> Node:
