@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -390,3 +391,20 @@ def test_inspected(tmp_path: Path) -> None:
         assert [row for row in plan.layers if ".experts." in row.path] == list(rows(m).values())
         assert (plan.in_files, plan.bytes_after) == (in_files, sum(p.nbytes for p in m.parameters()))
         m.save_pretrained(tmp_path / "transformer")
+
+
+def test_what_experts_in_memory_can_do() -> None:
+    """State dicts, files of torch.save, and BF16 values that are quantized on their way in."""
+    m, plain = model(), model().state_dict()
+    fp8_compile.quantize_(m, LOAD)
+    expected = draw(m)
+    file = io.BytesIO()
+    torch.save(m.state_dict(), file)
+    file.seek(0)
+    for state_dict in (torch.load(file, weights_only=True), plain):
+        for parameter in m.parameters():
+            parameter.zero_()
+        m.load_state_dict(state_dict)
+        assert torch.equal(draw(m), expected)
+    m.to(torch.float16).to(torch.bfloat16)
+    assert torch.equal(draw(m), expected)
