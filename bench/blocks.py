@@ -109,14 +109,33 @@ def _wan_arguments(tokens: int) -> dict[str, Any]:
     }
 
 
+def _nucleus_moe() -> nn.Module:
+    from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoEImageTransformerBlock
+
+    return NucleusMoEImageTransformerBlock(
+        dim=2048, num_attention_heads=16, attention_head_dim=128, moe_enabled=True, use_grouped_mm=True
+    )
+
+
+def _nucleus_moe_arguments(tokens: int) -> dict[str, Any]:
+    return {
+        "hidden_states": _empty(1, tokens, 2048),
+        "encoder_hidden_states": _empty(1, 128, 3584),
+        "temb": _empty(1, 2048),
+        "image_rotary_emb": (_empty(tokens, 64, dtype=C64), _empty(128, 64, dtype=C64)),
+    }
+
+
 BLOCKS = {
     "qwen-image": Block(_qwen_image, _qwen_image_arguments, text=128),
     "z-image": Block(_z_image, _z_image_arguments, text=128),
     "flux": Block(_flux, _flux_arguments, text=512),
     "flux-single": Block(_flux_single, _flux_arguments, text=512),
     "wan": Block(_wan, _wan_arguments, text=512, float32=("scale_shift_table", "norm2")),
+    "nucleus-moe": Block(_nucleus_moe, _nucleus_moe_arguments, text=128),
 }
-"""Qwen-Image, Z-Image, both kinds of FLUX.1 and Wan 2.1 14B, at the sizes in their repositories' ``config.json``."""
+"""Qwen-Image, Z-Image, both kinds of FLUX.1 and Wan 2.1 14B, at the sizes in their repositories' ``config.json``; and a
+block with experts of NucleusMoE, at the sizes that are its class's defaults: 128 experts, of which 8 see each token."""
 
 
 def make(name: str, tokens: int) -> tuple[nn.Module, dict[str, Any]]:

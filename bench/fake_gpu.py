@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -214,7 +215,14 @@ def fake_gpu(gpu: Gpu, *, flash3: bool = False) -> Iterator[None]:
     """
     check_installation()
     with contextlib.ExitStack() as stack:
-        for replacement in (_patterns(), *_device_queries(gpu), *_initialization(), *_settings(), _flash_attention()):
+        for replacement in (
+            _patterns(),
+            _sums(),
+            *_device_queries(gpu),
+            *_initialization(),
+            *_settings(),
+            _flash_attention(),
+        ):
             stack.enter_context(replacement)
         if flash3:
             from fp8_compile.attention import flash3 as asked
@@ -253,6 +261,18 @@ def _patterns() -> Any:
     joint_graph.lazy_init(torch.device("cpu"))
     post_grad.lazy_init()
     return _replaced(joint_graph, "lazy_init", lambda *args, **kwargs: None)
+
+
+def _sums() -> Any:
+    """Inductor's patterns without that for sums of constants.
+
+    It forgets their dtype, so that stock cannot compile experts (https://github.com/pytorch/pytorch/issues/189518).
+    """
+    from torch._inductor.fx_passes.post_grad import pass_patterns
+
+    found = pass_patterns[1]
+    others = {key: entries for key, entries in found.patterns.items() if key[1] is not torch.ops.aten.cumsum.default}
+    return _replaced(found, "patterns", defaultdict(list, others))
 
 
 def _device_queries(gpu: Gpu) -> Iterator[Any]:

@@ -53,7 +53,9 @@ BACKENDS = ("fp8_diffusion", "inductor", "torchao-row", "torchao-tensor")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 QUANTIZED = (*FP8, torch.int8)
 
-_MATMULS = re.compile(r"\b(mm|addmm|bias_addmm|bmm|baddbmm|_scaled_mm|_scaled_mm_v2|_int_mm)\b")
+_MATMULS = re.compile(
+    r"\b(mm|addmm|bias_addmm|bmm|baddbmm|_scaled_mm|_scaled_mm_v2|_int_mm|_grouped_mm|_scaled_grouped_mm)\b"
+)
 # What a loop may consist of that computes no value: loads, stores, and the choice between them in a concatenation.
 _COPYING = {
     "load",
@@ -352,7 +354,7 @@ def _is_quantized(node: Node) -> bool:
 
 
 def _is_quantized_matmul(name: str) -> bool:
-    return "_scaled_mm" in name or "_int_mm" in name
+    return any(kernel in name for kernel in ("_scaled_mm", "_scaled_grouped_mm", "_int_mm"))
 
 
 def _has_dtype(buffer: Any) -> bool:

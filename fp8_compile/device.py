@@ -38,6 +38,8 @@ def check_device(device: torch.device, scheme: Scheme) -> None:
         )
 
 
+_FEW_EXPERTS = 4
+
 # A graph for any M may hit any kernel; one size per kernel family is asked.
 _M_OF_ALL_SIZES = (16, 64, 256, 1024)
 
@@ -50,6 +52,7 @@ def refusal(
     features: tuple[int, int],
     dtype: torch.dtype,
     bias: bool,
+    experts: int | None = None,
 ) -> str | None:
     """Why ``device`` cannot run ``call`` on a linear, or None; found out by running it once.
 
@@ -65,6 +68,7 @@ def refusal(
         rows: of the activation. If symbolic, some sizes are tried besides the one that was seen.
         features: input and output features.
         dtype: of the activation, the weight, the bias and the result.
+        experts: how many matrices the weight is a stack of; a few of them are tried, since the kernel takes each alone.
 
     Raises:
         UnsupportedDeviceError: see `check_device`.
@@ -77,7 +81,10 @@ def refusal(
         sizes = [*_M_OF_ALL_SIZES, *([] if seen is None else [int(seen)])]
     else:
         sizes = [rows]
-    reasons = (_refusal(scheme, call, device, size, features, dtype, bias) for size in sizes)
+    if experts is not None:
+        tried = min(experts, _FEW_EXPERTS)
+        sizes, experts = [-(-size * tried // experts) for size in sizes], tried
+    reasons = (_refusal(scheme, call, device, size, features, dtype, bias, experts) for size in sizes)
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -90,17 +97,25 @@ def _refusal(
     features: tuple[int, int],
     dtype: torch.dtype,
     bias: bool,
+    experts: int | None,
 ) -> str | None:
     k, n = features
     with on_real_tensors(), torch.no_grad():
         try:
             make: Callable[..., Tensor] = torch.zeros if call.reference is None else _Random(device)
-            x, weight = (make(size, k, dtype=dtype, device=device) for size in (rows, n))
-            named = dict(zip(scheme.specs(n, k), scheme.quantize_weight(weight), strict=True))
+            x, weight = (make(size, k, dtype=dtype, device=device) for size in (rows, n * (experts or 1)))
+            if experts is None:
+                made = scheme.quantize_weight(weight)
+            else:
+                made = scheme.quantize_stack(weight.view(experts, n, k), transposed=False)
+            named = dict(zip(scheme.specs(n, k), made, strict=True))
             constants = call.operands_of(named)
             named[ONES] = torch.ones(rows, 1, device=device)
             quantized = x if call.quantize is None else call.quantize(x, *(named[name] for name in call.takes))
             added = make(n, dtype=dtype, device=device) if bias else None
+            if experts is not None:  # an odd number of tokens more for each expert but the last
+                ends = [min(rows, (i + 1) * (rows // experts) // 2 | 1) for i in range(experts - 1)]
+                added = torch.tensor([*ends, rows], dtype=torch.int32, device=device)
             operands = quantized, *constants, added, dtype
             assert call.linear is not None
             out = call.linear(*operands)

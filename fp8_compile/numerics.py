@@ -437,6 +437,61 @@ def dequantized_linear(
 
 
 @as_written
+def grouped_linear(x: Quantized, weight: Tensor, weight_scale: Tensor, offs: Tensor, dtype: torch.dtype) -> Tensor:
+    """``torch.nn.functional.grouped_mm`` of tokens and their experts' matrices on FP8 operands.
+
+    Args:
+        x: ``[M, K]`` float8_e4m3fn, the tokens of the first expert first, with its scale, ``[M, 1]``.
+        weight: ``[E, N, K]`` float8_e4m3fn, contiguous: a matrix ``[N, K]`` for each expert.
+        weight_scale: ``[E, N, 1]`` float32.
+        offs: ``[E]`` int32: where the tokens of each expert end.
+        dtype: of the result.
+
+    Returns:
+        ``[M, N]`` in ``dtype``. Rows behind the last of ``offs`` are undefined, as they are with `grouped_mm`.
+    """
+    values, scale = x
+    if not has_kernel(values.device.type):
+        return grouped_then_scale(x, weight, weight_scale, offs, dtype)
+    # It writes bfloat16 only:
+    # https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/cuda/GroupedBlas.cpp
+    return torch._scaled_grouped_mm(
+        values,
+        weight.mT,
+        scale.view(-1),
+        weight_scale.squeeze(-1),
+        offs,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    ).to(dtype)
+
+
+@as_written
+def grouped_then_scale(x: Quantized, weight: Tensor, weight_scale: Tensor, offs: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grouped_linear` by a matmul of bfloat16, in which products of E4M3 are exact; for a CPU, and to check a kernel.
+
+    The sums are rounded to bfloat16 once more, before the scales, because that is all that `grouped_mm` writes.
+    """
+    values, scale = x
+    out = torch.nn.functional.grouped_mm(values.to(torch.bfloat16), weight.to(torch.bfloat16).mT, offs=offs)
+    rows = torch.arange(values.shape[0], dtype=offs.dtype, device=offs.device)
+    expert = torch.searchsorted(offs, rows, right=True).clamp(max=weight.shape[0] - 1)
+    return (out.float() * scale * weight_scale.squeeze(-1)[expert]).to(dtype)
+
+
+@as_written
+def grouped_dequantized(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grouped_linear` on the values of the quantized weights and an activation ``[M, K]`` as it is."""
+    values = dequantize(weight, weight_scale, torch.bfloat16).mT
+    return torch.nn.functional.grouped_mm(x.to(torch.bfloat16), values, offs=offs).to(dtype)
+
+
+def grouped_decoded(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grouped_dequantized` for a GPU whose compiler knows no E4M3."""
+    return grouped_dequantized(x, decoded_by_words(weight), weight_scale, offs, dtype)
+
+
+@as_written
 def attention_in_float32(
     query: Tensor,
     key: Tensor,

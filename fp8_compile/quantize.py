@@ -22,13 +22,13 @@ from .checks import (
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
 from .options import Fp8Options
-from .patterns import Pattern, is_adapter, join, layer_path
+from .patterns import Pattern, is_adapter, join, layer_path, parameter_layer
 from .runtime.binder import forget_bindings
 from .runtime.constants import forget_weights
 from .schemes import Scheme, finite, scheme_for
 from .weights import eligible, lora, marks
 from .weights.eligible import Candidate
-from .weights.layers import Tree, all_parameters, forget_trees, is_matrix
+from .weights.layers import Tree, all_parameters, forget_trees, is_matrix, stacks
 from .weights.quantized_weight import QuantizedWeight
 from .weights.records import (
     NOT_A_LINEAR,
@@ -54,7 +54,7 @@ def quantize_(
     options: Fp8Options | Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
 ) -> None:
-    """Replace the weights of ``model``'s linear layers by `QuantizedWeight` parameters, in place.
+    """Replace the weights of ``model``'s linear layers, and of its experts, by `QuantizedWeight` parameters, in place.
 
     The weights that the backend would convert are converted, by the same options and for the same reasons. How many
     rows a layer will see is not known yet, which is why ``small_m="keep"`` is refused.
@@ -141,6 +141,7 @@ class Choice:
     """What becomes of one parameter, which may belong to several linears.
 
     Attributes:
+        owners: the modules of these linears, or of a stack of experts' matrices; and its name in each.
         paths: of these linears, as `layer_path` gives them.
         reason: why it is kept; None if it becomes FP8.
         scheme: that it gets then.
@@ -149,7 +150,7 @@ class Choice:
     """
 
     weight: Tensor
-    modules: list[nn.Module]
+    owners: list[tuple[nn.Module, str]]
     paths: list[str]
     reason: str | None
     scheme: Scheme
@@ -161,11 +162,17 @@ class Choice:
         """Whether its constants cannot be made for want of an input scale."""
         return self.scheme.input_scale_missing and not isinstance(self.weight, QuantizedWeight)
 
+    @property
+    def parameters(self) -> list[str]:
+        """All names of the parameter, as in ``named_parameters``, without those of wrappers."""
+        leaves = ("weight" if leaf == "weight" else "" for _, leaf in self.owners)
+        return [join(path, leaf) for path, leaf in zip(self.paths, leaves, strict=True)]
+
     def put(self, parameter: Tensor) -> None:
         """Make ``parameter`` the weight of these linears. The old one is free then, before the next is quantized."""
         self.weight = parameter
-        for module in self.modules:
-            module._parameters["weight"] = parameter  # type: ignore[assignment]
+        for module, leaf in self.owners:
+            module._parameters[leaf] = parameter  # type: ignore[assignment]
 
 
 LASTING = (ignored_by(""), kept_by_plan("").partition(" ")[0], "refilled by ")
@@ -183,7 +190,7 @@ def check_at_load(options: Fp8Options) -> None:
 
 
 def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
-    """Decide on the weights of all linears of ``model`` that are no adapters and not quantized yet.
+    """Decide on the weights of all linears and experts of ``model`` that are no adapters and not quantized yet.
 
     Raises:
         OptionError: see `check_at_load`.
@@ -196,34 +203,51 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         owners.setdefault(id(parameter), {}).setdefault((id(module), leaf), join(path, leaf))
     tree, handed_over = Tree(model), eligible.handed_over(model)
     choices: dict[int, Choice] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if weight is None or is_adapter(name) or isinstance(weight, QuantizedWeight):
+    for path, module, leaf, weight in _weights(model):
+        if isinstance(weight, QuantizedWeight):
             continue
-        path = layer_path(name)
         if id(weight) in choices:
-            choices[id(weight)].modules.append(module)
+            choices[id(weight)].owners.append((module, leaf))
             choices[id(weight)].paths.append(path)
             continue
-        layer = tree.layer(module, "weight")
+        layer = tree.layer(module, leaf)
         if layer.recorded is not None and not layer.recorded.startswith(LASTING):
             layer = replace(layer, recorded=None)  # it is decided on anew
         pattern = eligible.pattern_of(layer, options)
         adopted = adopt(weight)
         if adopted is not None and pattern is None:
             check_agreement(options, adopted.scheme, eligible.entry_of(layer, options))
-        written = eligible.read_by(handed_over[id(module)]) if id(module) in handed_over else None
-        features = module.in_features, module.out_features
-        candidate = Candidate(weight if adopted is None else adopted, layer, features, written=written)
+        if isinstance(module, nn.Linear):
+            written = eligible.read_by(handed_over[id(module)]) if id(module) in handed_over else None
+            features, transposed = (module.in_features, module.out_features), False
+        else:
+            written = eligible.multiplied_otherwise(module)
+            features, transposed = (weight.shape[1], weight.shape[2]), True
+        candidate = Candidate(weight if adopted is None else adopted, layer, features, transposed, written)
         scheme = eligible.scheme_of(layer, options) if adopted is None else adopted.scheme
         scheme = schemes.setdefault((scheme, scheme.constants_key()), scheme)
         reason = eligible.reason(candidate, options, scheme)
-        choices[id(weight)] = Choice(weight, [module], [path], reason, scheme, pattern, layer.names)
+        choices[id(weight)] = Choice(weight, [(module, leaf)], [path], reason, scheme, pattern, layer.names)
     for key, choice in choices.items():
-        if choice.reason is None and len(choice.modules) < len(owners[key]):
-            others = [n for n in owners[key].values() if layer_path(n.rpartition(".")[0]) not in choice.paths]
+        if choice.reason is None and len(choice.owners) < len(owners[key]):
+            ours = {(id(module), leaf) for module, leaf in choice.owners}
+            others = [name for owner, name in owners[key].items() if owner not in ours]
             choice.reason = f"weight is shared with {', '.join(others)}"
     return list(choices.values())
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """What may become FP8, adapters aside: the path of each layer, its module, the parameter and its name there."""
+    for name, module in model.named_modules():
+        if is_adapter(name):
+            continue
+        if not isinstance(module, nn.Linear):
+            found: Iterable[tuple[str, nn.Parameter]] = stacks(module)
+        else:
+            weight = module._parameters.get("weight")
+            found = () if weight is None else (("weight", weight),)
+        for leaf, weight in found:
+            yield layer_path(parameter_layer(name, leaf)), module, leaf, weight
 
 
 def check_scales(model: nn.Module, choices: Iterable[Choice], options: Fp8Options) -> None:
@@ -240,12 +264,8 @@ def check_scales(model: nn.Module, choices: Iterable[Choice], options: Fp8Option
 
 
 def _prequantized(model: nn.Module) -> list[str]:
-    """Paths of the linears whose weights were converted earlier."""
-    return [
-        layer_path(name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), QuantizedWeight)
-    ]
+    """Paths of the linears and experts whose weights were converted earlier."""
+    return [path for path, _, _, weight in _weights(model) if isinstance(weight, QuantizedWeight)]
 
 
 def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: Sequence[str] = ()) -> None:
@@ -292,10 +312,11 @@ def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -
                 kept.pop(path, None)
             else:
                 kept[path] = choice.reason
-        for module in choice.modules:
-            note_kept(module, "weight", choice.reason)
+        for module, leaf in choice.owners:
+            note_kept(module, leaf, choice.reason)
+    decided = {(id(module), leaf) for _, module, leaf, _ in _weights(model)}
     for path, module, leaf, parameter in all_parameters(model):
-        if is_matrix(parameter) and not (isinstance(module, nn.Linear) and leaf == "weight") and not is_adapter(path):
+        if is_matrix(parameter) and (id(module), leaf) not in decided and not is_adapter(path):
             note_kept(module, leaf, NOT_A_LINEAR)
     # Of all linears: what files hold in FP8 is no choice any more.
     unmatched = tuple(dict.fromkeys((*unmatched, *options.unmatched(Tree(model).names))))

@@ -20,12 +20,12 @@ from .patterns import join, layer_path, matching, parameter_layer
 from .report_page import page
 from .runtime.constants import GraphRecord, WeightState, state_of
 from .schemes import Scheme
-from .weights.layers import Layer, Tree, all_parameters
+from .weights import eligible
+from .weights.layers import Layer, Tree, all_parameters, stacks
 from .weights.quantized_weight import QuantizedWeight
 from .weights.records import record_of
 
 NOT_COMPILED = "in no graph that the backend compiled"
-EXPERTS = "experts: a parameter of three dimensions"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     extra = 0
     tree = Tree(model)
     seen: set[int] = set()
-    stacks: list[tuple[int, str, torch.nn.Parameter]] = []
+    of_experts: list[tuple[int, LayerReport]] = []
     schemes: dict[Scheme, None] = {}
     attentions: dict[str, dict[GraphRecord, AttentionDecision]] = {}
     for path, module, leaf, parameter in all_parameters(model):
@@ -204,9 +204,9 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         if state is not None and decisions:
             rows.append(_row(layer_path(parameter_layer(path, leaf)), parameter, state, list(decisions.values())))
         elif isinstance(module, torch.nn.Linear) and leaf == "weight":
-            rows.append(_uncompiled(path, parameter, tree.layer(module, leaf)))
-        elif _stacks_matrices(parameter):
-            stacks.append((len(rows), join(path, leaf), parameter))
+            rows.append(_uncompiled(path, parameter, tree.layer(module, leaf), module))
+        elif leaf in dict(stacks(module)):
+            of_experts.append((len(rows), _uncompiled(join(path, leaf), parameter, tree.layer(module, leaf), module)))
     ordered = sorted(records, key=lambda record: record.serial)
     asked = [found for module in model.modules() if (found := record_of(module))]
     least = min(
@@ -214,9 +214,9 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
         + [found.options.get("min_features", Fp8Options.min_features) for found in asked],
         default=Fp8Options.min_features,
     )
-    for i, path, parameter in reversed(stacks):
-        if min(parameter.shape[-2:]) >= least:
-            rows.insert(i, _experts(path, parameter))
+    for i, row in reversed(of_experts):
+        if row.reason != eligible.EXPERTS or min(row.in_features, row.out_features) >= least:
+            rows.insert(i, row)
     for row in _without_parameter(ordered):
         _put(rows, row)
     limits = ", ".join(dict.fromkeys(record.last for record in ordered if record.last))
@@ -240,15 +240,20 @@ def report(model: torch.nn.Module, graphs: Collection[str] | None = None) -> Rep
     )
 
 
-def _uncompiled(path: str, weight: Tensor, layer: Layer) -> LayerReport:
-    """A linear that has run in no graph. Its weight may have been decided on when the model was loaded."""
-    prequantized = isinstance(weight, QuantizedWeight)
-    if is_lazy(weight) or weight.dim() != 2:
+def _uncompiled(path: str, weight: Tensor, layer: Layer, module: torch.nn.Module) -> LayerReport:
+    """A linear, or a stack of the matrices of experts, that has run in no graph.
+
+    Its weight may have been decided on when the model was loaded.
+    """
+    prequantized, linear = isinstance(weight, QuantizedWeight), isinstance(module, torch.nn.Linear)
+    if is_lazy(weight) or (linear and weight.dim() != 2):
         size = 0 if is_lazy(weight) else weight.nbytes
         reason = "weight has no values yet" if is_lazy(weight) else "weight is packed by another library"
         return LayerReport(layer_path(path), 0, 0, "unquantized", reason, "", (), size, size)
-    reason = "low-rank adapter" if layer.adapter else layer.recorded or NOT_COMPILED
-    out_features, in_features = weight.shape
+    otherwise = None if linear or prequantized else eligible.multiplied_otherwise(module)
+    reason = "low-rank adapter" if layer.adapter else layer.recorded or otherwise or NOT_COMPILED
+    features = weight.shape[-2:]
+    out_features, in_features = features if linear else features[::-1]
     return LayerReport(
         path=layer_path(path),
         in_features=in_features,
@@ -259,19 +264,6 @@ def _uncompiled(path: str, weight: Tensor, layer: Layer) -> LayerReport:
         rows=(),
         bytes_before=_original_bytes(weight),
         bytes_after=weight.nbytes,
-    )
-
-
-def _stacks_matrices(parameter: Tensor) -> bool:
-    """Whether ``parameter`` may hold a matrix per expert. A stack of one is a table of positions or queries."""
-    return not is_lazy(parameter) and parameter.dim() == 3 and len(parameter) > 1 and parameter.is_floating_point()
-
-
-def _experts(path: str, weights: Tensor) -> LayerReport:
-    """Matrices in one parameter, which no linear reads; most of the bytes of a model that has them."""
-    out_features, in_features = weights.shape[-2:]
-    return LayerReport(
-        layer_path(path), in_features, out_features, "unquantized", EXPERTS, "", (), weights.nbytes, weights.nbytes
     )
 
 

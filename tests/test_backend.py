@@ -364,7 +364,7 @@ def test_report_tells_of_experts(at_load: bool) -> None:
         "unquantized",
         "experts: a parameter of three dimensions",
     )
-    assert (experts.in_features, experts.out_features) == (2 * WIDTH, WIDTH)
+    assert (experts.in_features, experts.out_features) == (WIDTH, 2 * WIDTH)
     assert experts.bytes_before == experts.bytes_after == 4 * WIDTH * 2 * WIDTH * 2
     assert (proj.path, proj.decision) == ("0.proj", "quantized")
     assert report.totals["bytes_before"] == experts.bytes_before + proj.bytes_before
@@ -383,6 +383,7 @@ def test_report_tells_what_each_pass_did() -> None:
         ("quantize_linears", 8, ""),
         ("real_rotary", None, "disabled"),
         ("sigmoid_gelu", None, "not run by inner_backend 'aot_eager'"),
+        ("cast_after_sum", None, "not run by inner_backend 'aot_eager'"),
         ("e4m3_on_cpu", None, "not run by inner_backend 'aot_eager'"),
         ("one_fp8_copy", None, "not run by inner_backend 'aot_eager'"),
     ]
@@ -511,7 +512,7 @@ def test_a_second_process_compiles_from_the_cache(tmp_path: Path) -> None:
     assert "autograd_cache_miss" not in second
     before = (
         "plan_linears: 4 ; quantize_attention: 0 ; real_rotary: 0 ; rotary_pairs: 0 ; float32_attention: 0 ; "
-        "sigmoid_gelu: 0 ; quantize_linears: 4 ; e4m3_on_cpu"
+        "sigmoid_gelu: 0 ; cast_after_sum: 0 ; quantize_linears: 4 ; e4m3_on_cpu"
     )
     # How many casts there are depends on the CPU.
     assert re.search(rf"{re.escape(before)}: [1-9]\d* ; one_fp8_copy: 0 ;", first)

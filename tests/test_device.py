@@ -13,7 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fp8_compile import block_scales, numerics
 from fp8_compile.device import refusal
 from fp8_compile.schemes import Call
-from fp8_compile.schemes.fp8 import BLOCK_SIZES, BLOCKS, ROWWISE, ROWWISE_UNFUSED_SCALES, TENSORWISE, WEIGHT_ONLY, Fp8
+from fp8_compile.schemes.fp8 import (
+    BLOCK_SIZES,
+    BLOCKS,
+    EXPERTS,
+    ROWWISE,
+    ROWWISE_UNFUSED_SCALES,
+    TENSORWISE,
+    WEIGHT_ONLY,
+    Fp8,
+)
 
 CPU = torch.device("cpu")
 
@@ -111,3 +120,15 @@ def test_a_size_known_only_at_run_time_is_asked_of_small_and_large_ones() -> Non
 def test_real_tensors_are_used_within_a_fake_mode() -> None:
     with FakeTensorMode():
         assert refusal(Fp8(), refusing(257), CPU, 100, (64, 32), torch.bfloat16, False) is not None
+
+
+def test_a_kernel_for_experts_is_compared() -> None:
+    asked = (CPU, 60, (64, 32), torch.bfloat16, False, 6)
+    assert refusal(Fp8(), EXPERTS, *asked) is None
+
+    def shifted(x: Any, weight: Tensor, *more: Any) -> Tensor:
+        return numerics.grouped_then_scale(x, weight.roll(1, 0), *more)
+
+    reason = refusal(Fp8(), replace(EXPERTS, linear=shifted), *asked)
+    assert reason is not None
+    assert reason.startswith("cpu refuses 40 x 64 by 64 x 32: a result is wrong by")  # tokens of 4 of the 6 experts

@@ -24,6 +24,7 @@ from ..patterns import join as join_path
 from ..quantize import choose, remember
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_named
 from ..schemes.fp8 import INPUT_SCALE
+from ..weights.eligible import multiplied_otherwise
 from ..weights.quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .files import write_tensors
 from .formats import COMFY_FORMAT, FORMATS, tensors_of
@@ -450,7 +451,9 @@ def load_fp8_checkpoint(
     tie(model, [[new for name in names if (new := rename(name)) is not None] for names in tied_in(files)])
     choices = choose(model, Fp8Options(min_features=1))
     for choice in choices:
-        choice.reason = "not in FP8 in the checkpoint"
+        # Experts that nothing multiplies in FP8 are in the files, and not so in the model.
+        if not any(isinstance(found.get(name), QuantizedWeight) for name in choice.parameters):
+            choice.reason = "not in FP8 in the checkpoint"
     if any(isinstance(value, QuantizedWeight) for value in found.values()):
         for hook in quantize.on_converted:
             hook(model, Fp8Options())
@@ -674,9 +677,9 @@ def _fill(model: nn.Module, found: Mapping[str, Tensor]) -> None:
 
 
 def parameter_of(value: Tensor, module: nn.Module, dtype: torch.dtype) -> nn.Parameter:
-    """The parameter of ``module`` that ``value`` becomes: a quantized weight only in a linear."""
+    """The parameter of ``module`` that ``value`` becomes: a quantized weight only where one is multiplied as such."""
     if isinstance(value, QuantizedWeight):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or (value.dim() == 3 and multiplied_otherwise(module) is None):
             return QuantizedWeight(value)  # type: ignore[return-value]
         value = value.dequantize()
     return nn.Parameter(value.to(dtype), requires_grad=False)

@@ -62,12 +62,13 @@ class Rows(Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = args[0]
+        rows = (0, -(given[0] if isinstance(given, (list, tuple)) else given).dim())  # of a stack, experts
         try:
             if func in _SAME:
                 return cls(given.scheme, given.parts, given.shape, given.dtype)
-            if func in _TAKING and _dim(args, kwargs or {}, _TAKING[func]) in (0, -2):
+            if func in _TAKING and _dim(args, kwargs or {}, _TAKING[func]) in rows:
                 return _taken(given, lambda tensor: func(tensor, *args[1:], **(kwargs or {})))
-            if func is _aten.cat.default and _dim(args, kwargs or {}, 1) in (0, -2):
+            if func is _aten.cat.default and _dim(args, kwargs or {}, 1) in rows:
                 return _together(given)
         except _NotByRowsError:
             pass

@@ -34,7 +34,7 @@ from ..errors import (
     OptionError,
 )
 from ..options import COMMON, RECOMMENDED, WEIGHT_OPTIONS, Fp8Options
-from ..patterns import layer_path
+from ..patterns import layer_path, parameter_layer
 from ..quantize import Choice, check_at_load, check_choices, check_scales, choose, convert, quantized
 from ..schemes import DEFAULT_METHOD, Scheme, scheme_for, scheme_named
 from ..weights import eligible
@@ -208,13 +208,13 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
             return
         choices = self._choices(model)
         for choice in choices:
-            if choice.pattern is None and any(f"{path}.weight" in self._fp8 for path in choice.paths):
+            if choice.pattern is None and not self._fp8.isdisjoint(choice.parameters):
                 choice.reason = None  # it is in FP8, however narrow
-        unquantized = (c for c in choices if not any(f"{path}.weight" in self._fp8 for path in c.paths))
+        unquantized = (choice for choice in choices if self._fp8.isdisjoint(choice.parameters))
         check_scales(model, unquantized, self.options)
         check_choices(choices, self.options)
-        self._wanted = {f"{path}.weight": c for c in choices if c.reason is None for path in c.paths}
-        self._ignored = {f"{path}.weight" for c in choices if c.pattern is not None for path in c.paths}
+        self._wanted = {name: c for c in choices if c.reason is None for name in c.parameters}
+        self._ignored = {name for c in choices if c.pattern is not None for name in c.parameters}
 
     def _choices(self, model: nn.Module) -> list[Choice]:
         choices = choose(model, self.options)
@@ -257,7 +257,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
             if param_name in self._ignored:  # asked to be no FP8: the numbers that it stands for
                 param_value = param_value.dequantize()
             elif not self._saved_so:
-                entry = eligible.entry_of(Layer((layer_path(path),)), self.options)
+                entry = eligible.entry_of(Layer((layer_path(parameter_layer(path, leaf)),)), self.options)
                 check_agreement(self.options, param_value.scheme, entry)
             made = parameter_of(param_value.to(target_device), module, param_value.dtype)
         else:
@@ -272,11 +272,11 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
         tie(model, tied_in(self._files))
         choices = self._choices(model)
         for choice in choices:
-            if choice.reason is None and f"{choice.paths[0]}.weight" not in self._wanted:
+            if choice.reason is None and choice.parameters[0] not in self._wanted:
                 choice.reason = "not in FP8 in the checkpoint"
         for choice in choices:
-            if choice.reason is None and choice.weight.is_meta and not hasattr(choice.modules[0], "_hf_hook"):
-                name = f"{choice.paths[0]}.weight"
+            if choice.reason is None and choice.weight.is_meta and not hasattr(choice.owners[0][0], "_hf_hook"):
+                name = choice.parameters[0]
                 raise CheckpointError(f"tensor {name!r} is missing", self._files, name)
         finish(model, choices, self.options)
         if self._saved_so and not any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters()):

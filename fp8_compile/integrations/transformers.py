@@ -56,7 +56,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
         choices = choose(model, self.options)
         check_scales(model, choices, self.options)
         check_choices(choices, self.options)
-        self._wanted = {f"{path}.weight": c for c in choices if c.reason is None for path in c.paths}
+        self._wanted = {name: c for c in choices if c.reason is None for name in c.parameters}
         return model
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:

@@ -35,6 +35,7 @@ class Decision:
         pattern: the entry of ``ignored_layers``, or of ``layers``, that lets it stay, or None.
         verdict: what was decided because of which layer it is (`fp8_compile.weights.marks`); None if another layer, of
             whichever name, would run just the same.
+        experts: how many matrices its weight is a stack of; None if that is one matrix.
         tracked: whether the report follows the weight. Adapters' weights are swapped and resized by their owners,
             which a weak reference to them would forbid (``torch.utils.swap_tensors``).
     """
@@ -53,6 +54,7 @@ class Decision:
     pattern: str | None = None
     rows: int | None = None
     verdict: str | None = None
+    experts: int | None = None
     tracked: bool = True
 
     @property
@@ -138,7 +140,7 @@ class Constants:
     Attributes:
         weight: name of the parameter's placeholder in the original graph.
         scheme: what makes them.
-        transposed: the parameter is stored ``[K, N]``.
+        transposed: the parameter is stored ``[K, N]``, or ``[E, K, N]``.
         placeholders: their names in the rewritten graph, in the order of ``scheme.specs``.
         prequantized: the parameter is a `QuantizedWeight`, and the constants are the tensors in it. The placeholders of
             these come before those of the others.
@@ -151,8 +153,11 @@ class Constants:
     prequantized: bool = False
 
 
-Refusal = Callable[[Scheme, Call, torch.device, int | torch.SymInt, tuple[int, int], torch.dtype, bool], str | None]
-"""Why a device cannot run a call on so many rows and features of a dtype, with a bias or without, or None."""
+Refusal = Callable[
+    [Scheme, Call, torch.device, int | torch.SymInt, tuple[int, int], torch.dtype, bool, int | None], str | None
+]
+"""Why a device cannot run a call on so many rows and features of a dtype, with a bias or without, and of so many
+experts, if any; or None."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Find the linear layers of a graph, in whichever way they were written."""
+"""Find the linear layers of a graph, in whichever way they were written, and what multiplies by experts' matrices."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class Linear:
             parameter.
         transposed: the parameter is stored input features first (transformers' ``Conv1D``).
         bias: ``[N]`` or None.
+        offs: of a `grouped_mm`, whose weight is a stack of such matrices, one for each expert: where in the input each
+            expert's tokens end, ``[E]``; None if it has none.
     """
 
     node: Node
@@ -34,16 +36,22 @@ class Linear:
     weight: Node
     transposed: bool
     bias: Node | None = None
+    offs: Node | None = None
 
     @property
     def features(self) -> tuple[int, int]:
-        """Input and output features; (0, 0) if the weight is no matrix."""
+        """Input and output features; (0, 0) if the weight is no matrix, nor a stack of them."""
         features = features_of(self.weight)
         return features[::-1] if self.transposed else features
 
     @property
     def unusual(self) -> str | None:
         """Why this is no plain linear after all, or None."""
+        if _is_grouped(self.node):
+            x, weight = (example(node).dim() for node in (self.input, self.weight))
+            if (x, weight) != (2, 3):
+                return f"grouped_mm of {x} and {weight} dimensions, not 2 and 3"
+            return None if self.bias is None else "grouped_mm with a bias"
         if len(example(self.weight).shape) != 2:
             return "weight is not a matrix"
         if self.node.kwargs.get("out") is not None:
@@ -56,16 +64,22 @@ class Linear:
         return None
 
     @property
+    def experts(self) -> int | None:
+        """How many matrices the weight is a stack of; None if it is a matrix."""
+        shape = example(self.weight).shape
+        return int(shape[0]) if len(shape) == 3 else None
+
+    @property
     def _is_function(self) -> bool:
         return is_call(self.node, torch.nn.functional.linear, "linear")
 
 
 def features_of(weight: Node) -> tuple[int, int]:
-    """Input and output features of ``weight``, ``[N, K]``; (0, 0) if it is no matrix."""
+    """Input and output features of ``weight``, ``[N, K]`` or a stack of such; (0, 0) if it is something else."""
     shape = getattr(example(weight), "shape", ())
-    if len(shape) != 2:
+    if len(shape) not in (2, 3):
         return 0, 0
-    out_features, in_features = (int(size_hint(size)) for size in shape)
+    out_features, in_features = (int(size_hint(size)) for size in shape[-2:])
     return in_features, out_features
 
 
@@ -73,7 +87,7 @@ def find_linears(graph: Graph) -> Iterator[Linear]:
     """All linears of ``graph``, in its order.
 
     ``F.linear`` always is one. ``mm``, ``matmul`` and ``addmm`` are if their right operand is a parameter, be it behind
-    transpositions; otherwise they are products of activations, such as attention's.
+    transpositions; otherwise they are products of activations, such as attention's. ``grouped_mm`` always is one.
     """
     for node in graph.nodes:
         linear = as_linear(node)
@@ -91,6 +105,11 @@ def as_linear(node: Node) -> Linear | None:
         x, weight, bias = (_argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
         origin, transposed = _origin(weight)
         return Linear(node, x, origin, transposed, bias)
+    if _is_grouped(node):
+        x, weight = (_argument(node, i, name) for i, name in enumerate(("self", "mat2")))
+        origin, transposed = _origin(weight)
+        offs, bias = (_argument(node, i, name) for i, name in ((2, "offs"), (3, "bias")))
+        return Linear(node, x, origin, not transposed, bias, offs)
     if is_call(node, torch.addmm, "addmm"):
         bias, x, weight = (_argument(node, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
     elif any(is_call(node, *way) for way in _PRODUCTS):
@@ -102,6 +121,11 @@ def as_linear(node: Node) -> Linear | None:
         return None
     origin, transposed = _origin(weight)
     return Linear(node, x, origin, not transposed, bias) if _is_matrix_parameter(origin) else None
+
+
+def _is_grouped(node: Node) -> bool:
+    """Whether ``node`` is what Dynamo makes of ``torch.nn.functional.grouped_mm``."""
+    return is_call(node, torch._grouped_mm, "_grouped_mm")
 
 
 def other_readers(graph: Graph, is_weight: Callable[[Node], bool]) -> Iterator[tuple[Node, Node]]:
@@ -201,19 +225,21 @@ _PROPERTIES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)
 
 
 def _is_transposition(node: Node) -> bool:
-    if not isinstance(example(node), torch.Tensor) or example(node).dim() != 2:
+    """Of a matrix, or of all those in a stack."""
+    count = example(node).dim() if isinstance(example(node), torch.Tensor) else 0
+    if count not in (2, 3):
         return False
     if (
-        is_call(node, torch.t, "t")
-        or (node.target is getattr and node.args[1] in ("T", "mT"))
-        or node.target in _PROPERTIES
+        (is_call(node, torch.t, "t") and count == 2)
+        or (node.target is getattr and node.args[1] in ("T", "mT")[count - 2 :])
+        or node.target in _PROPERTIES[count - 2 :]
     ):
         return True
     given = [*node.args[1:], *node.kwargs.values()]
-    dims = [d % 2 for arg in given for d in (arg if isinstance(arg, list | tuple) else [arg]) if isinstance(d, int)]
+    dims = [d % count for arg in given for d in (arg if isinstance(arg, list | tuple) else [arg]) if isinstance(d, int)]
     if is_call(node, torch.transpose, "transpose"):
-        return sorted(dims) == [0, 1]
-    return is_call(node, torch.permute, "permute") and dims == [1, 0]
+        return sorted(dims) == [count - 2, count - 1]
+    return is_call(node, torch.permute, "permute") and dims == [*range(count - 2), count - 1, count - 2]
 
 
 def _is_identity(node: Node, source: Node) -> bool:

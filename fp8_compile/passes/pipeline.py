@@ -14,6 +14,7 @@ from typing import Literal
 from torch.fx import Graph, GraphModule
 
 from . import spec
+from .cast_after_sum import cast_after_sum
 from .context import Context, PassResult
 from .e4m3_on_cpu import e4m3_on_cpu
 from .float32_attention import float32_attention
@@ -38,7 +39,8 @@ class Pass:
     Attributes:
         reason: for its place in the order.
         optional: whether ``disabled_passes`` may name it.
-        fuses: it makes several operators of one, for a compiler that fuses them; others than Inductor do without it.
+        fuses: it makes several operators of one, for a compiler that fuses them, or goes around an error of Inductor's;
+            others do without it.
     """
 
     run: Callable[[Graph, Context], int]
@@ -64,6 +66,7 @@ PASSES = (
     Pass(rotary_pairs, "dynamo", "the same, for other spellings"),
     Pass(float32_attention, "dynamo", "runs only where an option asks for it; no other pass touches attention"),
     Pass(sigmoid_gelu, "dynamo", "Inductor decomposes GELU before its own passes; no pass knows it", fuses=True),
+    Pass(cast_after_sum, "dynamo", "as sigmoid_gelu; touches offsets only", optional=False, fuses=True),
     Pass(quantize_linears, "dynamo", "carries out the plan, which no earlier pass may outdate", optional=False),
     Pass(e4m3_on_cpu, "post_grad", "touches CPUs only, and the next one GPUs only", fuses=True),
     Pass(one_fp8_copy, "post_grad", "last: earlier passes of Inductor's read the metadata that it takes away"),

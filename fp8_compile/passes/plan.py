@@ -121,6 +121,7 @@ def _decide(linear: Linear, written: str | None, context: Context) -> Decision:
         pattern=eligible.pattern_of(layer, options),
         rows=None if math.isinf(rows) else int(rows),
         verdict=marks.verdict(layer, options) if named else None,
+        experts=linear.experts,
         tracked=not layer.adapter,
     )
 
@@ -132,9 +133,12 @@ def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None
     """
     x = example(linear.input)
     reason = refused = None
-    for call in scheme.for_call(rows_of_a_sample(x.shape), x.device):
+    rows, experts = rows_of_a_sample(x.shape), linear.experts
+    for call in scheme.for_call(rows, x.device) if experts is None else scheme.for_experts(rows, x.device):
         if call.linear is None:
             return None, call.reason
+        if experts is not None and call.reason and not isinstance(example(linear.weight), QuantizedWeight):
+            return None, call.reason  # all experts' matrices are read, so there is no time to be won by it
         if ONES in call.takes and row_count(x.shape) > MOST_ROWS:
             reason = f"more than {MOST_ROWS} rows"
             refused = refused or reason
@@ -148,7 +152,8 @@ def _call(linear: Linear, scheme: Scheme, context: Context) -> tuple[Call | None
         if context.refusal is None or scheme.input_scale_missing:  # an error, when all layers of its kind are known
             return call, None if call.quantize else refused or call.reason or None
         bias = linear.bias is not None
-        reason = context.refusal(scheme, call, x.device, math.prod(x.shape[:-1]), linear.features, x.dtype, bias)
+        size = math.prod(x.shape[:-1])
+        reason = context.refusal(scheme, call, x.device, size, linear.features, x.dtype, bias, experts)
         if reason is None:
             return call, None if call.quantize else refused or call.reason or None
         refused = refused or reason

@@ -22,6 +22,11 @@ its readers must have, and ones (`fp8_compile.schemes.Call`)::
 
     (2) q = quantize_static_rowwise(x, to_q_input_scale, ones)
 
+A ``grouped_mm`` of the matrices of experts becomes, with constants that are stacks of each matrix's::
+
+    (2) q = quantize_rowwise(x)
+    (3) y = grouped_linear(q, gate_up_proj, gate_up_proj_scale, offs, torch.bfloat16)
+
 It refuses nothing; what must stay is not in the plan. A linear whose input may have been written into since it was
 quantized gets a quantization of its own.
 """
@@ -100,7 +105,8 @@ class _Rewriter:
         named = dict(zip(scheme.specs(1, 1), operands, strict=True))
         with self._graph.inserting_before(node):
             x = self._quantize(linear, how, scheme.constants_key() if how.takes else None, named)
-        substitute(node, how.linear, x, *how.operands_of(named), linear.bias, example(node).dtype)
+        added = linear.bias if linear.experts is None else linear.offs
+        substitute(node, how.linear, x, *how.operands_of(named), added, example(node).dtype)
 
     def _quantize(self, linear: Linear, how: Call, same: Any, constants: Mapping[str, Node]) -> Node:
         """The activation as ``how`` wants it; linears share one where they also agree in ``same``."""
@@ -132,7 +138,7 @@ class _Rewriter:
         prequantized = isinstance(weight, QuantizedWeight)
         in_features, out_features = linear.features
         nodes = []
-        for i, (name, spec) in enumerate(scheme.specs(out_features, in_features).items()):
+        for i, (name, spec) in enumerate(scheme.specs_of(out_features, in_features, linear.experts).items()):
             if prequantized:
                 value = weight.constants[i]
             else:
@@ -140,7 +146,8 @@ class _Rewriter:
                 value = FakeTensor(weight.fake_mode, made, weight.device)
             with self._graph.inserting_after(self._last[prequantized]):
                 suffix = f"_{name}" if i else ""
-                new = self._graph.placeholder(re.sub(r"\W", "_", f"{path}.weight{suffix}".lstrip(".")))
+                of_parameter = path if linear.experts else f"{path}.weight".lstrip(".")
+                new = self._graph.placeholder(re.sub(r"\W", "_", f"{of_parameter}{suffix}"))
             new.meta = {"example_value": value, **_STATIC}
             new.target = new.name  # one weight read in both layouts asks for the same name twice
             new._dynamo_source = None

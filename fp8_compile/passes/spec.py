@@ -61,7 +61,8 @@ def check(graph: Graph, context: Context, stage: str, after: str, before: Set[No
 def _specs(context: Context, constants: Constants) -> list[Spec]:
     key = constants.weight, constants.transposed
     decision = next(d for d in context.plan.quantized if (d.weight, d.transposed) == key)
-    return list(constants.scheme.specs(decision.out_features, decision.in_features).values())
+    made = constants.scheme.specs_of(decision.out_features, decision.in_features, decision.experts)
+    return list(made.values())
 
 
 def _returns_a_tensor(node: Node) -> bool:

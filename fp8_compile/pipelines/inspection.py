@@ -18,6 +18,7 @@ from ..quantize import quantize_
 from ..recipes import recipe_of, recommended
 from ..report import LayerReport, report
 from ..schemes import Scheme
+from ..weights.layers import stacks
 from ..weights.quantized_weight import QuantizedWeight
 from .denoisers import DENOISERS, PipelineError
 from .session import DTYPES, pipeline_index
@@ -131,12 +132,14 @@ def _plan(name: str, kind: str, source: str, options: Mapping[str, Any], dtype: 
             if parameter.is_floating_point() and stay.isdisjoint([*path.split("."), leaf]):
                 part._parameters[leaf] = nn.Parameter(parameter.to(dtype), requires_grad=False)
     before = sum(parameter.nbytes for parameter in module.parameters())
-    weights = [part.weight.nbytes for part in module.modules() if isinstance(part, nn.Linear)]
+    linears = [part.weight.nbytes for part in module.modules() if isinstance(part, nn.Linear)]
+    experts = [stack.nbytes for part in module.modules() for _, stack in stacks(part)]
     if not held:
         quantize_(module, options)
     for weight, scheme in held.items():
-        owner = module.get_submodule(weight.rpartition(".")[0])
-        owner._parameters["weight"] = QuantizedWeight.quantize(owner.weight, scheme)  # type: ignore[assignment, arg-type]
+        path, _, leaf = weight.rpartition(".")
+        owner = module.get_submodule(path)
+        owner._parameters[leaf] = QuantizedWeight.quantize(owner.get_parameter(leaf), scheme)  # type: ignore[assignment]
     recipe, keep = recipe_of(module), recommended(module)
     whose = "its recipe" if recipe is not None else "outside of its repeated blocks" if keep else "no recipe"
     return DenoiserPlan(
@@ -145,7 +148,7 @@ def _plan(name: str, kind: str, source: str, options: Mapping[str, Any], dtype: 
         report(module).layers,
         before,
         sum(parameter.nbytes for parameter in module.parameters()),
-        max(weights, default=0),
+        max([*linears, *experts], default=0),
         keep,
         f"{whose}: {recipe.says}" if recipe is not None else whose,
         len(held),

@@ -147,8 +147,11 @@ def is_fake(weight: Tensor) -> bool:
 
 
 def _make(scheme: Scheme, weight: Tensor, transposed: bool) -> tuple[Tensor, ...]:
-    """The constants of ``weight``, ``[N, K]``, or ``[K, N]`` if ``transposed``; fake ones if it is fake."""
+    """The constants of ``weight``, ``[N, K]``, or ``[K, N]`` if ``transposed``, or a stack of such; fake ones if it is
+    fake."""
     with torch.no_grad():
+        if weight.dim() == 3:
+            return scheme.quantize_stack(weight, transposed)
         return scheme.quantize_weight(weight.t().contiguous() if transposed else weight.contiguous())
 
 

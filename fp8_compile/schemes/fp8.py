@@ -213,6 +213,20 @@ class Fp8(Scheme):
             enough = (ROWWISE, ROWWISE_UNFUSED_SCALES) if self.granularity == "row" else (TENSORWISE,)
         return few_rows(m, self.min_m, self.small_m, weight_only) or enough
 
+    @property
+    def no_experts(self) -> str | None:
+        if self.static or self.granularity != "row" or self.weight_block_size is not None:
+            return f"experts: with a scale per row and dynamic activations only, not {self.label}"
+        return None
+
+    def for_experts(self, m: float, device: torch.device) -> tuple[Call, ...]:
+        # Whatever min_m: a token more or less for one expert shall not decide how all run.
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            return (EXPERTS_DECODED,)
+        if self.activation_scheme == "none":
+            return (EXPERTS_DEQUANTIZED,)
+        return (high_precision("number of rows is known only at run time"),) if m == math.inf else (EXPERTS,)
+
     def check_at_load(self) -> None:
         check_few_rows_at_load(self.small_m)
 
@@ -231,6 +245,15 @@ class Fp8(Scheme):
 
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[Scheme, tuple[Tensor, ...]]:
         qdata, scale = tensors[""], tensors["_scale"]
+        if qdata.dim() == 3 and self.no_experts is None:
+            if scale.shape != (*qdata.shape[:2], 1):
+                raise QuantizedWeightError(
+                    f"has shape {list(scale.shape)}; the scale of experts of shape {list(qdata.shape)} has one of "
+                    f"{[*qdata.shape[:2], 1]}",
+                    "_scale",
+                )
+            scheme, constants = self.read({"": qdata.flatten(0, 1), "_scale": scale.flatten(0, 1)})
+            return scheme, tuple(constant.view(*qdata.shape[:2], -1) for constant in constants)
         if qdata.dim() != 2:
             raise QuantizedWeightError(f"has FP8 values of shape {list(qdata.shape)}, which are no matrix")
         n, k = qdata.shape
@@ -330,5 +353,9 @@ _NO_CORES = "weight-only: no FP8 cores; method='int8' is the fast one on this GP
 DECODED = Call("fp8-weight-only", numerics.decoded_linear, operands=("qdata", "scale"), reason=_NO_CORES)
 DECODED_BLOCKS = Call("fp8-weight-only", block_scales.decoded_linear, reason=_NO_CORES)
 WEIGHT_ONLY_BLOCKS = Call("fp8-weight-only", block_scales.blockwise_weight_only_linear)
+# The matrices of experts. The kernel is one of Hopper's, and young, so it is checked.
+EXPERTS = Call("fp8-row", numerics.grouped_linear, numerics.quantize_rowwise, reference=numerics.grouped_then_scale)
+EXPERTS_DEQUANTIZED = Call("fp8-weight-only", numerics.grouped_dequantized)
+EXPERTS_DECODED = Call("fp8-weight-only", numerics.grouped_decoded, reason=_NO_CORES)
 # For devices without a kernel for blocks: all but Hopper.
 DEQUANTIZED_BLOCKS = Call("fp8-weight-only", block_scales.dequantized_linear)

@@ -42,7 +42,7 @@ class Call:
     Attributes:
         name: what the report shows.
         linear: ``(activation, *operands, bias | None, dtype)`` to ``[..., N]`` in ``dtype``; None if the linear runs
-            as it is written, on the weight that the constants stand for.
+            as it is written, on the weight that the constants stand for. Of experts, the offsets stand for the bias.
         quantize: an activation ``[..., K]``, and what ``takes`` names, to what ``linear`` takes; None if that is the
             activation itself.
         reason: why ``linear`` is None; or, where nothing is quantized for it, why that is all that the device can do.
@@ -129,6 +129,49 @@ class Scheme(abc.ABC):
             m: rows of the activation that belong to one sample, so that all batch sizes run alike; infinite if the
                 number of rows is known only at run time.
         """
+
+    @property
+    def no_experts(self) -> str | None:
+        """Why the matrices of experts that one parameter holds cannot have this scheme, or None.
+
+        Who returns None has constants with a row for each of the weight's: those of a stack are those of each matrix.
+        """
+        return f"experts: not with method {self.method!r}"
+
+    def for_experts(self, m: float, device: torch.device) -> tuple[Call, ...]:
+        """`for_call` where `no_experts` is None: how a `grouped_mm` of ``m`` tokens of all experts runs.
+
+        The calls take constants of stacks (`specs_of`), and, in the place of a bias, where each expert's tokens end.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} does not say no_experts")
+
+    def specs_of(self, out_features: int, in_features: int, experts: int | None = None) -> dict[str, Spec]:
+        """`specs`; of a stack of so many such matrices, if there is a number: each constant is a stack, too."""
+        made = self.specs(out_features, in_features)
+        if experts is None:
+            return made
+        return {name: Spec((experts, *spec.shape), spec.dtype) for name, spec in made.items()}
+
+    def quantize_stack(
+        self, weights: Tensor, transposed: bool = True, device: torch.device | None = None
+    ) -> tuple[Tensor, ...]:
+        """The constants of the matrices of experts, one at a time, on ``device`` or where they are.
+
+        Args:
+            weights: ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``, as diffusers has them.
+        """
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        weights = weights.mT if transposed else weights
+        experts, n, k = weights.shape
+        specs = self.specs_of(n, k, experts)
+        made = tuple(weights.new_empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs.values())
+        if weights.is_meta or isinstance(weights, FakeTensor):  # nothing to compute of hundreds of experts
+            return made
+        for i, weight in enumerate(weights):
+            for stack, one in zip(made, self.quantize_in_chunks(weight, device), strict=True):
+                stack[i].copy_(one)
+        return made
 
     @classmethod  # noqa: B027
     def check_given(cls, options: Mapping[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Whether a linear may become FP8: one ordered list of checks, for graphs and for load time alike."""
+"""Whether a linear, or a stack of experts' matrices, may become FP8: one ordered list of checks, for graphs and for
+load time alike."""
 
 from __future__ import annotations
 
@@ -21,10 +22,10 @@ QUANTIZABLE_DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A linear that is decided on.
+    """A linear that is decided on, or what multiplies by the matrices of experts.
 
     Attributes:
-        weight: ``[N, K]``, or ``[K, N]`` if ``transposed``; fake in a graph.
+        weight: ``[N, K]``, or ``[K, N]`` if ``transposed``, or a stack of such; fake in a graph.
         layer: which layer it is.
         features: input and output features.
         transposed: the weight is stored input features first.
@@ -170,6 +171,20 @@ def handed_over(model: nn.Module) -> dict[int, str]:
     return found
 
 
+EXPERTS = "experts: a parameter of three dimensions"
+LOOP = f"{EXPERTS}, multiplied one by one; use_grouped_mm=True in the model's configuration multiplies all at once"
+
+
+def multiplied_otherwise(module: nn.Module) -> str | None:
+    """Why the stacks of experts' matrices in ``module`` are not multiplied by `grouped_mm`, or None if they are.
+
+    Told by the attribute that diffusers' modules of experts have, so that load time leaves what a graph would. Such
+    modules hold their matrices as ``[E, K, N]``.
+    """
+    grouped = getattr(module, "use_grouped_mm", None)
+    return None if grouped else EXPERTS if grouped is None else LOOP
+
+
 OUTSIDE = f"{RECOMMENDED}: outside of the repeated blocks"
 UNNAMED = "nothing names this layer, and a pattern may mean it"
 
@@ -180,8 +195,9 @@ def _written(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str |
 
 def _transposed(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
     """The scales of a quantized weight belong to what are input features here."""
-    exchanged = candidate.transposed and isinstance(candidate.weight, QuantizedWeight)
-    return "used with its features exchanged" if exchanged else None
+    if not isinstance(candidate.weight, QuantizedWeight):
+        return None
+    return "used with its features exchanged" if candidate.transposed != (candidate.weight.dim() == 3) else None
 
 
 def _subclass(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | None:
@@ -209,6 +225,8 @@ def _scheme(candidate: Candidate, options: Fp8Options, scheme: Scheme) -> str | 
     if isinstance(candidate.weight, QuantizedWeight):
         return None  # how it runs is another question
     in_features, out_features = candidate.features
+    if candidate.weight.dim() == 3 and scheme.no_experts is not None:
+        return scheme.no_experts
     return scheme.reason(out_features, in_features, candidate.weight.dtype)
 
 

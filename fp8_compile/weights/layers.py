@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..patterns import is_adapter, join, layer_path, parameter_layer, spellings
@@ -35,7 +36,7 @@ NO_RECORD = "the model holds quantized weights, and no record of what was to be 
 
 @dataclass(frozen=True)
 class Layer:
-    """The linears that one parameter is the weight of.
+    """The linears that one parameter is the weight of; or what multiplies by the stack of matrices that it is.
 
     Attributes:
         paths: of these linears in the outermost module that is running, as `layer_path` gives them.
@@ -106,7 +107,7 @@ class Tree:
 
     Attributes:
         marked: for which options its modules bear marks (`fp8_compile.weights.marks`).
-        count: of the root's linears that are no adapters.
+        count: of the root's linears that are no adapters, and its stacks of experts.
         names: all that a pattern may match: their paths.
         others: the same of its other matrices, which a graph may find to be those of linears.
         attentions: the same of the attentions that its linears may feed.
@@ -119,7 +120,7 @@ class Tree:
         self._root = weakref.ref(root)
         self.marked: set[str] = set()
         self.count = 0
-        unrecorded, linears, others = False, [], []
+        unrecorded, linears, experts, others = False, [], [], []
         places: dict[str, _Place] = {}
         for raw, around in walk(root):
             module = around[-1]
@@ -129,9 +130,13 @@ class Tree:
             if linear and not is_adapter(raw):
                 self.count += len(self._places[module]) == 1
                 linears += [place.path, place.regional]
+            stacked = [] if is_adapter(raw) else [leaf for leaf, _ in stacks(module)]
+            self.count += len(stacked) * (len(self._places[module]) == 1)
             for leaf, weight in module._parameters.items():
                 if is_matrix(weight):
-                    if not (linear or is_adapter(raw)):
+                    if leaf in stacked:
+                        experts += [parameter_layer(place.path, leaf), parameter_layer(place.regional, leaf)]
+                    elif not (linear or is_adapter(raw)):
                         others += [parameter_layer(place.path, leaf), parameter_layer(place.regional, leaf)]
                     owners.setdefault(id(weight), {})[id(module), leaf] = weakref.ref(module), leaf
                     unrecorded |= isinstance(weight, QuantizedWeight) and place.record is None
@@ -140,8 +145,8 @@ class Tree:
         self._ties = {key: list(all_of.values()) for all_of in owners.values() if len(all_of) > 1 for key in all_of}
         self._unrecorded = unrecorded
         self.has_recipe = any(place.recipe is not None or place.blocks for place in places.values())
-        self.names, self.others = _all_names(linears), _all_names(others)
-        parents = (name.rpartition(".")[0] for name in self.names)
+        self.names, self.others = _all_names([*linears, *experts]), _all_names(others)
+        parents = (name.rpartition(".")[0] for name in _all_names(linears))
         self.attentions = tuple(dict.fromkeys(join(parent, SDPA) for parent in parents))
 
     @staticmethod
@@ -247,8 +252,25 @@ def all_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Pa
 
 
 def is_matrix(weight: nn.Parameter | None) -> bool:
-    """Whether ``weight`` may be that of a linear."""
-    return weight is not None and not is_lazy(weight) and weight.dim() == 2
+    """Whether ``weight`` may be that of a linear, or a stack of the matrices of experts."""
+    return weight is not None and not is_lazy(weight) and (weight.dim() == 2 or _is_stack(weight))
+
+
+def stacks(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of ``module`` that may be stacks of the matrices of experts, ``[E, K, N]``, by name."""
+    for leaf, parameter in module._parameters.items():
+        if (
+            parameter is not None
+            and not isinstance(module, _ConvNd)
+            and not is_lazy(parameter)
+            and _is_stack(parameter)
+        ):
+            yield leaf, parameter
+
+
+def _is_stack(weight: Tensor) -> bool:
+    """A stack of one is a table of positions or queries."""
+    return weight.dim() == 3 and len(weight) > 1 and weight.is_floating_point()
 
 
 _trees: weakref.WeakKeyDictionary[nn.Module, Tree] = weakref.WeakKeyDictionary()

@@ -42,11 +42,11 @@ class Identity:
 
 
 class QuantizedWeight(Tensor):
-    """A weight ``[N, K]``, quantized.
+    """A weight ``[N, K]``, quantized; or the matrices of experts, ``[E, K, N]``, as diffusers stacks them.
 
     Attributes:
         constants: in the order of ``scheme.specs``; each is also an attribute by the name that it has there, for
-            example ``qdata`` and ``scale``.
+            example ``qdata`` and ``scale``. Of a stack, those of each matrix ``[N, K]``, stacked.
 
     Args:
         scheme: what the constants are and mean; or another `QuantizedWeight`, whose memory the new parameter shares.
@@ -80,7 +80,12 @@ class QuantizedWeight(Tensor):
         shape = _checked_shape(scheme, constants, dtype)
         with torch.inference_mode(False):  # an inference tensor could not be moved or written outside of that mode
             made = Tensor._make_wrapper_subclass(
-                cls, shape, strides=(shape[1], 1), dtype=dtype, device=constants[0].device, requires_grad=requires_grad
+                cls,
+                shape,
+                strides=_strides(shape),
+                dtype=dtype,
+                device=constants[0].device,
+                requires_grad=requires_grad,
             )
         torch._C._set_throw_on_mutable_data_ptr(made)  # or else who reads its memory, which is none, reads address 0
         made._hold(scheme, constants)
@@ -92,12 +97,12 @@ class QuantizedWeight(Tensor):
 
     @classmethod
     def quantize(cls, weight: Tensor, scheme: Scheme, device: torch.device | None = None) -> QuantizedWeight:
-        """Quantize ``weight``, ``[N, K]``, floating point, as the backend would; on ``device``, or where it is.
+        """Quantize ``weight``, ``[N, K]`` or ``[E, K, N]``, as the backend would; on ``device``, or where it is.
 
-        The memory needed there beside the result is that of a few rows.
+        The memory needed there beside the result is that of a few rows, or of one expert.
 
         Raises:
-            QuantizedWeightError: ``weight`` is no floating-point matrix, or FP8 without a scale.
+            QuantizedWeightError: ``weight`` is no floating-point matrix, nor a stack of them, or FP8 without a scale.
         """
         return cls(scheme, _quantize(scheme, weight, device), weight.dtype)
 
@@ -105,7 +110,7 @@ class QuantizedWeight(Tensor):
         for name in vars(self).get("_names", ()):
             delattr(self, name)
         self.scheme, self.constants = scheme, tuple(constants)
-        self._names = list(scheme.specs(*self.shape))
+        self._names = list(scheme.specs(1, 1))
         for name, tensor in zip(self._names, constants, strict=True):
             setattr(self, name, tensor)
 
@@ -151,11 +156,15 @@ class QuantizedWeight(Tensor):
         )
 
     def dequantize(self) -> Tensor:
-        """The values that it stands for, in its dtype: ``[N, K]``."""
-        return self.scheme.dequantize(self.constants, self.dtype)
+        """The values that it stands for, in its dtype: ``[N, K]``, or ``[E, K, N]``."""
+        if self.dim() == 2:
+            return self.scheme.dequantize(self.constants, self.dtype)
+        rows = tuple(constant.flatten(0, 1) for constant in self.constants)
+        experts, k, n = self.shape
+        return self.scheme.dequantize(rows, self.dtype).view(experts, n, k).mT
 
     def assign_(self, values: Tensor) -> QuantizedWeight:
-        """Take over ``values``, ``[N, K]``: quantized, or as they are if their constants are made as these are.
+        """Take over ``values``, of its shape: quantized, or as they are if their constants are made as these are.
 
         Raises:
             QuantizedWeightError: the shapes differ, or ``values`` is FP8 without a scale.
@@ -240,24 +249,34 @@ def _quantize(scheme: Scheme, weight: Tensor, device: torch.device | None = None
     weight = weight.detach()
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize()
-    if weight.dim() != 2 or weight.dtype not in (*WEIGHT_DTYPES, torch.float64):
+    stacked = weight.dim() == 3 and scheme.no_experts is None
+    if not (weight.dim() == 2 or stacked) or weight.dtype not in (*WEIGHT_DTYPES, torch.float64):
         dtype = str(weight.dtype).removeprefix("torch.")
         raise QuantizedWeightError(
             f"{dtype} values of shape {list(weight.shape)} are no weight: expected a matrix of bfloat16, float16 or "
             "float32 (FP8 values with their scale are a QuantizedWeight)"
         )
     with torch.inference_mode(False), torch.no_grad():
-        return scheme.quantize_in_chunks(weight, device)
+        return scheme.quantize_stack(weight, device=device) if stacked else scheme.quantize_in_chunks(weight, device)
 
 
-def _checked_shape(scheme: Scheme, constants: Sequence[Tensor], dtype: torch.dtype) -> tuple[int, int]:
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a stack ``[E, K, N]``, those of its values, which are in memory as ``[E, N, K]``."""
+    *experts, rows, columns = shape
+    return (rows * columns, 1, rows) if experts else (columns, 1)
+
+
+def _checked_shape(scheme: Scheme, constants: Sequence[Tensor], dtype: torch.dtype) -> tuple[int, ...]:
     """The shape of the weight that ``constants`` stand for."""
     if dtype not in WEIGHT_DTYPES:
         valid = ", ".join(map(str, WEIGHT_DTYPES))
         raise QuantizedWeightError(f"dtype={dtype}: a quantized weight stands for one of {valid}")
-    shape = scheme.weight_shape(constants)
+    stacked = bool(constants) and scheme.no_experts is None and all(constant.dim() == 3 for constant in constants)
+    experts = constants[0].shape[0] if stacked else None
+    n, k = scheme.weight_shape([c.flatten(0, 1)[: c.shape[1]] for c in constants] if stacked else constants)
+    shape = (n, k) if experts is None else (experts, k, n)
     given = [(tuple(c.shape), c.dtype) for c in constants]
-    expected = {name: (spec.shape, spec.dtype) for name, spec in scheme.specs(*shape).items()}
+    expected = {name: (spec.shape, spec.dtype) for name, spec in scheme.specs_of(n, k, experts).items()}
     if given != list(expected.values()):
         raise QuantizedWeightError(
             f"constants of method {scheme.method!r} are {_listed(expected.items())} for a weight of shape "
@@ -300,8 +319,7 @@ def rebuild_quantized_weight(
         UnknownMethodError: no method of that name is registered.
     """
     scheme = scheme_named(method, options)
-    shape = scheme.weight_shape(constants)
-    made = [c.view(spec.dtype) for c, spec in zip(constants, scheme.specs(*shape).values(), strict=True)]
+    made = [c.view(spec.dtype) for c, spec in zip(constants, scheme.specs(1, 1).values(), strict=True)]
     return _flagged(QuantizedWeight(scheme, made, dtype), requires_grad, is_parameter)
 
 

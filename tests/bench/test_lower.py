@@ -211,3 +211,17 @@ def test_attention_in_fp8(tmp_path: Path, device: str, arguments: list[str], ker
     assert result["launches"] <= launches
     assert result["fallbacks"] == {}
     assert result["matmuls"] == {"float8_e4m3fn -> bfloat16": 5}
+
+
+@lowers
+@pytest.mark.slow
+def test_experts(tmp_path: Path) -> None:
+    """What gathers tokens for them, and what multiplies by the gate, quantizes as well."""
+    (found,) = lower(tmp_path, "--model", "nucleus-moe")
+    experts = [kernel for kernel in found["kernels"] if kernel["name"] == "_scaled_grouped_mm"]
+    assert [kernel["shape"] for kernel in experts] == [[32768, 2688, 2048], [32768, 2048, 1344]]
+    # Weights, activations and results, and the scales.
+    assert [round(kernel["bytes"] / 1e6) for kernel in experts] == [949, 532]
+    assert found["fp8_tensors"] == len(found["activations"]) == 8
+    assert found["round_trips"] == []
+    assert found["bytes"] - found["view_bytes"] <= 2.65e9

@@ -23,6 +23,9 @@ from fp8_compile.schemes.fp8 import (
     BLOCK_SIZES,
     BLOCKS,
     DEQUANTIZED_BLOCKS,
+    EXPERTS,
+    EXPERTS_DECODED,
+    EXPERTS_DEQUANTIZED,
     ROWWISE,
     ROWWISE_UNFUSED_SCALES,
     STATIC_ROWWISE,
@@ -84,6 +87,25 @@ def test_kernel_agrees_with_float64(
     expected = left @ (values.double() * scale.double()).t() + (0 if b is None else b.double())
     assert out.dtype == dtype
     assert sqnr(expected, out) > 44  # fast accumulation keeps 14 bits of the sums; bfloat16 alone would give 50
+
+
+@pytest.mark.parametrize("call", [EXPERTS, EXPERTS_DEQUANTIZED, EXPERTS_DECODED], ids=lambda c: c.linear.__name__)
+@pytest.mark.parametrize("features", [(64, 64), (2048, 2688), (1344, 2048)], ids=str)
+def test_experts_agree_with_float64(call: Call, features: tuple[int, int]) -> None:
+    """With experts of no token, of a few and of an odd number."""
+    (k, n), scheme, ends = features, Fp8(), [0, 3, 130, 131, 256]
+    if (reason := refusal(scheme, call, CUDA, 256, features, torch.bfloat16, False, len(ends))) is not None:
+        pytest.skip(reason)
+    x, w = gaussian(256, k), gaussian(len(ends), k, n)
+    values, scale = scheme.quantize_stack(w)
+    assert call.linear is not None
+    quantized = x if call.quantize is None else call.quantize(x)
+    offs = torch.tensor(ends, dtype=torch.int32, device=CUDA)
+    out = call.linear(quantized, values, scale, offs, torch.bfloat16)
+    left = x.double() if call.quantize is None else quantized[0].double() * quantized[1].double()
+    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        expected = left[start:end] @ (values[i].double() * scale[i].double()).t()
+        assert start == end or sqnr(expected, out[start:end]) > 44
 
 
 @pytest.mark.parametrize("call", [STATIC_ROWWISE, STATIC_UNFUSED, STATIC_TENSORWISE], ids=lambda c: c.name)

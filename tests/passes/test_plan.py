@@ -426,7 +426,7 @@ def refused(*calls: How) -> list[Decision]:
         return f"no {call.name}" if call in calls else None
 
     found = list(plan(capture(linear(64, 32), rand(2, 8, 64)), refusal).decisions)
-    assert set(asked) == {(Fp8(min_m=1), torch.device("cpu"), 16, (64, 32), torch.bfloat16, True)}
+    assert set(asked) == {(Fp8(min_m=1), torch.device("cpu"), 16, (64, 32), torch.bfloat16, True, None)}
     return found
 
 

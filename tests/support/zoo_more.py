@@ -950,6 +950,7 @@ SAMPLES: dict[str, Sample] = {
             "num_experts": 4,
             "capacity_factors": 2.0,
             "moe_intermediate_dim": 64,
+            "use_grouped_mm": True,
         },
         _nucleus,
     ),
