@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..options import AS_WRITTEN
 from .arguments import (
     DRAW,
     LARGEST_SEED,
@@ -454,6 +455,9 @@ def _object(
         "seconds": {**{name: round(spent, 3) for name, spent in seconds.items()}, "per_step": clock.seconds_per_step},
         "memory": _memory(session.device),
         "layers": {name: found.totals for name, found in reports.items()},
+        "attentions": {
+            name: dict(Counter(row.kernel or AS_WRITTEN for row in found.attentions)) for name, found in reports.items()
+        },
     }
 
 

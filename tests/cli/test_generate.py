@@ -51,14 +51,18 @@ def test_a_picture_is_made_again_from_itself_and_the_command_line_wins() -> None
     assert "it does not say what it was made with" in run("--from", "bare.png", status=2).output
 
 
+EMULATED = ["--attention", "fp8-emulated"]
+
+
 def test_one_object_for_many_pictures_and_nothing_else_on_stdout() -> None:
     Path("prompts.txt").write_text(f"{PROMPT}\n\ntwo small blue squares on a yellow background\n")
-    done = run("--prompts-file", "prompts.txt", "--seeds", "1,5", *QUICK, "--json", "--batch-size", 3)
+    done = run("--prompts-file", "prompts.txt", "--seeds", "1,5", *QUICK, "--json", "--batch-size", 3, *EMULATED)
     found = json.loads(done.stdout)
     assert [Path(each["path"]).name for each in found["files"]] == [f"out-{i}.png" for i in range(1, 5)]
     assert [each["seed"] for each in found["files"]] == [1, 5, 1, 5]
     assert all(Image.open(each["path"]).size == (each["width"], each["height"]) == (64, 64) for each in found["files"])
     assert found["layers"]["transformer"]["quantized"] == 28
+    assert found["attentions"] == {"transformer": {"fp8-emulated": 2}}
     assert {"load", "encode", "denoise", "decode", "compile", "per_step"} == set(found["seconds"])
     assert found["memory"]["process_peak"] > 0
     run("--from", "out-4.png", "--batch-size", 1, "--output", "again.png", "--quiet")
