@@ -38,8 +38,9 @@ def convert(
 ) -> None:
     """Write a pipeline, or its transformers, in FP8."""
     require("diffusers", extra="cli")
-    from ..integrations.checkpoints import OWN, save_fp8_checkpoint
+    from ..integrations.checkpoints import save_fp8_checkpoint
     from ..integrations.formats import FORMATS
+    from ..integrations.stored_weights import OWN
     from ..measure.results import check_writable
     from ..pipelines.session import Session
     from .progress import hush_libraries

@@ -40,21 +40,19 @@ from ..schemes import DEFAULT_METHOD, Scheme, scheme_for, scheme_named
 from ..weights import eligible
 from ..weights.layers import Layer
 from ..weights.quantized_weight import QuantizedWeight
-from .checkpoints import (
+from .checkpoints import layer_name, parameter_of, tie
+from .conversion import Rows
+from .stored_weights import (
     Names,
     check_complete,
     check_plain,
     holding,
     join,
-    layer_name,
     metadata_of,
-    parameter_of,
     schemes_in,
     split,
-    tie,
     tied_in,
 )
-from .conversion import Rows
 
 
 class QuantMethod(StrEnum):

@@ -21,8 +21,8 @@ from ..errors import CheckpointError
 from ..options import Fp8Options
 from ..quantize import Choice, check_at_load, check_choices, check_scales, choose, quantized
 from ..weights.eligible import QUANTIZABLE_DTYPES
-from .checkpoints import fp8_in
 from .diffusers import Fp8DiffusionConfig, QuantMethod, config_of, finish
+from .stored_weights import fp8_in
 
 
 class Fp8TransformersQuantizer(HfQuantizer):

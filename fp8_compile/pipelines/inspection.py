@@ -12,7 +12,7 @@ from torch import nn
 
 from ..embedded import embedded_name
 from ..errors import OptionError
-from ..integrations.checkpoints import schemes_in
+from ..integrations.stored_weights import schemes_in
 from ..options import RECOMMENDED
 from ..quantize import quantize_
 from ..recipes import recipe_of, recommended
