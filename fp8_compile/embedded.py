@@ -1,6 +1,6 @@
 """Small trained Qwen-Image and Z-Image pipelines, which need no download; how they are made is in ``bench/``.
 
-Their files are a package of their own, ``fp8-compile-embedded``: they are ten times as large as this one.
+Their files are a package of their own, ``fp8-compile-embedded``: they are forty times as large as this one.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .checks import (
 )
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
-from .options import Fp8Options
+from .options import AS_WRITTEN, Fp8Options
 from .patterns import Pattern, is_adapter, join, layer_path, parameter_layer
 from .runtime.binder import forget_bindings
 from .runtime.constants import forget_weights
@@ -88,7 +88,7 @@ def quantize_(
         for scheme in dict.fromkeys(choice.scheme for choice in choices if choice.reason is None):
             check_device(target, scheme)
     prequantized = _prequantized(model)
-    check_choices(choices, options, prequantized)
+    check_choices(model, choices, options, prequantized)
     some = bool(prequantized) or any(choice.reason is None for choice in choices)
     try:
         convert(model, choices, options, target)
@@ -268,14 +268,23 @@ def _prequantized(model: nn.Module) -> list[str]:
     return [path for path, _, _, weight in _weights(model) if isinstance(weight, QuantizedWeight)]
 
 
-def check_choices(choices: Sequence[Choice], options: Fp8Options, prequantized: Sequence[str] = ()) -> None:
+def attentions_in(model: nn.Module, options: Fp8Options) -> Sequence[str]:
+    """What patterns may name besides, if the same options are for compiling with attention in FP8."""
+    return () if options.attention == AS_WRITTEN else Tree(model).attentions
+
+
+def check_choices(
+    model: nn.Module, choices: Sequence[Choice], options: Fp8Options, prequantized: Sequence[str] = ()
+) -> None:
     """Complain of patterns that matched nothing, and of a model in which nothing will be converted.
 
     Args:
         prequantized: paths of linears that are no choice any more.
     """
     paths = [path for choice in choices for path in choice.paths]
-    unmatched = options.unmatched(name for choice in choices for name in choice.names)
+    unmatched = options.unmatched(
+        [*(name for choice in choices for name in choice.names), *attentions_in(model, options)]
+    )
     for pattern, option in options.patterns.items():
         late = list(filter(Pattern(pattern).matches, prequantized))
         if late and pattern in unmatched:
@@ -319,7 +328,8 @@ def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -
         if is_matrix(parameter) and (id(module), leaf) not in decided and not is_adapter(path):
             note_kept(module, leaf, NOT_A_LINEAR)
     # Of all linears: what files hold in FP8 is no choice any more.
-    unmatched = tuple(dict.fromkeys((*unmatched, *options.unmatched(Tree(model).names))))
+    names = [*Tree(model).names, *attentions_in(model, options)]
+    unmatched = tuple(dict.fromkeys((*unmatched, *options.unmatched(names))))
     static = any(isinstance(p, QuantizedWeight) and p.scheme.static for p in model.parameters())
     about = options.calibrated if static else ""
     about = about or ("" if earlier is None else earlier.calibrated)

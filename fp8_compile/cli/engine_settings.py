@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..options import KEEP
 from .arguments import (
     QUANTIZING,
     Cache,
@@ -102,7 +103,9 @@ class Loader:
 
     def __call__(self) -> Session:
         from ..pipelines.session import Session
+        from .progress import hush_libraries
 
+        hush_libraries()
         settings, quantized = self.settings, not self.settings.no_quantization
         session = Session.load(
             self.model,
@@ -167,7 +170,9 @@ def tell_kept(session: Session) -> None:
 
     for module in session.denoisers.values():
         record = record_of(module)
-        patterns = () if record is None else record.options.get("ignored_layers", ())
+        asked = {} if record is None else record.options
+        by_plan = [pattern for pattern, how in asked.get("layers", {}).items() if how == KEEP]
+        patterns = [*asked.get("ignored_layers", ()), *by_plan]
         kept = ", ".join(patterns)
         rest = f"keeps {kept}; --ignored-layers none converts everything" if patterns else "keeps nothing"
         tell(f"{type(module).__name__}: {rest}")

@@ -76,7 +76,12 @@ class GenerateSettings(Settings):
         ),
     ] = None
     num_frames: Annotated[int | None, typer.Option(min=1, help="Of a video.", rich_help_panel=DRAW)] = None
-    fps: Annotated[int, typer.Option(min=1, help="Frames of a video in a second.", rich_help_panel=DRAW)] = 16
+    fps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Frames of a video in a second. Default: the pipeline's, or 16.", rich_help_panel=DRAW
+        ),
+    ] = None
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA file, and how much of it; repeat it.", rich_help_panel=DRAW),
@@ -261,7 +266,7 @@ def generate(
                 session.reports()  # where nothing was quantized, no picture says that it was
             for (text, seed), pixels, file in zip(batch, found.pixels, files[at:], strict=False):
                 if videos:
-                    size = write_video(pixels, file, settings.fps, found.sounds[0])
+                    size = write_video(pixels, file, settings.fps or session.rules.usual_fps, found.sounds[0])
                 else:
                     own = {**about["settings"], "prompt": text, "seed": seed}
                     size = write_picture(pixels, file, {**about, "settings": own, "device": session.device})
@@ -286,6 +291,8 @@ def _check_together(settings: GenerateSettings, images: Sequence[Image]) -> None
         fail("--load fp8 takes no --activation-scales; they are given when graphs are compiled (--load compile)")
     if settings.batch_size > 1 and settings.cache is not None:
         fail(f"--batch-size {settings.batch_size}: with --cache pictures are drawn one by one")
+    if settings.batch_size > 1 and settings.attention not in (None, AS_WRITTEN):
+        fail(f"--batch-size {settings.batch_size}: with --attention pictures are drawn one by one")
     if settings.batch_size > 1 and images:
         fail(f"--batch-size {settings.batch_size}: with --image pictures are drawn one by one")
     if settings.strength is not None and not images:
@@ -405,9 +412,13 @@ def _arguments(settings: GenerateSettings, session: Session, images: Sequence[Im
             multiple = session.pixel_multiple
             width, height = (max(multiple, side // multiple * multiple) for side in images[0].size)
             given |= {"height": height, "width": width}
-    if given["height"] is not None and given["width"] is not None:
-        session.check_fits(given["width"], given["height"])
-    arguments = session.arguments(**given, num_frames=settings.num_frames)
+    rules = session.rules
+    if settings.fps is not None and not rules.makes_videos:
+        fail(f"--fps {settings.fps} is for videos, and {rules.pipeline} draws pictures")
+    rate = {} if rules.rate is None else {rules.rate: settings.fps}
+    arguments = session.arguments(**given, num_frames=settings.num_frames, **rate)
+    width, height = (arguments.get(side) or session.pixel_multiple for side in ("width", "height"))
+    session.check_fits(width, height)
     missed = None if images else session.needs_a_picture("a", **arguments)
     if missed is not None:
         fail(f"{settings.model} needs a picture: --image ({type(session.pipe).__name__}: {missed})")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..patterns import folded
 from .arguments import OUTPUT, CompileSettings, IgnoredLayers, ModelArgument, parse_patterns, with_options
-from .messages import errors_as_messages, require
+from .messages import errors_as_messages, fail, require
 
 if TYPE_CHECKING:
     from ..pipelines.inspection import DenoiserPlan, Inspection
@@ -47,6 +47,8 @@ def inspect(
     from ..pipelines.inspection import inspect_pipeline
     from .progress import hush_libraries
 
+    if settings.attention is not None:
+        fail("--attention: weights do not tell what computes attention; the report of a compiled model does")
     hush_libraries()
     patterns, chosen = parse_patterns(ignored_layers)
     options = settings.options(patterns)

@@ -56,7 +56,7 @@ def search(
     check_folder(output, "search")
     options = settings.options()
     session, call = settings.load()
-    typer.echo(f"asked for: {bound}")
+    tell(f"asked for: {bound}")
     made = Search(
         Variants(session.pipe, options),
         bound,

@@ -210,7 +210,7 @@ class Fp8DiffusionQuantizer(DiffusersQuantizer):
                 choice.reason = None  # it is in FP8, however narrow
         unquantized = (choice for choice in choices if self._fp8.isdisjoint(choice.parameters))
         check_scales(model, unquantized, self.options)
-        check_choices(choices, self.options)
+        check_choices(model, choices, self.options)
         self._wanted = {name: c for c in choices if c.reason is None for name in c.parameters}
         self._ignored = {name for c in choices if c.pattern is not None for name in c.parameters}
 

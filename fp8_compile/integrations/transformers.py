@@ -55,7 +55,7 @@ class Fp8TransformersQuantizer(HfQuantizer):
         self.options = with_recipe(self.options, model, stacklevel=3)
         choices = choose(model, self.options)
         check_scales(model, choices, self.options)
-        check_choices(choices, self.options)
+        check_choices(model, choices, self.options)
         self._wanted = {name: c for c in choices if c.reason is None for name in c.parameters}
         return model
 

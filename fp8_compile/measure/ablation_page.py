@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..options import AS_WRITTEN
 from .ablation import Ablation, AblationError, AblationRow
 from .html import HEAT, LOSSLESS_SIDE, Plot, Point, data_uri, encode, heatmap, render
 from .results import number_text, quartiles
@@ -97,7 +98,7 @@ def _table(found: Ablation) -> tuple[list[str], list[list[str]]]:
     """The header and the rows, as text."""
     baseline = found.rows[0]
     adherence, peaks = baseline.prompt_adherence is not None, baseline.peak_bytes is not None
-    attentions = any(row.fp8_attentions for row in found.rows)
+    attentions = _asks_for_attention(found)
     header = ["#", "configuration", "kept in BF16", "FP8 layers", *(["FP8 attentions"] if attentions else [])]
     header += ["weights, MB"]
     header += ["peak, MB"] if peaks else []
@@ -140,8 +141,17 @@ def _about(found: Ablation) -> list[str]:
     ]
 
 
+IN_VAIN = "No attention was in FP8, though the options ask for it: no kernel took one."
+
+
+def _asks_for_attention(found: Ablation) -> bool:
+    return bool(found.settings["options"].get("attention", AS_WRITTEN) != AS_WRITTEN)
+
+
 def _notes(found: Ablation) -> list[str]:
+    in_vain = _asks_for_attention(found) and not any(row.fp8_attentions for row in found.rows)
     return [
+        *([IN_VAIN] if in_vain else []),
         "Every row is compiled. Quality is against compiled BF16 with the same noise, mean and worst of all "
         "pictures; relative L2 and cosine are of the last latents.",
         f"Times: {len(found.rows[0].step_seconds)} denoising steps per row, of all rows in turn; the speedup is "

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..options import AS_WRITTEN
+from ..weights.layers import SDPA
+from .ablation_page import IN_VAIN
 from .html import HEAT, LOSSLESS_SIDE, Plot, Point, data_uri, render
 from .results import environment, number_text, to_jsonable
 from .search import Result, Search, SearchError
@@ -52,6 +55,7 @@ def html(search: Search, result: Result, pictures: int | None = None) -> str:
         notes=[
             "Without any one of its members the set does not meet the bound. It need not be the smallest of all.",
             how_to_use(result),
+            *_of_attention(search),
         ],
         result=paste(result),
         header=["#", "layers kept", bound.metric, "met", "kept"],
@@ -93,6 +97,14 @@ def _shown(search: Search, number: int, index: int, chosen: int) -> dict[str, An
         "heat": data_uri(search.pictures.file(number, index, "-heat").read_bytes()),
         "quality": f"PSNR {number_text(math.inf if psnr is None else float(psnr), 1)} dB",
     }
+
+
+def _of_attention(search: Search) -> list[str]:
+    """What the option ``attention`` asked for, and did not get."""
+    asked = search.variants.settings.get("attention", AS_WRITTEN) != AS_WRITTEN
+    if not asked or any(layer.path.endswith(SDPA) for layer in search.layers):
+        return []
+    return [IN_VAIN]
 
 
 def paste(result: Result) -> str:

@@ -44,6 +44,16 @@ class CallRules:
         """Whether the pipeline makes videos of so many frames as it is asked for."""
         return "num_frames" in self.defaults
 
+    @property
+    def rate(self) -> str | None:
+        """The argument for the frames of a second, where the pipeline makes videos for a rate that it is told."""
+        return next((name for name in ("frame_rate", "fps") if name in self.defaults), None)
+
+    @property
+    def usual_fps(self) -> int:
+        """Frames of a second, where nothing is said: the pipeline's own, or those of Wan and others."""
+        return 16 if self.rate is None else int(self.defaults[self.rate])
+
     def arguments(self, **given: Any) -> dict[str, Any]:
         """Arguments for `Session.call`: those of ``given`` that are not None, over the embedded pipelines' own.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Fp8Error
-from .pixels import Sound, sounds_of
+from .pixels import Sound, has_finite_sound, sounds_of
 from .session import Session
 
 OnStep = Callable[[int, int], None]
@@ -76,6 +76,8 @@ def generate(
     pixels: Tensor = shown.float().cpu()  # waits for the device
     end = time.perf_counter()
     watch.check(pixels, getattr(made, "nsfw_content_detected", None))
+    if not has_finite_sound(made):
+        raise BrokenPictureError("decode", "the sound of the video has NaN or Inf; try --dtype bfloat16")
     sounds = sounds_of(made, session.pipe) if session.rules.makes_videos else ()
     encoded = watch.encode_end or start
     denoised = max(watch.denoise_end or encoded, encoded)

@@ -26,6 +26,12 @@ class Sound:
     rate: int
 
 
+def has_finite_sound(made: Any) -> bool:
+    """Whether no sound that a call returned has NaN or Inf."""
+    waves: Tensor | None = getattr(made, "audio", None)
+    return waves is None or bool(waves.isfinite().all())
+
+
 def sounds_of(made: Any, pipe: Any) -> list[Sound | None]:
     """The sound of each video that a call of ``pipe`` made (LTX-2); None where there is none.
 

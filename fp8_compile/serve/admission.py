@@ -88,10 +88,6 @@ class AdmittedVideo:
     cache: str | None
 
 
-USUAL_FPS = 16
-"""Of Wan and others. A pipeline whose call takes a rate has its own."""
-
-
 class Admission:
     """Knows what a pipeline can be asked for.
 
@@ -205,8 +201,7 @@ class Admission:
             raise ApiError(400, message, "input_reference", "image_needed")
         size = self._size(_size_of_video(request), image)
         steps = self._steps if request.num_inference_steps is None else self._bounded(request.num_inference_steps)
-        rate = next((name for name in ("frame_rate", "fps") if name in rules.defaults), None)
-        fps = request.fps or int(USUAL_FPS if rate is None else rules.defaults[rate])
+        rate, fps = rules.rate, request.fps or rules.usual_fps
         frames = self._frames(request, fps)
         timing: dict[str, Any] = {"num_frames": frames} if rate is None else {"num_frames": frames, rate: fps}
         arguments = self._arguments(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import NothingConvertedError
 from ..pipelines.call_rules import CallError
 from ..pipelines.denoisers import PipelineError
-from ..pipelines.pixels import sounds_of, to_bytes, to_image
+from ..pipelines.pixels import has_finite_sound, sounds_of, to_bytes, to_image
 from ..pipelines.previews import PreviewError, Previews
 from ..pipelines.session import Session
 from ..pipelines.step_clock import StepClock
@@ -246,8 +246,11 @@ class Painter:
             reports = self.session.reports()
         except NothingConvertedError:
             return None
-        mixed = any(row.mixes_samples for report in reports.values() for row in report.layers)
-        return "activations have one scale for the whole batch" if mixed else None
+        if any(row.mixes_samples for report in reports.values() for row in report.layers):
+            return "activations have one scale for the whole batch"
+        if any(row.decision == "fp8" for report in reports.values() for row in report.attentions):
+            return "attention in FP8 takes no mask, and texts of different lengths would bring one"
+        return None
 
     def _note_encoded(self, *_: Any) -> None:
         """A text encoder has run; the last one before the first step ends the phase "encode"."""
@@ -321,7 +324,7 @@ class Painter:
         end = time.monotonic()
         encoded = encoded or start
         drawn.phases = {"encode": encoded - start, "denoise": last - encoded, "decode": end - last}
-        finite = [bool(torch.isfinite(each).all()) for each in latents]
+        finite = [has_finite_sound(made) and bool(torch.isfinite(each).all()) for each in latents]
         events: list[Picture | Video | Failed] = []
         for position, (order, image) in enumerate(zip(orders, images, strict=True)):
             if finite[position] and bool(torch.isfinite(image).all()):

@@ -44,8 +44,8 @@ def encoded_video(frames: NDArray[np.uint8], fps: int, sound: Sound | None) -> b
     """
     import imageio.v2 as imageio
 
-    # Of any size: by default it would be scaled to multiples of 16.
-    how: dict[str, Any] = {"fps": fps, "macro_block_size": 1}
+    # Of any even size: by default it would be scaled to multiples of 16.
+    how: dict[str, Any] = {"fps": fps, "macro_block_size": 1, "ffmpeg_log_level": "error"}
     with tempfile.TemporaryDirectory() as folder:
         path, waves = Path(folder) / "video.mp4", Path(folder) / "sound.wav"
         if sound is not None:

@@ -51,18 +51,15 @@ def test_a_picture_is_made_again_from_itself_and_the_command_line_wins() -> None
     assert "it does not say what it was made with" in run("--from", "bare.png", status=2).output
 
 
-EMULATED = ["--attention", "fp8-emulated"]
-
-
 def test_one_object_for_many_pictures_and_nothing_else_on_stdout() -> None:
     Path("prompts.txt").write_text(f"{PROMPT}\n\ntwo small blue squares on a yellow background\n")
-    done = run("--prompts-file", "prompts.txt", "--seeds", "1,5", *QUICK, "--json", "--batch-size", 3, *EMULATED)
+    done = run("--prompts-file", "prompts.txt", "--seeds", "1,5", *QUICK, "--json", "--batch-size", 3)
     found = json.loads(done.stdout)
     assert [Path(each["path"]).name for each in found["files"]] == [f"out-{i}.png" for i in range(1, 5)]
     assert [each["seed"] for each in found["files"]] == [1, 5, 1, 5]
     assert all(Image.open(each["path"]).size == (each["width"], each["height"]) == (64, 64) for each in found["files"])
     assert found["layers"]["transformer"]["quantized"] == 28
-    assert found["attentions"] == {"transformer": {"fp8-emulated": 2}}
+    assert found["attentions"] == {"transformer": {}}
     assert {"load", "encode", "denoise", "decode", "compile", "per_step"} == set(found["seconds"])
     assert found["memory"]["process_peak"] > 0
     run("--from", "out-4.png", "--batch-size", 1, "--output", "again.png", "--quiet")
@@ -146,6 +143,8 @@ def test_a_video_is_written_as_mp4(tmp_path: Path) -> None:
 
 
 def test_a_video_has_its_sound(tmp_path: Path) -> None:
+    import imageio.v3 as iio
+
     from fp8_compile.pipelines.pixels import Sound
     from fp8_compile.serve.pictures import encoded_video
 
@@ -153,6 +152,14 @@ def test_a_video_has_its_sound(tmp_path: Path) -> None:
     size = ["--height", 64, "--width", 64, "--num-frames", 9]
     run("a wave", "--model", tmp_path / "ltx2", *size, "--no-quantization", *QUICK)
     assert sound_in(Path("out.mp4")).any()
+    assert iio.immeta("out.mp4", plugin="FFMPEG")["fps"] == 24  # what the pipeline made motion and sound for
+
+    pipe = build_ltx2()
+    with torch.no_grad():
+        pipe.vocoder.conv_out.bias.fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "broken")
+    broken = run("a wave", "--model", tmp_path / "broken", *size, "--no-quantization", *QUICK, status=1)
+    assert "the sound of the video has NaN or Inf" in broken.output
 
     second = np.sin(np.arange(16000) * (2 * np.pi * 440 / 16000))
     wave = (np.stack([second, 0.5 * second], axis=1) * 20000).astype(np.int16)
@@ -163,6 +170,13 @@ def test_a_video_has_its_sound(tmp_path: Path) -> None:
     assert [np.abs(np.fft.rfft(channel[:16000])).argmax() for channel in heard.T] == [440, 440]
     left, right = heard.astype(float).std(axis=0)
     assert left / right == pytest.approx(2, rel=0.05)
+
+
+def test_patterns_of_attentions_hold_for_weights_that_become_fp8_while_loading() -> None:
+    options = ["--load", "fp8", "--attention", "fp8-emulated", "--ignored-layers", "0.attn.sdpa", *QUICK, "--json"]
+    done = run(PROMPT, *options)
+    assert json.loads(done.stdout)["attentions"] == {"transformer": {"as-written": 1, "fp8-emulated": 1}}
+    assert "matched n" not in done.stderr
 
 
 def test_a_picture_that_is_none_names_the_phase(tmp_path: Path) -> None:

@@ -274,7 +274,9 @@ def test_attention_is_one_more_thing_to_keep() -> None:
     variants = Variants(pipe, {**OPTIONS, "attention": "fp8-emulated"})
     found = ablate(variants, groups, PROMPTS[:1], (0,), rounds=1, **call)
     assert [(row.fp8_layers > 0, row.fp8_attentions) for row in found.rows] == [(False, 0), (True, 2), (True, 0)]
-    assert "FP8 attentions" in ablation_page.markdown(found)
+    page = ablation_page.markdown(found)
+    assert "FP8 attentions" in page
+    assert ablation_page.IN_VAIN not in page
     for patterns, expected in (((), "fp8"), (("sdpa",), "as-written")):
         (report,) = variants.reports(patterns).values()
         assert {row.decision for row in report.attentions} == {expected}

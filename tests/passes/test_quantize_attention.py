@@ -11,7 +11,6 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -349,12 +348,10 @@ pattern 'blocks.0.attn.sdpa' matched nothing""",
     )
 
 
-def test_asking_in_vain_is_a_warning_or_an_error() -> None:
+def test_asking_in_vain_is_a_warning() -> None:
     why = r"none of the 1 attentions of this graph \(attention='fp8'\) was quantized: 1 x no kernel computes attention"
     with pytest.warns(fp8_compile.NothingConvertedWarning, match=why):
         compiled("block by block", attention="fp8")
-    with pytest.raises(BackendCompilerFailed, match=f"NothingConvertedError: {why}"):
-        compiled("block by block", attention="fp8", strict=True)
     compiled("block by block", attention="fp8", ignored_layers=["sdpa"])  # as it was asked to
 
 

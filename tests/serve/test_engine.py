@@ -133,17 +133,26 @@ def test_a_pipeline_that_cannot_decode_between_steps_is_served_without_previews(
     engine.close(10)
 
 
-def test_pictures_with_one_scale_for_all_activations_are_drawn_alone(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"granularity": "tensor"}, "one scale for the whole batch"),
+        ({"attention": "fp8-emulated"}, "attention in FP8 takes no mask"),
+    ],
+)
+def test_pictures_that_would_depend_on_others_are_drawn_alone(
+    options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     def load() -> Session:
-        session = Session.load(MODEL, at_load={"granularity": "tensor"})
-        session.compile({"inner_backend": "eager"}, dynamic=True)
+        session = Session.load(MODEL, at_load=options)
+        session.compile({**options, "inner_backend": "eager"}, dynamic=True)
         return session
 
     engine = Engine(load, max_batch=4)
     engine.start().result(300)
     engine.close(10)
     assert engine.max_batch == 1
-    assert "one scale for the whole batch" in caplog.text
+    assert reason in caplog.text
 
 
 def test_with_a_step_cache_pictures_are_drawn_alone_and_answers_say_so(
