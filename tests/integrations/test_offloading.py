@@ -71,7 +71,7 @@ def test_eager(offload: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.parametrize("offload", [sequentially, as_a_whole, by_leaves, by_blocks])
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("before", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled(offload: Callable[[Any], None], before: bool) -> None:
     """Whether a block has run before it is offloaded or is compiled while it is."""
     m = build()

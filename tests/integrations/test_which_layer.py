@@ -67,7 +67,7 @@ def by_blocks(m: Any) -> None:
 
 
 @pytest.mark.parametrize("offload", [sequentially, dispatched, by_leaves, by_blocks])
-@pytest.mark.parametrize("pattern", ["attn", "transformer_blocks.0.*"])
+@pytest.mark.parametrize("pattern", ["attn", pytest.param("transformer_blocks.0.*", marks=pytest.mark.slow)])
 def test_offloading(offload: Callable[[Any], None], pattern: str) -> None:
     plain = TINY.build()
     m = copy.deepcopy(plain)
@@ -187,7 +187,7 @@ def offloaded_sequentially(m: Any, folder: Path) -> Any:
         lora_deleted,
         ema,
         saved,
-        offloaded_by_leaves,
+        pytest.param(offloaded_by_leaves, marks=pytest.mark.slow),
         offloaded_sequentially,
     ],
 )
