@@ -19,16 +19,18 @@ from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser
 
 from fp8_compile.cli.main import app
+from tests.support.run_page import NOTE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS: Any = typer.main.get_command(app)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of ``page`` in this language, in their order."""
+def blocks(page: Path, language: str, noted: bool = True) -> list[str]:
+    """The code blocks of ``page`` in this language, in their order; or those alone that no note says the fate of."""
     document = Document.parse(str(page), CodeBlockParser(language, lambda example: None))
-    return [str(example.parsed) for example in document.examples()]
+    found = [(str(example.parsed), NOTE.search(document.text, 0, example.start)) for example in document.examples()]
+    return [text for text, note in found if noted or note is None]
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -36,6 +38,10 @@ def commands(text: str) -> Iterator[list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
         for found in re.finditer(r"(?:^|[\s/])fp8-diffusion (\S[^|;&>#]*)", line):
             yield shlex.split(found[1])
+
+
+def test_consoles_are_for_reading() -> None:
+    assert not [text for page in PAGES for text in blocks(page, "console", noted=False)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -59,8 +65,9 @@ def test_code_is_valid_and_options_exist(page: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.inductor
-@pytest.mark.parametrize("page", ["quick-start.md", "command-line.md"])
-def test_the_scripts_that_beginners_are_shown_run(page: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash", noted=False)], ids=lambda page: page.name)
+def test_scripts_run(page: Path, tmp_path: Path) -> None:
+    """Every one, but those that a comment says the reason of."""
     bin = tmp_path / "bin"
     bin.mkdir()
     for name, module in (("fp8-diffusion", "fp8_compile"), ("diffusers-cli", "diffusers.commands.diffusers_cli")):
@@ -68,8 +75,7 @@ def test_the_scripts_that_beginners_are_shown_run(page: str, tmp_path: Path) -> 
         (bin / name).write_text(f"#!{sys.executable}\n{text}\n")
         (bin / name).chmod(0o755)
     path = f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    scripts = [text for text in blocks(ROOT / "docs" / page, "bash") if not text.startswith("pip install")]
-    for text in scripts:
+    for text in blocks(page, "bash", noted=False):
         run(["bash", "-ec", text], tmp_path, PATH=path)
 
 
