@@ -307,10 +307,11 @@ class MeasureSettings(Settings):
             fail(f"{error.name} is not installed; measuring needs: pip install 'fp8-compile[cli,quality]'")
 
         from ..pipelines.session import Session
-        from .progress import hush_libraries
+        from .progress import hush_libraries, loading
 
         hush_libraries()
-        session = Session.load(self.model, self.dtype, self.device)
+        with loading(self.model):
+            session = Session.load(self.model, self.dtype, self.device)
         session.pipe.set_progress_bar_config(disable=True)
         call = session.arguments(**self.call())
         session.check_call(prompt=self.prompts[0], **call)

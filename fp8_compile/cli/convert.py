@@ -43,7 +43,7 @@ def convert(
     from ..integrations.stored_weights import OWN
     from ..measure.results import check_writable
     from ..pipelines.session import Session
-    from .progress import hush_libraries
+    from .progress import hush_libraries, loading
 
     formats = ("pipeline", OWN, *FORMATS)
     if format not in formats:
@@ -63,13 +63,14 @@ def convert(
     if settings.activation_scheme == "static":
         fail("--activation-scheme static: this command takes no scales; calibrate and save in Python")
     hush_libraries()
-    session = Session.load(
-        model,
-        settings.dtype,
-        settings.device or "cpu",
-        at_load={**options, "strict": True},
-        text_encoders=text_encoder_quantization,
-    )
+    with loading(model):
+        session = Session.load(
+            model,
+            settings.dtype,
+            settings.device or "cpu",
+            at_load={**options, "strict": True},
+            text_encoders=text_encoder_quantization,
+        )
     tell_additions(session)
     tell_kept(session)
     if format == "pipeline":

@@ -233,7 +233,7 @@ def generate(
     from ..pipelines.generation import generate as draw
     from ..pipelines.session import pipeline_class
     from ..pipelines.step_clock import StepClock
-    from .progress import DrawingProgress, hush_libraries
+    from .progress import DrawingProgress, hush_libraries, loading
 
     kind = pipeline_class(settings.model)
     videos = None if kind is None else _makes_videos(kind)
@@ -243,7 +243,8 @@ def generate(
         check_file(file, videos)
     hush_libraries()
     start = time.perf_counter()
-    session = _load(settings, options, chosen, loras, images)
+    with loading(settings.model):
+        session = _load(settings, options, chosen, loras, images)
     arguments = _arguments(settings, session, images)
     videos = session.rules.makes_videos
     check_file(files[0], videos)
@@ -474,13 +475,11 @@ def _object(
 
 def _memory(device: str) -> dict[str, int]:
     """Bytes at the most, of the process and of a GPU."""
-    import resource
-    import sys
-
     import torch
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = {"process_peak": most}
+    from .progress import peak_bytes
+
+    found = {"process_peak": peak_bytes()}
     if torch.device(device).type == "cuda":
         found["gpu_peak"] = torch.cuda.max_memory_allocated(device)
     return found

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from .messages import quiet
 
@@ -16,15 +28,64 @@ def is_shown() -> bool:
     return not quiet.get() and sys.stderr.isatty()
 
 
-def hush_libraries() -> None:
-    """Let diffusers and transformers show no bars of their own where ours are not shown."""
-    if is_shown():
+def hush_libraries(shown: bool = False) -> None:
+    """Let diffusers and transformers show no bars where ours are not shown, or where they are ``shown``."""
+    if is_shown() and not shown:
         return
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[None]:
+    """A bar of bytes while the weights of a pipeline on this disk are loaded.
+
+    Libraries tell of parts and files only, some of which are a thousand times as large as others. So it shows by how
+    much the process has grown, which is at most as much as its files are. What comes from a hub has bars of its own.
+    """
+    from ..pipelines.session import pipeline_index
+
+    index, source = pipeline_index(model)
+    total = sum(weight_bytes(Path(source) / name) for name in index)
+    if not is_shown() or total == 0:
+        yield
+        return
+    hush_libraries(shown=True)
+    before, done = peak_bytes(), threading.Event()
+    columns = SpinnerColumn(), TextColumn("loading"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def follow() -> None:
+            while not done.wait(0.1):
+                bar.update(task, completed=min(total, peak_bytes() - before))
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            done.set()
+            follower.join()
+
+
+def weight_bytes(folder: Path) -> int:
+    """What the weights of one part take on the disk; 0 if there are none. Variants, such as fp16, are not loaded."""
+    for kind in ("safetensors", "bin"):
+        files = [file for file in folder.glob(f"*.{kind}") if file.name.count(".") == 1]
+        if files:
+            return sum(file.stat().st_size for file in files)
+    return 0
+
+
+def peak_bytes() -> int:
+    """Of memory, that this process has had at most."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class DrawingProgress:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +72,24 @@ def test_one_object_for_many_pictures_and_nothing_else_on_stdout() -> None:
     assert not same("again.png", "out-3.png")
     told = run("--from", "out-4.png", "--prompts-file", "prompts.txt", "--batch-size", 1, "--output", "both.png").stdout
     assert "wrote both-2.png" in told
+
+
+@pytest.mark.slow
+def test_a_terminal_sees_what_is_loaded_and_compiled(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "fp8_compile", "generate", PROMPT, *QUICK, "--output", str(tmp_path / "a.png")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs) as running:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how the other end says that it is closed
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    assert running.returncode == 0, shown
+    text = shown.decode()
+    assert re.search(r"loading.*\d/17\.9 MB", text), text
+    assert "Loading checkpoint shards" not in text
+    assert "compiling graph 1: QwenImageTransformerBlock" in text
 
 
 def test_settings_of_a_file_and_what_is_wrong_with_it() -> None:
