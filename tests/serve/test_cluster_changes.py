@@ -72,6 +72,9 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cluster, object
         monkeypatch.setenv(name, value)
 
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        # Where Ray notes the address of a cluster: a folder that there need not be on a machine that never had one.
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        (Path(folder) / "ray").mkdir()
         made = ray.cluster_utils.Cluster(
             initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
         )
