@@ -108,7 +108,8 @@ def test_fp8_is_drawn_beside_bf16(browser: Any, scheme: str, tmp_path: Path) -> 
 def test_a_pipeline_without_previews_is_drawn_all_the_same(
     served: Served, session: WatchedSession, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served.engine, "no_previews", "there are none")
+    without = dataclasses.replace(served.engine.abilities, no_previews="there are none")
+    monkeypatch.setattr(served.engine, "_abilities", without)
     with serving(session, tmp_path, engine=served.engine) as hidden:
         page = browser.new_page()
         page.goto(hidden.url)
