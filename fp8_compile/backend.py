@@ -29,7 +29,7 @@ from .errors import GradientError, OptionError, PatternError, RecompileLimitWarn
 from .inductor import dynamo
 from .inductor.failed import forgets_guards
 from .inductor.inner import compile_inner
-from .options import AS_WRITTEN, RECOMMENDED, Fp8Options
+from .options import RECOMMENDED, Fp8Options
 from .passes.context import Context, Plan
 from .passes.graphs import example
 from .passes.pipeline import rewrite
@@ -181,7 +181,7 @@ def _complain(plan: Plan, layers: Collection[Layer], roots: Sequence[nn.Module],
         warn_of_no_recipe([type(root).__name__ for root in roots], stacklevel=4)
     names = [name for tree in trees for name in tree.names]
     others = [name for tree in trees for name in tree.others]
-    if options.attention != AS_WRITTEN:
+    if options.fp8_attention:
         others += [name for tree in trees for name in tree.attentions]
     of_graph = [name for d in plan.decisions for name in (d.path, d.within)]
     of_graph += [name for a in plan.attentions for name in (a.path, a.within)]

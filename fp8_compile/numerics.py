@@ -481,7 +481,7 @@ def grouped_then_scale(x: Quantized, weight: Tensor, weight_scale: Tensor, offs:
 
 @as_written
 def grouped_dequantized(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, dtype: torch.dtype) -> Tensor:
-    """`grouped_linear` on the values of the quantized weights and an activation ``[M, K]`` as it is."""
+    """`grouped_linear` with dequantized weights; the activation, ``[M, K]``, is not quantized."""
     values = dequantize(weight, weight_scale, torch.bfloat16).mT
     return torch.nn.functional.grouped_mm(x.to(torch.bfloat16), values, offs=offs).to(dtype)
 

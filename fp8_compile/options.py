@@ -157,6 +157,11 @@ class Fp8Options:
             self, "layers", {p: entry if isinstance(entry, str) else dict(entry) for p, entry in given.items()}
         )
 
+    @property
+    def fp8_attention(self) -> bool:
+        """Whether attention is asked for in FP8, by a kernel or emulated."""
+        return self.attention != AS_WRITTEN
+
     @functools.cached_property
     def names_key(self) -> str:
         """What tells options apart that decide otherwise by the names of layers."""
@@ -164,7 +169,7 @@ class Fp8Options:
         if self.layers or self.uncalibrated == "dynamic":
             calibrated = sorted(self.activation_scales) if self.uncalibrated == "dynamic" else ()
             asked += repr(self.layers), self.method, repr(self.method_options), self.uncalibrated, calibrated
-        if self.attention != AS_WRITTEN:
+        if self.fp8_attention:
             asked += (self.attention, repr(self.layers))
         return hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
 

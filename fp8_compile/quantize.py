@@ -21,7 +21,7 @@ from .checks import (
 )
 from .device import check_device
 from .errors import NonFiniteWeightError, NothingConvertedWarning, PatternError, UnmatchedPatternWarning
-from .options import AS_WRITTEN, Fp8Options
+from .options import Fp8Options
 from .patterns import Pattern, is_adapter, join, layer_path, parameter_layer
 from .runtime.binder import forget_bindings
 from .runtime.constants import forget_weights
@@ -87,7 +87,7 @@ def quantize_(
     if target is not None:
         for scheme in dict.fromkeys(choice.scheme for choice in choices if choice.reason is None):
             check_device(target, scheme)
-    prequantized = _prequantized(model)
+    prequantized = prequantized_in(model)
     check_choices(model, choices, options, prequantized)
     some = bool(prequantized) or any(choice.reason is None for choice in choices)
     try:
@@ -203,7 +203,7 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
         owners.setdefault(id(parameter), {}).setdefault((id(module), leaf), join(path, leaf))
     tree, handed_over = Tree(model), eligible.handed_over(model)
     choices: dict[int, Choice] = {}
-    for path, module, leaf, weight in _weights(model):
+    for path, module, leaf, weight in weights_in(model):
         if isinstance(weight, QuantizedWeight):
             continue
         if id(weight) in choices:
@@ -236,7 +236,7 @@ def choose(model: nn.Module, options: Fp8Options) -> list[Choice]:
     return list(choices.values())
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def weights_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """What may become FP8, adapters aside: the path of each layer, its module, the parameter and its name there."""
     for name, module in model.named_modules():
         if is_adapter(name):
@@ -263,14 +263,9 @@ def check_scales(model: nn.Module, choices: Iterable[Choice], options: Fp8Option
         warn_of_unused_scales(options, [*tree.names, *tree.others], "this model", stacklevel=4)
 
 
-def _prequantized(model: nn.Module) -> list[str]:
+def prequantized_in(model: nn.Module) -> list[str]:
     """Paths of the linears and experts whose weights were converted earlier."""
-    return [path for path, _, _, weight in _weights(model) if isinstance(weight, QuantizedWeight)]
-
-
-def attentions_in(model: nn.Module, options: Fp8Options) -> Sequence[str]:
-    """What patterns may name besides, if the same options are for compiling with attention in FP8."""
-    return () if options.attention == AS_WRITTEN else Tree(model).attentions
+    return [path for path, _, _, weight in weights_in(model) if isinstance(weight, QuantizedWeight)]
 
 
 def check_choices(
@@ -282,9 +277,8 @@ def check_choices(
         prequantized: paths of linears that are no choice any more.
     """
     paths = [path for choice in choices for path in choice.paths]
-    unmatched = options.unmatched(
-        [*(name for choice in choices for name in choice.names), *attentions_in(model, options)]
-    )
+    attentions = Tree(model).attentions if options.fp8_attention else ()
+    unmatched = options.unmatched([*(name for choice in choices for name in choice.names), *attentions])
     for pattern, option in options.patterns.items():
         late = list(filter(Pattern(pattern).matches, prequantized))
         if late and pattern in unmatched:
@@ -323,12 +317,13 @@ def remember(model: nn.Module, choices: Sequence[Choice], options: Fp8Options) -
                 kept[path] = choice.reason
         for module, leaf in choice.owners:
             note_kept(module, leaf, choice.reason)
-    decided = {(id(module), leaf) for _, module, leaf, _ in _weights(model)}
+    decided = {(id(module), leaf) for _, module, leaf, _ in weights_in(model)}
     for path, module, leaf, parameter in all_parameters(model):
         if is_matrix(parameter) and (id(module), leaf) not in decided and not is_adapter(path):
             note_kept(module, leaf, NOT_A_LINEAR)
     # Of all linears: what files hold in FP8 is no choice any more.
-    names = [*Tree(model).names, *attentions_in(model, options)]
+    tree = Tree(model)
+    names = [*tree.names, *(tree.attentions if options.fp8_attention else ())]
     unmatched = tuple(dict.fromkeys((*unmatched, *options.unmatched(names))))
     static = any(isinstance(p, QuantizedWeight) and p.scheme.static for p in model.parameters())
     about = options.calibrated if static else ""

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..options import AS_WRITTEN
 from .arguments import MeasureSettings, Whole, with_options
 from .messages import check_folder, errors_as_messages, fail, tell
 
@@ -42,12 +41,12 @@ def ablate(
     if settings.steps == 1:
         fail(f"--steps 1: {ONE_STEP}")
     options = settings.options()
-    attention = options.get("attention", AS_WRITTEN) != AS_WRITTEN
     chosen = None if groups is None else read_groups(groups)
     session, call = settings.load()
+    variants = Variants(session.pipe, options, whole)
     found = measure(
-        Variants(session.pipe, options, whole),
-        chosen or groups_for(next(iter(session.denoisers.values())), attention),
+        variants,
+        chosen or groups_for(next(iter(session.denoisers.values())), variants.fp8_attention),
         settings.prompts,
         settings.seeds,
         rounds,

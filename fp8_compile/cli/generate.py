@@ -370,17 +370,11 @@ def _load(
 
 def _check_not_quantized(session: Session, patterns: Sequence[str]) -> None:
     """Refuse to keep what a checkpoint holds in FP8: it would be dequantized at each step, to no better a picture."""
-    from torch import nn
-
-    from ..patterns import Pattern, layer_path
-    from ..weights.quantized_weight import QuantizedWeight
+    from ..patterns import Pattern
+    from ..quantize import prequantized_in
 
     for denoiser, module in session.denoisers.items():
-        paths = [
-            layer_path(path)
-            for path, part in module.named_modules()
-            if isinstance(part, nn.Linear) and isinstance(part._parameters.get("weight"), QuantizedWeight)
-        ]
+        paths = prequantized_in(module)
         for pattern in patterns:
             named = [path for path in paths if Pattern(pattern).matches(path)]
             if named:

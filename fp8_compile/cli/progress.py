@@ -28,10 +28,13 @@ def is_shown() -> bool:
     return not quiet.get() and sys.stderr.isatty()
 
 
-def hush_libraries(shown: bool = False) -> None:
-    """Let diffusers and transformers show no bars where ours are not shown, or where they are ``shown``."""
-    if is_shown() and not shown:
-        return
+def hush_libraries() -> None:
+    """Let diffusers and transformers show no bars of their own where ours are not shown."""
+    if not is_shown():
+        _hush()
+
+
+def _hush() -> None:
     import diffusers
     import transformers
 
@@ -46,14 +49,11 @@ def loading(model: str) -> Iterator[None]:
     Libraries tell of parts and files only, some of which are a thousand times as large as others. So it shows by how
     much the process has grown, which is at most as much as its files are. What comes from a hub has bars of its own.
     """
-    from ..pipelines.session import pipeline_index
-
-    index, source = pipeline_index(model)
-    total = sum(weight_bytes(Path(source) / name) for name in index)
-    if not is_shown() or total == 0:
+    total = _bytes_to_load(model) if is_shown() else 0
+    if total == 0:
         yield
         return
-    hush_libraries(shown=True)
+    _hush()
     before, done = peak_bytes(), threading.Event()
     columns = SpinnerColumn(), TextColumn("loading"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -72,8 +72,16 @@ def loading(model: str) -> Iterator[None]:
             follower.join()
 
 
-def weight_bytes(folder: Path) -> int:
-    """What the weights of one part take on the disk; 0 if there are none. Variants, such as fp16, are not loaded."""
+def _bytes_to_load(model: str) -> int:
+    """What the weights of a pipeline take on this disk; 0 of one from a hub."""
+    from ..pipelines.session import pipeline_index
+
+    index, source = pipeline_index(model)
+    return sum(_weight_bytes(Path(source) / name) for name in index)
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Those of one part; 0 if it has none. Variants, such as fp16, are not loaded."""
     for kind in ("safetensors", "bin"):
         files = [file for file in folder.glob(f"*.{kind}") if file.name.count(".") == 1]
         if files:

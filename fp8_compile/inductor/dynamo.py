@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -96,9 +96,9 @@ def being_compiled() -> str:
 
     It is a local variable of ``_compile`` in torch/_dynamo/convert_frame.py (torch 2.11 to 2.13), which calls them.
     """
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_name != "_compile":
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     code = None if frame is None else frame.f_locals.get("code")
     return code.co_qualname if isinstance(code, CodeType) else ""
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from ..errors import NothingConvertedError
-from ..options import AS_WRITTEN
 from ..patterns import check_unmatched, first_match
 from ..recipes import Groups
 from ..weights.layers import Tree
@@ -174,7 +173,7 @@ def _check(
     trees = [Tree(model) for model in variants.denoisers.values()]
     within = [name for region in variants.regions for name in Tree(region.module).names]
     known = list(dict.fromkeys([*within, *(name for tree in trees for name in tree.names)]))
-    if variants.settings.get("attention", AS_WRITTEN) != AS_WRITTEN:
+    if variants.fp8_attention:
         known += [name for tree in trees for name in tree.attentions]
     for name, patterns in groups.items():
         for pattern in patterns:

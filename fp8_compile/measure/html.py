@@ -26,7 +26,7 @@ HEAT = {
     127: "#f9cb35",
     255: "#fcffa4",
 }
-"""Colours of `heatmap` by the difference, 0 to 255: matplotlib's inferno, which is told apart by lightness alone."""
+"""Colours of `heatmap` by the difference, 0 to 255: matplotlib's inferno, whose lightness grows with the difference."""
 
 
 def render(template: str, **values: Any) -> str:

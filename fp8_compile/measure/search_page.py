@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..options import AS_WRITTEN
 from ..weights.layers import SDPA
 from .ablation_page import IN_VAIN
 from .html import HEAT, LOSSLESS_SIDE, Plot, Point, data_uri, render
@@ -101,8 +100,7 @@ def _shown(search: Search, number: int, index: int, chosen: int) -> dict[str, An
 
 def _of_attention(search: Search) -> list[str]:
     """What the option ``attention`` asked for, and did not get."""
-    asked = search.variants.settings.get("attention", AS_WRITTEN) != AS_WRITTEN
-    if not asked or any(layer.path.endswith(SDPA) for layer in search.layers):
+    if not search.variants.fp8_attention or any(layer.path.endswith(SDPA) for layer in search.layers):
         return []
     return [IN_VAIN]
 

@@ -129,6 +129,11 @@ class Variants:
         self._hooks = mark_steps(of_blocks) if self._parsed.mode is not None or self._parsed.inductor else []
 
     @property
+    def fp8_attention(self) -> bool:
+        """Whether the options of the quantized variants ask for attention in FP8."""
+        return self._parsed.fp8_attention
+
+    @property
     def by_block(self) -> bool:
         """Whether regions are blocks."""
         return all(region.path for region in self.regions)

@@ -33,7 +33,6 @@ from torch.fx import Graph, Node
 
 from ..attention import choose
 from ..attention.kernel import Kernel, Question
-from ..options import AS_WRITTEN
 from ..patterns import join, layer_path
 from ..weights import eligible, marks
 from ..weights.eligible import QUANTIZABLE_DTYPES
@@ -46,7 +45,7 @@ from .linears import module_of_node
 
 def quantize_attention(graph: Graph, context: Context) -> int:
     """Rewrite ``graph``, a copy of Dynamo's, in place; adds to ``context.plan``. Counts the attentions in FP8."""
-    if context.options.attention == AS_WRITTEN:
+    if not context.options.fp8_attention:
         return 0
     linears = {d.node: d for d in context.plan.decisions if d.weight is not None and d.tracked}
     decisions, chosen = [], []

@@ -27,7 +27,8 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
 LEFT_OUT = {
     "mag": "it needs ratios that were measured with one checkpoint and one number of steps, and keeps torch.compile "
     "out of the blocks",
-    "faster": "it leaves out the unguided half of a batch, and which half that is differs between pipelines",
+    "faster": "it has to be told, for each pipeline, the layout of the latents and the arguments that hold both halves "
+    "of a guided batch",
     "cache-dit": "it has to be told whether a call guides; call cache_dit.enable_cache in Python",
 }
 """Caches of diffusers that cannot be had by name, and why."""
@@ -57,9 +58,8 @@ def enable_cache(name: str, pipe: Any, denoisers: Mapping[str, nn.Module]) -> No
     pipeline = type(pipe).__name__
     if name == "pyramid" and not hasattr(type(pipe), "current_timestep"):
         raise PipelineError(f"cache={name!r}: {pipeline} does not tell its current timestep")
-    # Others ask for it at the first step. Whether a pipeline sets it, only its source tells.
-    told = "pyramid", "text-kv"
-    if name not in told and "cache_context" not in inspect.getsource(type(pipe).__call__):
+    # All but two ask for it at the first step. Whether a pipeline sets it, only its source tells.
+    if name not in ("pyramid", "text-kv") and "cache_context" not in inspect.getsource(type(pipe).__call__):
         raise PipelineError(f"cache={name!r}: {pipeline} tells its transformer nothing of the steps (no cache_context)")
     from diffusers import hooks
 

@@ -14,11 +14,10 @@ from ..embedded import embedded_name
 from ..errors import OptionError
 from ..integrations.stored_weights import schemes_in
 from ..options import RECOMMENDED
-from ..quantize import quantize_
+from ..quantize import quantize_, weights_in
 from ..recipes import recipe_of, recommended
 from ..report import LayerReport, report
 from ..schemes import Scheme
-from ..weights.layers import stacks
 from ..weights.quantized_weight import QuantizedWeight
 from .denoisers import DENOISERS, PipelineError
 from .session import DTYPES, pipeline_index
@@ -132,8 +131,7 @@ def _plan(name: str, kind: str, source: str, options: Mapping[str, Any], dtype: 
             if parameter.is_floating_point() and stay.isdisjoint([*path.split("."), leaf]):
                 part._parameters[leaf] = nn.Parameter(parameter.to(dtype), requires_grad=False)
     before = sum(parameter.nbytes for parameter in module.parameters())
-    linears = [part.weight.nbytes for part in module.modules() if isinstance(part, nn.Linear)]
-    experts = [stack.nbytes for part in module.modules() for _, stack in stacks(part)]
+    largest = max((weight.nbytes for _, _, _, weight in weights_in(module)), default=0)
     if not held:
         quantize_(module, options)
     for weight, scheme in held.items():
@@ -148,7 +146,7 @@ def _plan(name: str, kind: str, source: str, options: Mapping[str, Any], dtype: 
         report(module).layers,
         before,
         sum(parameter.nbytes for parameter in module.parameters()),
-        max([*linears, *experts], default=0),
+        largest,
         keep,
         f"{whose}: {recipe.says}" if recipe is not None else whose,
         len(held),

@@ -324,14 +324,14 @@ class Painter:
         end = time.monotonic()
         encoded = encoded or start
         drawn.phases = {"encode": encoded - start, "denoise": last - encoded, "decode": end - last}
-        finite = [has_finite_sound(made) and bool(torch.isfinite(each).all()) for each in latents]
+        finite = [bool(torch.isfinite(each).all()) for each in latents]
+        heard, sounds = has_finite_sound(made), sounds_of(made, session.pipe) if makes_videos else []
         events: list[Picture | Video | Failed] = []
         for position, (order, image) in enumerate(zip(orders, images, strict=True)):
-            if finite[position] and bool(torch.isfinite(image).all()):
+            if heard and finite[position] and bool(torch.isfinite(image).all()):
                 tokens, seed = session.tokens(latents), order.seeds[0]
                 if makes_videos:
-                    sound = sounds_of(made, session.pipe)[position]
-                    events.append(Video(0, seed, to_bytes(image), sound, tokens, end - start))
+                    events.append(Video(0, seed, to_bytes(image), sounds[position], tokens, end - start))
                 else:
                     events.append(Picture(0, seed, to_image(image), tokens, end - start))
             else:

@@ -19,7 +19,7 @@ import hashlib
 
 from torch import Tensor, nn
 
-from ..options import AS_WRITTEN, Fp8Options
+from ..options import Fp8Options
 from ..schemes import Scheme, scheme_for
 from . import eligible
 from .layers import Layer, tree_of
@@ -88,7 +88,7 @@ def mark(root: nn.Module, options: Fp8Options, *, anew: bool = False) -> None:
 
 def put_of_attentions(holder: nn.Module | Tensor, options: Fp8Options, leaf: str, layer: Layer) -> None:
     """Mark what ``leaf`` says of attentions, where names may decide on them."""
-    if options.attention == AS_WRITTEN or not options.patterns:
+    if not options.fp8_attention or not options.patterns:
         return
     for above in range(1, MOST_ABOVE + 1):
         verdict = attention_verdict(layer.attention(above), options)
